@@ -1,0 +1,19 @@
+//! Pure functions over slices: the arithmetic of one training step, forward and backward.
+//!
+//! Each file holds the derivation of what it computes, a scalar reference, and the fast version that is
+//! tested against it. This crate must not know tensors, layers, devices or files: callers hand it slices
+//! and shapes that they have checked. Parallel work runs on rayon's global pool, and every reduction is
+//! split into parts whose number does not depend on the number of threads.
+
+pub mod activation;
+pub mod adamw;
+pub mod attention;
+pub mod codec;
+pub mod cross_entropy;
+pub mod elementwise;
+pub mod embedding;
+pub mod mat;
+pub mod matmul;
+pub mod norm;
+pub mod rope;
+pub mod storage;

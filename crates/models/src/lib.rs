@@ -1,0 +1,1 @@
+//! engobe-models
