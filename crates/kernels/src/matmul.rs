@@ -1,1 +1,53 @@
-//! matmul (being written)
+//! Matrix products: dense, and with a frozen weight in any storage.
+//!
+//! A linear layer with weight W `[rows, cols]` (`[out_features, in_features]`) has
+//!
+//! - forward `y = x·Wᵀ`: y\[i, r\] = Σ_c x\[i, c\]·W\[r, c\] ([`linear`]);
+//! - gradient of its input `dx = dy·W`: dx\[i, c\] = Σ_r dy\[i, r\]·W\[r, c\] ([`linear_input_grad`]).
+//!
+//! W is frozen: its own gradient is never formed. A weight that is not plain f32 is never decoded whole: tiles
+//! of it are decoded into scratch that stays in a core's L2 cache and fed to the dense product (`tiled.rs`).
+//! With very few rows of x, as when generating, each row of W is decoded once and dotted (`few_rows.rs`).
+//!
+//! How sums are split depends on the shapes alone, so results do not depend on the number of threads.
+
+mod dense;
+mod disjoint;
+mod few_rows;
+mod tiled;
+
+use crate::mat::{MatMut, MatRef};
+use crate::storage::WeightView;
+
+pub use dense::{sgemm, sgemm_serial};
+
+/// `y[m, rows] = x[m, cols]·wᵀ`, or `y += x·wᵀ` if `accumulate`; otherwise `y` is not read.
+///
+/// Panics if the shapes do not fit.
+pub fn linear(x: MatRef, w: WeightView, y: &mut MatMut, accumulate: bool) {
+    assert_eq!((x.rows, x.cols), (y.rows, w.cols()), "linear: x against y's rows and w's columns");
+    assert_eq!(y.cols, w.rows(), "linear: y's columns against w's rows");
+    if few_rows::applies(&x) {
+        few_rows::linear(x, w, y, accumulate);
+    } else {
+        tiled::linear(x, w, y, accumulate);
+    }
+}
+
+/// `dx[m, cols] = dy[m, rows]·w`, or `dx += dy·w` if `accumulate`; otherwise `dx` is not read.
+///
+/// Panics if the shapes do not fit.
+pub fn linear_input_grad(dy: MatRef, w: WeightView, dx: &mut MatMut, accumulate: bool) {
+    assert_eq!(
+        (dy.rows, dy.cols),
+        (dx.rows, w.rows()),
+        "linear_input_grad: dy against dx's rows and w's rows"
+    );
+    assert_eq!(dx.cols, w.cols(), "linear_input_grad: dx's columns against w's columns");
+    if let Some(data) = w.as_f32() {
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        sgemm(1.0, dy, MatRef::new(data, w.rows(), w.cols()), beta, dx);
+    } else {
+        tiled::linear_input_grad(dy, w, dx, accumulate);
+    }
+}
