@@ -5,9 +5,10 @@
 //! - forward `y = x·Wᵀ`: y\[i, r\] = Σ_c x\[i, c\]·W\[r, c\] ([`linear`]);
 //! - gradient of its input `dx = dy·W`: dx\[i, c\] = Σ_r dy\[i, r\]·W\[r, c\] ([`linear_input_grad`]).
 //!
-//! W is frozen: its own gradient is never formed. A weight that is not plain f32 is never decoded whole: tiles
-//! of it are decoded into scratch that stays in a core's L2 cache and fed to the dense product (`tiled.rs`).
-//! With very few rows of x, as when generating, each row of W is decoded once and dotted (`few_rows.rs`).
+//! W is frozen: its own gradient is never formed. A stored weight is never decoded whole: tiles of it are
+//! decoded into scratch that stays in a core's L2 cache and fed to the dense product (`tiled.rs`). In the
+//! forward product f32 goes that way too: one thread packing the whole of W first, as the gemm crate does,
+//! costs up to a quarter of the rate of the copied tiles (`examples/matmul_rate.rs` measures it all). With very few rows of x, as when generating, each row of W is decoded once and dotted (`few_rows.rs`).
 //!
 //! How sums are split depends on the shapes alone, so results do not depend on the number of threads.
 

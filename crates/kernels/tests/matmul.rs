@@ -31,7 +31,9 @@ impl Random {
         let size = storage.row_bytes(cols).expect("whole blocks") * rows;
         let mut bytes: Vec<u8> = (0..size).map(|_| self.bits() as u8).collect();
         let scales: &[usize] = match storage {
-            StorageType::F32 => return self.floats(rows * cols).iter().flat_map(|x| x.to_le_bytes()).collect(),
+            StorageType::F32 => {
+                return self.floats(rows * cols).iter().flat_map(|x| x.to_le_bytes()).collect();
+            }
             StorageType::BF16 => {
                 let f = self.floats(rows * cols);
                 return f.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();
@@ -169,7 +171,8 @@ fn unaligned_f32_weight() {
         let mut shifted = vec![0u8; bytes.len() + 4];
         let start = (0..4).find(|i| (shifted.as_ptr() as usize + i) % 4 == 1).expect("one in four");
         shifted[start..start + bytes.len()].copy_from_slice(&bytes);
-        let w = WeightView::new(StorageType::F32, rows, cols, &shifted[start..start + bytes.len()]).expect("shape");
+        let w = WeightView::new(StorageType::F32, rows, cols, &shifted[start..start + bytes.len()])
+            .expect("shape");
         assert!(w.as_f32().is_none());
         let plain: Vec<f32> = bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().expect("4"))).collect();
         let plain = MatRef::new(&plain, rows, cols);
@@ -235,11 +238,18 @@ fn bits_do_not_depend_on_threads() {
                     let (x, dy) = (random.floats(m * cols), random.floats(m * rows));
                     let (mut y, mut dx) = (vec![0f32; m * rows], vec![0f32; m * cols]);
                     linear(MatRef::new(&x, m, cols), w, &mut MatMut::new(&mut y, m, rows), false);
-                    linear_input_grad(MatRef::new(&dy, m, rows), w, &mut MatMut::new(&mut dx, m, cols), false);
+                    linear_input_grad(
+                        MatRef::new(&dy, m, rows),
+                        w,
+                        &mut MatMut::new(&mut dx, m, cols),
+                        false,
+                    );
                     all.extend(y.iter().chain(&dx).map(|x| x.to_bits()));
                 }
             }
-            for (m, k, n) in [(1, 700, 400), (16, 1200, 900), (300, 1030, 200), (512, 16, 576), (16, 512, 576)] {
+            for (m, k, n) in
+                [(1, 700, 400), (16, 1200, 900), (300, 1030, 200), (512, 16, 576), (16, 512, 576)]
+            {
                 let (a, b) = (random.floats(m * k), random.floats(k * n));
                 let mut c = vec![0f32; m * n];
                 let (a, b) = (MatRef::new(&a, m, k), MatRef::new(&b, k, n));

@@ -31,7 +31,6 @@ pub(super) fn applies(x: &MatRef) -> bool {
 pub(super) fn linear(x: MatRef, w: WeightView, y: &mut MatMut, accumulate: bool) {
     let y = SharedMat::new(y);
     let (rows, cols) = (w.rows(), w.cols());
-    let x_row = |i: usize| &x.data[i * x.row_stride..][..cols];
     let plain = w.as_f32();
     (0..rows.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
         let range = task * TASK_ROWS..rows.min((task + 1) * TASK_ROWS);
@@ -49,9 +48,7 @@ pub(super) fn linear(x: MatRef, w: WeightView, y: &mut MatMut, accumulate: bool)
                         &piece[..end - start]
                     }
                 };
-                for (i, sums) in sums.iter_mut().enumerate().take(x.rows) {
-                    add_products(&x_row(i)[start..end], weights, sums);
-                }
+                add_products(&x.data[start..], x.row_stride, x.rows, weights, &mut sums);
             }
             for (i, sums) in sums.iter().enumerate().take(x.rows) {
                 out.put(i, j, total(sums), accumulate);
@@ -61,25 +58,44 @@ pub(super) fn linear(x: MatRef, w: WeightView, y: &mut MatMut, accumulate: bool)
 }
 
 multiversion! {
-    /// Adds `a[c] * b[c]` to `sums[c % LANES]` for every c.
-    fn add_products(a: &[f32], b: &[f32], sums: &mut [f32; LANES]) = add_products_body
+    /// Adds `x[i * x_stride + c] * w[c]` to `sums[i][c % LANES]` for every c and every i < m.
+    fn add_products(x: &[f32], x_stride: usize, m: usize, w: &[f32], sums: &mut [[f32; LANES]; MAX_ROWS])
+        = add_products_body
 }
 
 #[inline(always)]
-fn add_products_body(a: &[f32], b: &[f32], sums: &mut [f32; LANES]) {
+fn add_products_body(x: &[f32], x_stride: usize, m: usize, w: &[f32], sums: &mut [[f32; LANES]; MAX_ROWS]) {
+    let row = |i: usize| &x[i * x_stride..][..w.len()];
+    match m {
+        0 => {}
+        1 => rows_of_products([row(0)], w, sums),
+        2 => rows_of_products([row(0), row(1)], w, sums),
+        3 => rows_of_products([row(0), row(1), row(2)], w, sums),
+        _ => rows_of_products([row(0), row(1), row(2), row(3)], w, sums),
+    }
+}
+
+/// One pass over w for M rows of x.
+#[inline(always)]
+fn rows_of_products<const M: usize>(x: [&[f32]; M], w: &[f32], sums: &mut [[f32; LANES]; MAX_ROWS]) {
     // A local copy stays in registers.
-    let mut local = *sums;
-    let (a_groups, a_rest) = a.as_chunks::<LANES>();
-    let (b_groups, b_rest) = b.as_chunks::<LANES>();
-    for (a, b) in a_groups.iter().zip(b_groups) {
-        for l in 0..LANES {
-            local[l] += a[l] * b[l];
+    let mut local: [[f32; LANES]; M] = std::array::from_fn(|i| sums[i]);
+    let x_groups = x.map(|x| x.as_chunks::<LANES>());
+    let (w_groups, w_rest) = w.as_chunks::<LANES>();
+    for (g, w) in w_groups.iter().enumerate() {
+        for i in 0..M {
+            let x = &x_groups[i].0[g];
+            for l in 0..LANES {
+                local[i][l] += x[l] * w[l];
+            }
         }
     }
-    for ((sum, a), b) in local.iter_mut().zip(a_rest).zip(b_rest) {
-        *sum += a * b;
+    for i in 0..M {
+        for ((sum, x), w) in local[i].iter_mut().zip(x_groups[i].1).zip(w_rest) {
+            *sum += x * w;
+        }
+        sums[i] = local[i];
     }
-    *sums = local;
 }
 
 /// The lanes' sum, halves onto halves.
