@@ -145,7 +145,12 @@ pub struct WeightView<'a> {
 
 impl<'a> WeightView<'a> {
     /// Checks that `bytes` is exactly `rows` rows of `cols` elements.
-    pub fn new(storage: StorageType, rows: usize, cols: usize, bytes: &'a [u8]) -> Result<Self, StorageError> {
+    pub fn new(
+        storage: StorageType,
+        rows: usize,
+        cols: usize,
+        bytes: &'a [u8],
+    ) -> Result<Self, StorageError> {
         let row = storage.row_bytes(cols).ok_or(StorageError::PartialBlock { storage, cols })?;
         let expected = row.saturating_mul(rows);
         if expected != bytes.len() {
