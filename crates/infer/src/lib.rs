@@ -1,1 +1,31 @@
-//! engobe-infer
+//! Generation: the key/value cache at work, sampling, and when to stop.
+//!
+//! Must not know: the training loop.
+
+mod generate;
+mod sampling;
+mod stop;
+
+pub use generate::{Generated, Generator, StopReason};
+pub use sampling::{Sampler, Sampling, SamplingError};
+pub use stop::{Emit, StopStrings};
+
+/// What can go wrong while generating.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A setting cannot be meant.
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
+    /// The prompt is empty.
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    /// Logits left the numbers.
+    #[error("the model's logits hold NaN or infinity: its weights, or the adapter's, are broken")]
+    NotFinite,
+    /// An op failed.
+    #[error(transparent)]
+    Op(#[from] engobe_autograd::Error),
+    /// candle failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}

@@ -1,1 +1,69 @@
-//! elementwise (being written)
+//! Sums, scalings and reductions over whole buffers.
+
+use rayon::prelude::*;
+
+/// Elements of a parallel part. Fixed, so that results do not depend on the number of threads.
+pub(crate) const CHUNK: usize = 1 << 15;
+
+/// `out = a + b`. Panics if lengths differ.
+pub fn add(a: &[f32], b: &[f32], out: &mut [f32]) {
+    assert!(a.len() == b.len() && a.len() == out.len());
+    out.par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK)).zip(b.par_chunks(CHUNK)).for_each(|((o, a), b)| {
+        for ((o, a), b) in o.iter_mut().zip(a).zip(b) {
+            *o = a + b;
+        }
+    });
+}
+
+/// `a += b`. Panics if lengths differ.
+pub fn add_assign(a: &mut [f32], b: &[f32]) {
+    axpy(1.0, b, a);
+}
+
+/// `a *= s`.
+pub fn scale(a: &mut [f32], s: f32) {
+    a.par_chunks_mut(CHUNK).for_each(|a| a.iter_mut().for_each(|v| *v *= s));
+}
+
+/// `y += s·x`. Panics if lengths differ.
+pub fn axpy(s: f32, x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len());
+    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += s * x;
+        }
+    });
+}
+
+/// Sum of squares in f64, over parts of fixed size added in order.
+pub fn sum_squares(x: &[f32]) -> f64 {
+    let parts: Vec<f64> =
+        x.par_chunks(CHUNK).map(|c| c.iter().map(|v| f64::from(*v) * f64::from(*v)).sum()).collect();
+    parts.iter().sum()
+}
+
+/// True if no element is NaN or infinite.
+pub fn all_finite(x: &[f32]) -> bool {
+    x.par_chunks(CHUNK).all(|c| c.iter().all(|v| v.is_finite()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_and_products() {
+        let n = CHUNK * 2 + 7;
+        let a: Vec<f32> = (0..n).map(|i| i as f32).collect();
+        let b: Vec<f32> = (0..n).map(|i| 0.5 * i as f32).collect();
+        let mut out = vec![0.0; n];
+        add(&a, &b, &mut out);
+        axpy(-1.0, &b, &mut out);
+        assert_eq!(out, a);
+        scale(&mut out, 2.0);
+        add_assign(&mut out, &b);
+        assert_eq!(out[n - 1], 2.5 * (n - 1) as f32);
+        assert_eq!(sum_squares(&[3.0, 4.0]), 25.0);
+        assert!(all_finite(&a) && !all_finite(&[0.0, f32::NAN]) && !all_finite(&[f32::INFINITY]));
+    }
+}

@@ -1,1 +1,97 @@
-//! rope (being written)
+//! Rotary position embedding (Su et al. 2021) in Hugging Face's `rotate_half` form.
+//!
+//! For a head x of a token at position p, and i < half:
+//!
+//! ```text
+//! y[i]        = x[i]·cos(p·fᵢ) - x[i + half]·sin(p·fᵢ)
+//! y[i + half] = x[i + half]·cos(p·fᵢ) + x[i]·sin(p·fᵢ)
+//! ```
+//!
+//! Elements from 2·half on are left alone. The transpose, which is the backward, has sin negated.
+
+use rayon::prelude::*;
+
+/// Cosines and sines by position: row p holds `half` values.
+#[derive(Clone, Debug)]
+pub struct RopeTable {
+    /// `[positions, half]`
+    pub cos: Vec<f32>,
+    /// `[positions, half]`
+    pub sin: Vec<f32>,
+    /// pairs that are turned in each head
+    pub half: usize,
+}
+
+impl RopeTable {
+    /// The table of `positions` positions for inverse frequencies `inv_freq` `[half]`; `attention_scaling`
+    /// multiplies cosines and sines. Angles are products in f32, as transformers computes them.
+    pub fn new(inv_freq: &[f32], attention_scaling: f32, positions: usize) -> Self {
+        let half = inv_freq.len();
+        let angles = (0..positions).flat_map(|p| inv_freq.iter().map(move |f| p as f32 * f));
+        let (mut cos, mut sin) = (Vec::with_capacity(positions * half), Vec::with_capacity(positions * half));
+        for angle in angles {
+            let (s, c) = angle.sin_cos();
+            cos.push(c * attention_scaling);
+            sin.push(s * attention_scaling);
+        }
+        Self { cos, sin, half }
+    }
+}
+
+/// Turns the heads of `x` `[n, heads·head_dim]` in place; `inverse` applies the transpose.
+///
+/// Panics if lengths do not fit or a position lies beyond the table.
+pub fn apply(
+    table: &RopeTable,
+    positions: &[u32],
+    x: &mut [f32],
+    heads: usize,
+    head_dim: usize,
+    inverse: bool,
+) {
+    let (half, width) = (table.half, heads * head_dim);
+    assert!(x.len() == positions.len() * width && 2 * half <= head_dim);
+    if width == 0 || half == 0 {
+        return;
+    }
+    let sign = if inverse { -1.0 } else { 1.0 };
+    x.par_chunks_mut(width).with_min_len(16).zip(positions).for_each(|(row, p)| {
+        let at = *p as usize * half;
+        let (cos, sin) = (&table.cos[at..at + half], &table.sin[at..at + half]);
+        for head in row.chunks_exact_mut(head_dim) {
+            let (a, b) = head.split_at_mut(half);
+            for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                let s = s * sign;
+                (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn turns_pairs_by_the_angle_and_back() {
+        let table = RopeTable::new(&[1.0, 0.1], 1.0, 8);
+        let x: Vec<f32> = (0..2 * 2 * 5).map(|i| i as f32 - 7.0).collect();
+        let mut y = x.clone();
+        apply(&table, &[3, 7], &mut y, 2, 5, false);
+        for (token, p) in [3.0f64, 7.0].iter().enumerate() {
+            for head in 0..2 {
+                let at = token * 10 + head * 5;
+                for (i, f) in [1.0, 0.1].iter().enumerate() {
+                    let (s, c) = (p * f).sin_cos();
+                    let (a, b) = (f64::from(x[at + i]), f64::from(x[at + 2 + i]));
+                    assert!((f64::from(y[at + i]) - (a * c - b * s)).abs() < 1e-5);
+                    assert!((f64::from(y[at + 2 + i]) - (b * c + a * s)).abs() < 1e-5);
+                }
+                assert_eq!(y[at + 4], x[at + 4]);
+            }
+        }
+        apply(&table, &[3, 7], &mut y, 2, 5, true);
+        // a rotation and its transpose: two roundings of numbers below 20
+        assert!(x.iter().zip(&y).all(|(a, b)| (a - b).abs() < 1e-5));
+    }
+}

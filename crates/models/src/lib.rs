@@ -1,1 +1,116 @@
-//! engobe-models
+//! Model architectures, one file each, named after Hugging Face's `model_type`.
+//!
+//! A model is built over the tensors of a checkpoint (`engobe-formats`) from the layers of `engobe-nn`.
+//!
+//! Must not know: adapter methods, the training loop.
+
+pub mod gguf_names;
+mod llama;
+mod llama_config;
+mod weights;
+
+pub use llama::Llama;
+pub use llama_config::LlamaConfig;
+pub use weights::{WeightDtype, Weights, unpermute_rows};
+
+use candle_core::Device;
+use engobe_formats::checkpoint::Checkpoint;
+use engobe_formats::hf_config::HfConfig;
+use engobe_nn::CausalLm;
+use std::path::{Path, PathBuf};
+
+/// Result of building a model.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A checkpoint that is no model that we can build.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The architecture is unknown.
+    #[error("{}: architecture {found:?} is not supported; known: llama", path.display())]
+    Architecture {
+        /// config.json or the GGUF file
+        path: PathBuf,
+        /// what it says it is
+        found: String,
+    },
+    /// A setting has an impossible value.
+    #[error("{}: {key} is {found}; expected {expected}", path.display())]
+    Config {
+        /// file
+        path: PathBuf,
+        /// key
+        key: String,
+        /// value
+        found: String,
+        /// what would be right
+        expected: String,
+    },
+    /// A tensor has another shape than the configuration says.
+    #[error("{}: {tensor} is {found:?}; the configuration says {expected:?}", path.display())]
+    Shape {
+        /// file
+        path: PathBuf,
+        /// tensor
+        tensor: String,
+        /// its shape
+        found: Vec<usize>,
+        /// shape by the configuration
+        expected: Vec<usize>,
+    },
+    /// A weight is NaN or infinite.
+    #[error("{}: {tensor} holds NaN or infinity; the file is broken", path.display())]
+    NotFinite {
+        /// file
+        path: PathBuf,
+        /// tensor
+        tensor: String,
+    },
+    /// A file could not be read.
+    #[error(transparent)]
+    Format(#[from] engobe_formats::Error),
+    /// A weight could not be converted.
+    #[error(transparent)]
+    Encode(#[from] engobe_kernels::codec::EncodeError),
+    /// An op failed.
+    #[error(transparent)]
+    Op(#[from] engobe_autograd::Error),
+}
+
+/// How a model shall be loaded.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// how base weights are kept
+    pub dtype: WeightDtype,
+    /// where they live
+    pub device: Device,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { dtype: WeightDtype::Stored, device: Device::Cpu }
+    }
+}
+
+/// Loads the decoder in a Hugging Face directory or a `.gguf` file, by memory map and in parallel.
+pub fn load_causal_lm(path: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
+    let checkpoint = Checkpoint::open(path)?;
+    let device = options.device.clone();
+    if let Some(gguf) = checkpoint.gguf() {
+        let architecture = gguf.str("general.architecture")?;
+        if architecture != "llama" {
+            return Err(Error::Architecture { path: path.to_path_buf(), found: architecture.to_string() });
+        }
+        let config = LlamaConfig::from_gguf(gguf)?;
+        let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        let weights = Weights::gguf_llama(&checkpoint, options.dtype, device, heads, kv_heads);
+        return Ok(Box::new(Llama::load(&config, &weights)?));
+    }
+    let config = HfConfig::open(path)?;
+    match config.model_type()? {
+        "llama" => {
+            let weights = Weights::hugging_face(&checkpoint, options.dtype, device);
+            Ok(Box::new(Llama::load(&LlamaConfig::from_hf(&config)?, &weights)?))
+        }
+        other => Err(Error::Architecture { path: config.path().to_path_buf(), found: other.to_string() }),
+    }
+}

@@ -1,1 +1,19 @@
-//! engobe-nn
+//! Layers of transformers over the tape, and the seams at which adapters attach.
+//!
+//! A layer knows its Hugging Face module path (`model.layers.3.self_attn.q_proj`). Adapters find layers by
+//! path through [`ModuleTree`] and attach through the seams; they never see an architecture, and an
+//! architecture never sees a method.
+//!
+//! Must not know: names of models, names of adapter methods, files.
+
+pub mod cache;
+mod causal;
+mod linear;
+mod modules;
+pub mod rope;
+
+pub use cache::KvCache;
+pub use causal::{CausalLm, ModelInfo, TokenBatch};
+pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
+pub use linear::{Linear, LinearAdapter, linear_group};
+pub use modules::{Embedding, ModuleMut, ModuleTree, RmsNorm, Weight};

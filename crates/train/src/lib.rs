@@ -1,1 +1,22 @@
-//! engobe-train
+//! Training: the plan of a run, the step, the optimizer, checkpoints, evaluation.
+//!
+//! Must not know: command lines, terminals, how anything is printed. Whoever runs a [`Trainer`] watches it
+//! through an [`Observer`].
+
+pub mod checkpoint;
+mod error;
+mod evaluate;
+pub mod metrics;
+mod optimizer;
+pub mod plan;
+mod schedule;
+pub mod step;
+mod trainer;
+
+pub use error::{Error, Result};
+pub use evaluate::{Evaluation, evaluate};
+pub use metrics::StepMetrics;
+pub use optimizer::Optimizer;
+pub use plan::Plan;
+pub use schedule::learning_rate;
+pub use trainer::{Observer, Outcome, Silent, Trainer};

@@ -1,0 +1,248 @@
+//! An adapter on a model: attached, with its parameters, from a configuration or from files.
+
+use crate::lora::LoraLayer;
+use crate::saved;
+use crate::target::Targets;
+use crate::{Error, Result};
+use candle_core::{Device, Tensor};
+use engobe_autograd::{Param, host, tensor_of};
+use engobe_formats::peft::{BiasMode, LoraConfig, PeftAdapter};
+use engobe_formats::tensor::TensorView;
+use engobe_kernels::codec;
+use engobe_nn::{Linear, ModuleMut, ModuleTree};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+/// What a new adapter starts from.
+#[derive(Clone, Copy, Debug)]
+pub struct Start {
+    /// seed of the initial values
+    pub seed: u64,
+}
+
+/// A LoRA adapter attached to a model.
+#[derive(Debug)]
+pub struct Adapter {
+    config: LoraConfig,
+    layers: Vec<Arc<LoraLayer>>,
+    /// biases and modules trained in full
+    others: Vec<Param>,
+    /// entries of target_modules that no module answers to
+    unmatched: Vec<String>,
+}
+
+impl Adapter {
+    /// Attaches a new adapter to `model`.
+    ///
+    /// # Errors
+    /// Nothing matches, a target is no linear layer, settings contradict each other.
+    pub fn attach(
+        model: &mut dyn ModuleTree,
+        config: &LoraConfig,
+        start: Start,
+        device: &Device,
+    ) -> Result<Self> {
+        let targets = Targets::new(config)?;
+        let heads = model.output_heads();
+        let mut paths = Vec::new();
+        model.visit_modules(&mut |m| paths.push(m.path().to_string()));
+        let mut attached = Attach { config, targets: &targets, start, device, layers: vec![], others: vec![] };
+        let mut result = Ok(());
+        model.visit_modules(&mut |mut module| {
+            if result.is_ok() {
+                result = attached.module(&mut module, &heads);
+            }
+        });
+        result?;
+        let Attach { layers, others, .. } = attached;
+        if layers.is_empty() {
+            return Err(nothing("target_modules", format!("{:?}", config.target_modules), &paths));
+        }
+        let (unmatched, unsaved) = targets.unmatched(&paths);
+        if let Some(name) = unsaved.first() {
+            return Err(nothing("modules_to_save", (*name).to_string(), &paths));
+        }
+        let unmatched = unmatched.into_iter().map(str::to_string).collect();
+        Ok(Self { config: config.clone(), layers, others, unmatched })
+    }
+
+    /// Attaches the adapter of a PEFT directory.
+    ///
+    /// # Errors
+    /// A tensor that finds no module, a module that finds no tensor, another shape: all are listed.
+    pub fn load(model: &mut dyn ModuleTree, dir: &Path, device: &Device) -> Result<Self> {
+        let file = PeftAdapter::load(dir)?;
+        let adapter = Self::attach(model, &file.config, Start { seed: 0 }, device)?;
+        adapter.fill(dir, &file.tensors)?;
+        Ok(adapter)
+    }
+
+    /// Sets every parameter from a file's tensors; nothing is set unless everything fits.
+    pub fn fill(&self, path: &Path, tensors: &BTreeMap<String, TensorView>) -> Result<()> {
+        let params: BTreeMap<&str, &Param> = self.params().into_iter().map(|p| (p.name(), p)).collect();
+        let mut problems = Vec::new();
+        let mut values = Vec::new();
+        for (name, view) in tensors {
+            match params.get(name.as_str()) {
+                None => problems.push(format!("{name} matches no module")),
+                Some(p) if p.tensor().dims() != view.shape => {
+                    problems.push(format!("{name} is {:?}, the model needs {:?}", view.shape, p.tensor().dims()));
+                }
+                Some(p) => values.push((*p, view)),
+            }
+        }
+        problems.extend(
+            params.keys().filter(|n| !tensors.contains_key(**n)).map(|n| format!("{n} is missing from the file")),
+        );
+        if !problems.is_empty() {
+            return Err(Error::DoesNotFit { path: path.to_path_buf(), problems: shorten(problems) });
+        }
+        for (param, view) in values {
+            let mut data = vec![0f32; param.len()];
+            codec::decode(view.storage()?, view.bytes(), &mut data);
+            if data.iter().any(|v| !v.is_finite()) {
+                return Err(Error::NotFinite { path: path.to_path_buf(), tensor: view.name.clone() });
+            }
+            let value = tensor_of(data, view.shape.as_slice())?.to_device(param.tensor().device())?;
+            param.set(&value)?;
+        }
+        Ok(())
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// The LoRA layers, in the model's order.
+    pub fn layers(&self) -> &[Arc<LoraLayer>] {
+        &self.layers
+    }
+
+    /// Entries of `target_modules` that no module answers to.
+    pub fn unmatched_targets(&self) -> &[String] {
+        &self.unmatched
+    }
+
+    /// Everything that is trained, in a fixed order.
+    pub fn params(&self) -> Vec<&Param> {
+        self.layers.iter().flat_map(|l| l.params()).chain(&self.others).collect()
+    }
+
+    /// Parameters that are not LoRA factors: biases and modules trained in full.
+    pub fn full_params(&self) -> &[Param] {
+        &self.others
+    }
+
+    /// Number of trained elements.
+    pub fn num_parameters(&self) -> usize {
+        self.params().iter().map(|p| p.len()).sum()
+    }
+
+    /// Current values by PEFT's tensor names, on the CPU.
+    pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
+        self.params()
+            .into_iter()
+            .map(|p| Ok((p.name().to_string(), p.tensor().to_device(&Device::Cpu)?)))
+            .collect()
+    }
+
+    /// Writes a PEFT directory.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let state = self.state()?;
+        let mut tensors = Vec::new();
+        for (name, tensor) in &state {
+            let bytes = host(tensor)?.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+            tensors.push((name.clone(), tensor.dims().to_vec(), bytes));
+        }
+        Ok(PeftAdapter::save(dir, &self.config, &tensors)?)
+    }
+}
+
+/// The walk over a model's modules that attaches the adapter.
+struct Attach<'a> {
+    config: &'a LoraConfig,
+    targets: &'a Targets,
+    start: Start,
+    device: &'a Device,
+    layers: Vec<Arc<LoraLayer>>,
+    others: Vec<Param>,
+}
+
+impl Attach<'_> {
+    fn module(&mut self, module: &mut ModuleMut<'_>, heads: &[String]) -> Result<()> {
+        if self.targets.saves(module.path()) {
+            self.others.extend(saved::train_module(module)?);
+            return Ok(());
+        }
+        let kind = match module {
+            ModuleMut::Linear(linear) => {
+                let plain = !heads.iter().any(|h| h == linear.path());
+                let adapted = self.targets.adapts(linear.path(), plain);
+                if adapted {
+                    self.linear(linear)?;
+                }
+                return self.bias(linear, adapted);
+            }
+            ModuleMut::Embedding(_) => "an embedding",
+            ModuleMut::RmsNorm(_) => "a norm",
+        };
+        match self.targets.adapts(module.path(), false) {
+            true => Err(Error::Unsupported { path: module.path().to_string(), kind }),
+            false => Ok(()),
+        }
+    }
+
+    fn linear(&mut self, linear: &mut Linear) -> Result<()> {
+        let path = linear.path().to_string();
+        let r = self.targets.rank(&path, self.config.r);
+        let alpha = self.targets.alpha(&path, self.config.lora_alpha);
+        let scale = if self.config.use_rslora { alpha / (r as f64).sqrt() } else { alpha / r as f64 };
+        let layer = LoraLayer::new(
+            &path,
+            (linear.out_features(), linear.in_features()),
+            r,
+            scale,
+            self.config.lora_dropout,
+            self.config.init_lora_weights,
+            self.start.seed,
+            self.device,
+        )?;
+        let layer = Arc::new(layer);
+        linear.attach(layer.clone());
+        self.layers.push(layer);
+        Ok(())
+    }
+
+    fn bias(&mut self, linear: &mut Linear, adapted: bool) -> Result<()> {
+        let wanted = match self.config.bias {
+            BiasMode::None => false,
+            BiasMode::All => true,
+            BiasMode::LoraOnly => adapted,
+        };
+        if wanted {
+            self.others.extend(saved::train_bias(linear, adapted)?);
+        }
+        Ok(())
+    }
+}
+
+/// The last parts of module paths, each once: what a user may put into `target_modules`.
+fn nothing(key: &'static str, given: String, paths: &[String]) -> Error {
+    let mut kinds: Vec<&str> = paths.iter().filter_map(|p| p.rsplit('.').next()).collect();
+    kinds.sort_unstable();
+    kinds.dedup();
+    Error::NothingMatches { key, given, available: kinds.join(", ") }
+}
+
+/// The first few of a long list, and how many more there are.
+fn shorten(mut problems: Vec<String>) -> Vec<String> {
+    const SHOWN: usize = 8;
+    let more = problems.len().saturating_sub(SHOWN);
+    problems.truncate(SHOWN);
+    if more > 0 {
+        problems.push(format!("and {more} more"));
+    }
+    problems
+}

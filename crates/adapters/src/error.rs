@@ -1,0 +1,75 @@
+//! What can be wrong with an adapter.
+
+use std::path::PathBuf;
+
+/// Result of attaching, loading or saving an adapter.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An adapter that cannot be attached, loaded or saved.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration names no target.
+    #[error("target_modules is missing: give a list of module names, a regex, or \"all-linear\"")]
+    NoTargets,
+    /// A pattern is no regular expression.
+    #[error("{key}: {pattern:?} is not a valid pattern: {reason}")]
+    Pattern {
+        /// setting
+        key: &'static str,
+        /// what was given
+        pattern: String,
+        /// what the regex engine says
+        reason: String,
+    },
+    /// Settings that exclude each other.
+    #[error("{keys} {reason}")]
+    Conflict {
+        /// the settings
+        keys: &'static str,
+        /// why
+        reason: &'static str,
+    },
+    /// No module of the model matches.
+    #[error("{key} matches no module of this model: {given}; it has {available}")]
+    NothingMatches {
+        /// setting
+        key: &'static str,
+        /// what was given
+        given: String,
+        /// kinds of modules there are
+        available: String,
+    },
+    /// A target is not a linear layer.
+    #[error("target_modules: {path} is {kind}; LoRA attaches to linear layers")]
+    Unsupported {
+        /// module
+        path: String,
+        /// what it is
+        kind: &'static str,
+    },
+    /// Tensors of an adapter's file do not fit the model.
+    #[error("{}: the adapter does not fit this model: {}", path.display(), problems.join("; "))]
+    DoesNotFit {
+        /// the adapter's file
+        path: PathBuf,
+        /// one entry a tensor
+        problems: Vec<String>,
+    },
+    /// A tensor holds an infinity or a NaN.
+    #[error("{}: {tensor} holds a value that is not finite", path.display())]
+    NotFinite {
+        /// the adapter's file
+        path: PathBuf,
+        /// tensor
+        tensor: String,
+    },
+    /// A file could not be read or written.
+    #[error(transparent)]
+    Format(#[from] engobe_formats::Error),
+    /// An op failed.
+    #[error(transparent)]
+    Op(#[from] engobe_autograd::Error),
+    /// candle failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}

@@ -1,0 +1,184 @@
+//! Scaled dot-product attention over segments of a token stream, with grouped key/value heads.
+//!
+//! Saves q, k, v, its output and one log-sum-exp a row and head; probabilities are computed again in the
+//! backward (Dao et al. 2022). Segments never see each other, so rows need no padding.
+
+use crate::{Error, Result, Tape, Var, host, ops::dims2, tensor_of, uninit};
+use candle_core::{D, DType, Device, Tensor};
+use engobe_kernels::attention::{self as kernel, AttentionShape, Segment};
+use std::sync::Arc;
+
+/// Attention of `q` `[nq, heads·head_dim]` over `k` and `v` `[nkv, kv_heads·head_dim]`: like `q`.
+pub fn attention<'m>(
+    tape: &mut Tape<'m>,
+    q: &Var,
+    k: &Var,
+    v: &Var,
+    shape: AttentionShape,
+    segments: Arc<[Segment]>,
+) -> Result<Var> {
+    let (nq, nkv) = check(q.tensor(), k.tensor(), v.tensor(), &shape, &segments)?;
+    let slots = [q.slot(), k.slot(), v.slot()];
+    let (qt, kt, vt) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
+    if !tape.fast(&qt) {
+        let y = composed(&qt, &kt, &vt, &shape, &segments)?;
+        return Ok(tape.record1(&slots, y, move |dy, sink| {
+            let grads = composed_backward(&qt, &kt, &vt, &dy, &shape, &segments)?;
+            for (slot, grad) in slots.into_iter().zip(grads) {
+                sink.add(slot, grad)?;
+            }
+            Ok(())
+        }));
+    }
+    let (width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+    let tracked = slots.iter().any(|s| s.is_tracked());
+    let mut out = uninit(nq * width);
+    let mut lse = if tracked { uninit(shape.heads * nq) } else { Vec::new() };
+    kernel::attention(
+        &shape,
+        &segments,
+        &host(&qt)?,
+        &host(&kt)?,
+        &host(&vt)?,
+        &mut out,
+        tracked.then_some(&mut lse),
+    );
+    let y = tensor_of(out, (nq, width))?;
+    let saved = y.clone();
+    Ok(tape.record1(&slots, y, move |dy, sink| {
+        let (mut dq, mut dk, mut dv) = (uninit(nq * width), uninit(nkv * kv_width), uninit(nkv * kv_width));
+        kernel::attention_backward(
+            &shape,
+            &segments,
+            &host(&qt)?,
+            &host(&kt)?,
+            &host(&vt)?,
+            &host(&saved)?,
+            &lse,
+            &host(&dy)?,
+            &mut dq,
+            &mut dk,
+            &mut dv,
+        );
+        sink.add(slots[0], tensor_of(dq, (nq, width))?)?;
+        sink.add(slots[1], tensor_of(dk, (nkv, kv_width))?)?;
+        sink.add(slots[2], tensor_of(dv, (nkv, kv_width))?)
+    }))
+}
+
+/// Number of queries and of keys.
+fn check(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: &AttentionShape,
+    segments: &[Segment],
+) -> Result<(usize, usize)> {
+    let ((nq, width), (nkv, kv_width)) = (dims2("attention", q)?, dims2("attention", k)?);
+    let AttentionShape { heads, kv_heads, head_dim, .. } = *shape;
+    if width != heads * head_dim || kv_width != kv_heads * head_dim || v.dims() != k.dims() {
+        let what = format!(
+            "q {:?}, k {:?}, v {:?} for {heads} heads over {kv_heads} of {head_dim}",
+            q.dims(),
+            k.dims(),
+            v.dims()
+        );
+        return Err(Error::shape("attention", what));
+    }
+    if kv_heads == 0 || heads % kv_heads != 0 {
+        return Err(Error::shape("attention", format!("{heads} heads over {kv_heads} key/value heads")));
+    }
+    let mut next = 0;
+    for s in segments {
+        if s.q.start != next || s.q.end > nq || s.kv.end > nkv || (shape.causal && s.kv.len() < s.q.len()) {
+            return Err(Error::shape("attention", format!("segment {s:?} of {nq} queries, {nkv} keys")));
+        }
+        next = s.q.end;
+    }
+    if next != nq {
+        return Err(Error::shape("attention", format!("segments cover {next} of {nq} queries")));
+    }
+    Ok((nq, nkv))
+}
+
+/// `[rows, heads·hd]` rows of a segment as `[heads, rows, hd]`, key/value heads repeated for their group.
+fn heads_of(t: &Tensor, rows: &std::ops::Range<usize>, heads: usize, group: usize) -> Result<Tensor> {
+    let hd = t.dim(1)? / heads;
+    let t = t.narrow(0, rows.start, rows.len())?.reshape((rows.len(), heads, 1, hd))?;
+    let t = t.broadcast_as((rows.len(), heads, group, hd))?.reshape((rows.len(), heads * group, hd))?;
+    Ok(t.transpose(0, 1)?.contiguous()?)
+}
+
+/// Inverse of [`heads_of`] for gradients: groups are summed.
+fn merge_heads(t: &Tensor, heads: usize, group: usize) -> Result<Tensor> {
+    let (_, rows, hd) = t.dims3()?;
+    let t = t.transpose(0, 1)?.reshape((rows, heads, group, hd))?;
+    Ok(t.sum(2)?.reshape((rows, heads * hd))?)
+}
+
+/// Probabilities of one segment, `[heads, q, kv]`.
+fn probabilities(q: &Tensor, k: &Tensor, shape: &AttentionShape) -> Result<Tensor> {
+    let (_, nq, _) = q.dims3()?;
+    let (_, nkv, _) = k.dims3()?;
+    let mut scores = (q.matmul(&k.t()?)? * f64::from(shape.scale))?;
+    if shape.causal {
+        let ahead = nkv - nq;
+        let mask = (0..nq).flat_map(|i| (0..nkv).map(move |j| if j <= i + ahead { 0.0 } else { f32::NEG_INFINITY }));
+        let mask = Tensor::from_vec(mask.collect::<Vec<f32>>(), (1, nq, nkv), &Device::Cpu)?;
+        scores = scores.broadcast_add(&mask.to_device(q.device())?)?;
+    }
+    let e = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+    Ok(e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?)
+}
+
+fn composed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: &AttentionShape,
+    segments: &[Segment],
+) -> Result<Tensor> {
+    let group = shape.heads / shape.kv_heads;
+    let mut parts = Vec::new();
+    for s in segments {
+        let p = probabilities(
+            &heads_of(q, &s.q, shape.heads, 1)?,
+            &heads_of(k, &s.kv, shape.kv_heads, group)?,
+            shape,
+        )?;
+        let y = p.matmul(&heads_of(v, &s.kv, shape.kv_heads, group)?)?;
+        parts.push(merge_heads(&y, shape.heads, 1)?);
+    }
+    Ok(Tensor::cat(&parts, 0)?)
+}
+
+/// With P the probabilities: dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP - rowsum(dP ⊙ P)), dQ = s·dS·K, dK = s·dSᵀ·Q.
+fn composed_backward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    dy: &Tensor,
+    shape: &AttentionShape,
+    segments: &[Segment],
+) -> Result<[Tensor; 3]> {
+    let group = shape.heads / shape.kv_heads;
+    let mut dq = Vec::new();
+    let mut dk = Tensor::zeros(k.dims(), DType::F32, k.device())?;
+    let mut dv = dk.clone();
+    for s in segments {
+        let (qs, ks) = (heads_of(q, &s.q, shape.heads, 1)?, heads_of(k, &s.kv, shape.kv_heads, group)?);
+        let vs = heads_of(v, &s.kv, shape.kv_heads, group)?;
+        let dys = heads_of(dy, &s.q, shape.heads, 1)?;
+        let p = probabilities(&qs, &ks, shape)?;
+        let dp = dys.matmul(&vs.t()?)?;
+        let mean = (&dp * &p)?.sum_keepdim(D::Minus1)?;
+        let ds = ((&p * dp.broadcast_sub(&mean)?)? * f64::from(shape.scale))?;
+        dq.push(merge_heads(&ds.matmul(&ks)?, shape.heads, 1)?);
+        let rows = Tensor::arange(s.kv.start as u32, s.kv.end as u32, k.device())?;
+        let dks = merge_heads(&ds.t()?.matmul(&qs)?, shape.kv_heads, group)?;
+        let dvs = merge_heads(&p.t()?.matmul(&dys)?, shape.kv_heads, group)?;
+        dk = dk.index_add(&rows, &dks, 0)?;
+        dv = dv.index_add(&rows, &dvs, 0)?;
+    }
+    Ok([Tensor::cat(&dq, 0)?, dk, dv])
+}

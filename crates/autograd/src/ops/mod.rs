@@ -1,0 +1,33 @@
+//! The ops, one file each.
+
+mod add;
+mod attention;
+pub(crate) mod dropout;
+mod embedding;
+mod gated;
+mod head_loss;
+mod linear;
+mod norm;
+mod rope;
+mod rows;
+mod scale;
+
+pub use add::add;
+pub use attention::attention;
+pub use dropout::dropout as drop_out;
+pub use embedding::embedding;
+pub use gated::silu_mul;
+pub use head_loss::{Head, HeadLoss, head_loss};
+pub use linear::{LinearSpec, LowRank, Matrix, linear, linear_group};
+pub use norm::rms_norm;
+pub use rope::{RopeSpec, rope};
+pub use rows::select_rows;
+pub use scale::scale;
+
+use crate::{Error, Result};
+use candle_core::Tensor;
+
+/// Rows and columns of an activation `[n, d]`.
+pub(crate) fn dims2(op: &'static str, t: &Tensor) -> Result<(usize, usize)> {
+    t.dims2().map_err(|_| Error::shape(op, format!("expected [tokens, features], found {:?}", t.dims())))
+}

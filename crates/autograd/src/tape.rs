@@ -1,0 +1,374 @@
+//! [`Tape`], [`Var`] and the walk back.
+
+use crate::param::{Gradients, Param, ParamId};
+use crate::{Result, host};
+use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
+use std::collections::HashMap;
+
+/// Where the gradient of a value goes: nowhere if nothing trainable is upstream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Slot(Option<(usize, usize)>);
+
+impl Slot {
+    /// True if a gradient is wanted here.
+    pub fn is_tracked(self) -> bool {
+        self.0.is_some()
+    }
+}
+
+/// A tensor and its place on the tape.
+#[derive(Clone, Debug)]
+pub struct Var {
+    tensor: Tensor,
+    slot: Slot,
+}
+
+impl Var {
+    /// A value with nothing trainable upstream.
+    pub fn constant(tensor: Tensor) -> Self {
+        Self { tensor, slot: Slot(None) }
+    }
+
+    /// The value.
+    pub fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+
+    /// The value, taken out.
+    pub fn into_tensor(self) -> Tensor {
+        self.tensor
+    }
+
+    /// Where its gradient goes.
+    pub fn slot(&self) -> Slot {
+        self.slot
+    }
+
+    /// True if something trainable is upstream.
+    pub fn is_tracked(&self) -> bool {
+        self.slot.is_tracked()
+    }
+}
+
+/// A gradient on its way. An exclusive one may be added to in place.
+struct Grad {
+    tensor: Tensor,
+    exclusive: bool,
+}
+
+/// The gradients that arrived at an op's outputs.
+pub struct OutGrads(Vec<Option<Grad>>);
+
+impl OutGrads {
+    /// The gradient of output `i`; `None` if nothing downstream used it.
+    pub fn take(&mut self, i: usize) -> Option<Tensor> {
+        self.0.get_mut(i)?.take().map(|g| g.tensor)
+    }
+}
+
+/// Where an op's backward leaves the gradients of its inputs.
+pub struct GradSink<'a> {
+    pending: &'a mut Vec<Vec<Option<Grad>>>,
+    params: &'a mut Gradients,
+}
+
+impl GradSink<'_> {
+    /// Hands over a gradient that the op made and keeps no copy of.
+    pub fn add(&mut self, slot: Slot, tensor: Tensor) -> Result<()> {
+        self.put(slot, Grad { tensor, exclusive: true })
+    }
+
+    /// Hands over a gradient whose tensor is also handed to, or owned by, somebody else.
+    pub fn add_shared(&mut self, slot: Slot, tensor: Tensor) -> Result<()> {
+        self.put(slot, Grad { tensor, exclusive: false })
+    }
+
+    fn put(&mut self, slot: Slot, new: Grad) -> Result<()> {
+        let Some((node, output)) = slot.0 else { return Ok(()) };
+        let place = &mut self.pending[node][output];
+        *place = Some(match place.take() {
+            None => new,
+            Some(old) if old.exclusive => {
+                add_in_place(&old.tensor, &new.tensor)?;
+                old
+            }
+            Some(old) if new.exclusive => {
+                add_in_place(&new.tensor, &old.tensor)?;
+                new
+            }
+            Some(old) => Grad { tensor: (old.tensor + new.tensor)?, exclusive: true },
+        });
+        Ok(())
+    }
+}
+
+/// `sum += term`, for tensors of one shape.
+fn add_in_place(sum: &Tensor, term: &Tensor) -> Result<()> {
+    struct AddAssign;
+    impl InplaceOp2 for AddAssign {
+        fn name(&self) -> &'static str {
+            "add_assign"
+        }
+
+        fn cpu_fwd(
+            &self,
+            s1: &mut CpuStorage,
+            l1: &Layout,
+            s2: &CpuStorage,
+            l2: &Layout,
+        ) -> candle_core::Result<()> {
+            match (s1, l1.contiguous_offsets(), s2, l2.contiguous_offsets()) {
+                (CpuStorage::F32(a), Some((a0, a1)), CpuStorage::F32(b), Some((b0, b1))) => {
+                    engobe_kernels::elementwise::add_assign(&mut a[a0..a1], &b[b0..b1]);
+                    Ok(())
+                }
+                _ => candle_core::bail!("add_assign: gradients are contiguous f32"),
+            }
+        }
+    }
+    if sum.device().is_cpu() {
+        return Ok(sum.inplace_op2(&term.contiguous()?, &AddAssign)?);
+    }
+    Ok(sum.slice_set(&(sum + term)?.contiguous()?, 0, 0)?)
+}
+
+type Backward<'m> = Box<dyn FnOnce(OutGrads, &mut GradSink<'_>) -> Result<()> + 'm>;
+
+enum Node<'m> {
+    Leaf,
+    Param(ParamId),
+    Op(Backward<'m>),
+}
+
+/// The record of one forward pass, and how to walk it back.
+///
+/// `'m` is the life of the model whose weights the recorded ops borrow.
+pub struct Tape<'m> {
+    nodes: Vec<Node<'m>>,
+    outputs: Vec<usize>,
+    params: HashMap<ParamId, Slot>,
+    options: Options,
+    /// random draws so far: two runs of the same forward see the same dropout masks
+    draws: u64,
+    touched_param: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Options {
+    recording: bool,
+    composed: bool,
+    checkpointing: bool,
+    dropout_seed: Option<u64>,
+}
+
+impl<'m> Tape<'m> {
+    fn with(options: Options) -> Self {
+        Self {
+            nodes: Vec::new(),
+            outputs: Vec::new(),
+            params: HashMap::new(),
+            options,
+            draws: 0,
+            touched_param: false,
+        }
+    }
+
+    /// A tape that records, for training.
+    pub fn new() -> Self {
+        Self::with(Options { recording: true, composed: false, checkpointing: false, dropout_seed: None })
+    }
+
+    /// A tape that records nothing, for evaluation and generation.
+    pub fn inference() -> Self {
+        Self::with(Options { recording: false, composed: false, checkpointing: false, dropout_seed: None })
+    }
+
+    /// Turns dropout on; `seed` fixes all masks of this forward pass.
+    pub fn dropout_seed(mut self, seed: u64) -> Self {
+        self.options.dropout_seed = Some(seed);
+        self
+    }
+
+    /// Lets [`Tape::block`] keep the block's input alone and run its forward again in the backward.
+    pub fn checkpointing(mut self, on: bool) -> Self {
+        self.options.checkpointing = on;
+        self
+    }
+
+    /// Uses the composed form of every op, also on the CPU.
+    pub fn composed(mut self, on: bool) -> Self {
+        self.options.composed = on;
+        self
+    }
+
+    /// True if ops on `tensor` shall take the kernels' form.
+    pub fn fast(&self, tensor: &Tensor) -> bool {
+        !self.options.composed && tensor.device().is_cpu()
+    }
+
+    /// The seed of the next dropout mask, if dropout is on.
+    pub fn next_dropout_seed(&mut self) -> Option<u64> {
+        let seed = self.options.dropout_seed?;
+        self.draws += 1;
+        Some(engobe_kernels::dropout::mix(seed, self.draws))
+    }
+
+    /// The parameter as a value on this tape; its gradient goes to [`Gradients`].
+    pub fn param(&mut self, param: &Param) -> Var {
+        self.touched_param = true;
+        let tensor = param.tensor().clone();
+        if !self.options.recording {
+            return Var::constant(tensor);
+        }
+        if let Some(slot) = self.params.get(&param.id()) {
+            return Var { tensor, slot: *slot };
+        }
+        let slot = self.push(Node::Param(param.id()), 1);
+        self.params.insert(param.id(), slot);
+        Var { tensor, slot }
+    }
+
+    /// A value whose gradient [`Tape::backward_to`] hands out.
+    pub fn leaf(&mut self, tensor: Tensor) -> Var {
+        let slot = if self.options.recording { self.push(Node::Leaf, 1) } else { Slot(None) };
+        Var { tensor, slot }
+    }
+
+    fn push(&mut self, node: Node<'m>, outputs: usize) -> Slot {
+        self.nodes.push(node);
+        self.outputs.push(outputs);
+        Slot(Some((self.nodes.len() - 1, 0)))
+    }
+
+    /// Wraps an op's outputs; if one of `inputs` is tracked, `backward` is kept and will receive the
+    /// gradients of the outputs once.
+    pub fn record(
+        &mut self,
+        inputs: &[Slot],
+        outputs: Vec<Tensor>,
+        backward: impl FnOnce(OutGrads, &mut GradSink<'_>) -> Result<()> + 'm,
+    ) -> Vec<Var> {
+        let tracked = self.options.recording && inputs.iter().any(|s| s.is_tracked());
+        if !tracked {
+            return outputs.into_iter().map(Var::constant).collect();
+        }
+        let slot = self.push(Node::Op(Box::new(backward)), outputs.len());
+        let Slot(Some((node, _))) = slot else { unreachable!("push gives a place") };
+        outputs
+            .into_iter()
+            .enumerate()
+            .map(|(i, tensor)| Var { tensor, slot: Slot(Some((node, i))) })
+            .collect()
+    }
+
+    /// [`Tape::record`] for an op with one output.
+    pub fn record1(
+        &mut self,
+        inputs: &[Slot],
+        output: Tensor,
+        backward: impl FnOnce(Tensor, &mut GradSink<'_>) -> Result<()> + 'm,
+    ) -> Var {
+        let keep = output.clone();
+        let outs = self.record(inputs, vec![output], |mut grads, sink| match grads.take(0) {
+            Some(dy) => backward(dy, sink),
+            None => Ok(()),
+        });
+        outs.into_iter().next().unwrap_or_else(|| Var::constant(keep))
+    }
+
+    /// Runs `f`, a stretch of the model with one output. With checkpointing on, nothing inside it is kept
+    /// but its tracked inputs; the backward runs `f` again (Chen et al. 2016) with the same dropout masks.
+    pub fn block<F>(&mut self, inputs: &[Var], f: F) -> Result<Var>
+    where
+        F: Fn(&mut Tape<'m>, &[Var]) -> Result<Var> + 'm,
+    {
+        if !(self.options.recording && self.options.checkpointing) {
+            return f(self, inputs);
+        }
+        let mut first = Tape::with(Options { recording: false, ..self.options });
+        first.draws = self.draws;
+        let plain: Vec<Var> = inputs.iter().map(|v| Var::constant(v.tensor.clone())).collect();
+        let output = f(&mut first, &plain)?.into_tensor();
+        let draws_before = std::mem::replace(&mut self.draws, first.draws);
+        let options = Options { checkpointing: false, ..self.options };
+        let slots: Vec<Slot> = inputs.iter().map(Var::slot).collect();
+        let mut upstream = slots.clone();
+        if first.touched_param {
+            // the block's own parameters are reached through the second run, not through a slot of this tape
+            upstream.push(self.push(Node::Leaf, 1));
+        }
+        Ok(self.record1(&upstream, output, move |dy, sink| {
+            let mut tape = Tape::with(options);
+            tape.draws = draws_before;
+            let vars: Vec<Var> = plain
+                .into_iter()
+                .zip(&slots)
+                .map(|(v, slot)| if slot.is_tracked() { tape.leaf(v.into_tensor()) } else { v })
+                .collect();
+            let y = f(&mut tape, &vars)?;
+            let grads = tape.backward_to(&y, dy, &vars, sink.params)?;
+            for (slot, grad) in slots.iter().zip(grads) {
+                if let Some(grad) = grad {
+                    sink.add(*slot, grad)?;
+                }
+            }
+            Ok(())
+        }))
+    }
+
+    /// Walks back from `y` with the gradient `dy`, adding to `params`.
+    pub fn backward(self, y: &Var, dy: Tensor, params: &mut Gradients) -> Result<()> {
+        self.backward_to(y, dy, &[], params).map(|_| ())
+    }
+
+    /// [`Tape::backward`] that also returns the gradients of `leaves`.
+    pub fn backward_to(
+        mut self,
+        y: &Var,
+        dy: Tensor,
+        leaves: &[Var],
+        params: &mut Gradients,
+    ) -> Result<Vec<Option<Tensor>>> {
+        let mut pending: Vec<Vec<Option<Grad>>> =
+            self.outputs.iter().map(|n| (0..*n).map(|_| None).collect()).collect();
+        // an op may keep the tensor it was handed, so the first gradient counts as shared
+        GradSink { pending: &mut pending, params }.add_shared(y.slot(), dy)?;
+        while let Some(node) = self.nodes.pop() {
+            let i = self.nodes.len();
+            let grads = OutGrads(std::mem::take(&mut pending[i]));
+            if grads.0.iter().all(Option::is_none) {
+                continue;
+            }
+            match node {
+                Node::Leaf => pending[i] = grads.0,
+                Node::Param(id) => {
+                    for grad in grads.0.into_iter().flatten() {
+                        params.add(id, grad.tensor)?;
+                    }
+                }
+                Node::Op(backward) => backward(grads, &mut GradSink { pending: &mut pending, params })?,
+            }
+        }
+        let take = |v: &Var| {
+            let (node, output) = v.slot.0?;
+            pending.get_mut(node)?.get_mut(output)?.take().map(|g| g.tensor)
+        };
+        Ok(leaves.iter().map(take).collect())
+    }
+}
+
+impl Default for Tape<'_> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Var {
+    /// Value of a one-element tensor.
+    pub fn scalar(&self) -> Result<f32> {
+        if self.tensor.device().is_cpu() {
+            return Ok(host(&self.tensor)?[0]);
+        }
+        Ok(self.tensor.flatten_all()?.to_vec1::<f32>()?[0])
+    }
+}

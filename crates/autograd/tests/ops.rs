@@ -1,0 +1,345 @@
+//! Every op, in both forms, against finite differences and against its other form.
+//!
+//! A case is a scalar function of parameters. Its loss is a fixed random weighting of the op's outputs, so
+//! that no gradient can cancel. Central differences with step h err by O(h²) from curvature and by about
+//! 1e-7·|loss|/h from rounding in f32; with h = 1e-2 and outputs of order one both stay below 1e-3 of the
+//! gradients' scale, hence the tolerance of 1e-2 of the largest gradient.
+
+use candle_core::{Device, Tensor};
+use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, RopeSpec};
+use engobe_autograd::{FrozenWeight, Gradients, Param, Result, Tape, Var};
+use engobe_kernels::attention::{AttentionShape, Segment};
+use engobe_kernels::rope::RopeTable;
+use std::sync::Arc;
+
+const STEP: f32 = 1e-2;
+
+fn randn(seed: u64, n: usize) -> Vec<f32> {
+    let unit = |i: u64| (engobe_kernels::dropout::mix(seed, i) >> 40) as f32 / (1u64 << 24) as f32;
+    // the sum of four uniform numbers is near enough to normal here
+    (0..n as u64).map(|i| (0..4).map(|j| unit(4 * i + j)).sum::<f32>() - 2.0).collect()
+}
+
+fn tensor(seed: u64, shape: &[usize]) -> Tensor {
+    let n = shape.iter().product();
+    Tensor::from_vec(randn(seed, n), shape, &Device::Cpu).unwrap()
+}
+
+fn param(name: &str, seed: u64, shape: &[usize]) -> Param {
+    Param::new(name, &tensor(seed, shape)).unwrap()
+}
+
+/// Weighted sum of `vars`, as a loss; the weights are the gradient that each var receives.
+fn weigh<'m>(tape: &mut Tape<'m>, vars: &[Var]) -> Result<Var> {
+    let mut total = 0f64;
+    let mut slots = Vec::new();
+    let mut weights = Vec::new();
+    for (i, v) in vars.iter().enumerate() {
+        let w = tensor(900 + i as u64, v.tensor().dims());
+        total += f64::from((v.tensor() * &w)?.sum_all()?.to_scalar::<f32>()?);
+        slots.push(v.slot());
+        weights.push(w);
+    }
+    let value = Tensor::from_vec(vec![total as f32], 1, &Device::Cpu)?;
+    let inputs = slots.clone();
+    Ok(tape.record1(&inputs, value, move |dy, sink| {
+        let scale = f64::from(dy.to_vec1::<f32>()?[0]);
+        for (slot, w) in slots.into_iter().zip(weights) {
+            sink.add(slot, (w * scale)?)?;
+        }
+        Ok(())
+    }))
+}
+
+type Case<'a> = &'a dyn for<'m> Fn(&mut Tape<'m>) -> Result<Var>;
+
+fn loss_of(case: Case<'_>, composed: bool) -> f64 {
+    let mut tape = Tape::inference().composed(composed).dropout_seed(5);
+    f64::from(case(&mut tape).unwrap().scalar().unwrap())
+}
+
+fn gradients_of(case: Case<'_>, composed: bool, checkpointing: bool) -> (f64, Gradients) {
+    let mut tape = Tape::new().composed(composed).checkpointing(checkpointing).dropout_seed(5);
+    let loss = case(&mut tape).unwrap();
+    let value = f64::from(loss.scalar().unwrap());
+    let mut grads = Gradients::new();
+    tape.backward(&loss, Tensor::ones(1, candle_core::DType::F32, &Device::Cpu).unwrap(), &mut grads).unwrap();
+    (value, grads)
+}
+
+fn values(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn close(a: &[f32], b: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(a.len(), b.len(), "{what}");
+    let scale = b.iter().fold(1e-3f32, |m, v| m.max(v.abs()));
+    for (i, (x, y)) in a.iter().zip(b).enumerate() {
+        assert!((x - y).abs() <= tolerance * scale, "{what}[{i}]: {x} and {y}, scale {scale}");
+    }
+}
+
+/// Both forms: finite differences; fast against composed; checkpointed against plain.
+fn check(params: &[&Param], case: Case<'_>) {
+    let (fast, fast_grads) = gradients_of(case, false, false);
+    let (composed, composed_grads) = gradients_of(case, true, false);
+    assert!((fast - composed).abs() <= 1e-4 * fast.abs().max(1.0), "forward: {fast} and {composed}");
+    assert!((fast - loss_of(case, false)).abs() <= 1e-6 * fast.abs().max(1.0), "recording changes the value");
+    let (again, again_grads) = gradients_of(case, false, true);
+    assert_eq!(fast, again, "checkpointing changes the value");
+    for p in params {
+        let name = p.name();
+        let analytic = values(fast_grads.get(p).unwrap_or_else(|| panic!("no gradient for {name}")));
+        close(&values(composed_grads.get(p).unwrap()), &analytic, 1e-4, &format!("composed {name}"));
+        assert_eq!(values(again_grads.get(p).unwrap()), analytic, "checkpointed {name}");
+        let original = values(p.tensor());
+        let mut numeric = Vec::new();
+        for i in 0..original.len() {
+            let mut at = |delta: f32| {
+                let mut moved = original.clone();
+                moved[i] += delta;
+                p.set(&Tensor::from_vec(moved, p.tensor().dims(), &Device::Cpu).unwrap()).unwrap();
+                loss_of(case, false)
+            };
+            numeric.push(((at(STEP) - at(-STEP)) / (2.0 * f64::from(STEP))) as f32);
+        }
+        p.set(&Tensor::from_vec(original, p.tensor().dims(), &Device::Cpu).unwrap()).unwrap();
+        close(&analytic, &numeric, 1e-2, &format!("finite differences of {name}"));
+    }
+}
+
+fn frozen(seed: u64, rows: usize, cols: usize) -> Matrix {
+    Matrix::Frozen(FrozenWeight::from_tensor(&tensor(seed, &[rows, cols])).unwrap())
+}
+
+#[test]
+fn add_and_scale() {
+    let (a, b) = (param("a", 1, &[3, 4]), param("b", 2, &[3, 4]));
+    check(&[&a, &b], &|tape| {
+        let (a, b) = (tape.param(&a), tape.param(&b));
+        let sum = ops::add(tape, &a, &b)?;
+        let sum = ops::scale(tape, &sum, 0.7)?;
+        // a is used twice: gradients must add up without touching each other
+        let twice = ops::add(tape, &sum, &a)?;
+        weigh(tape, &[twice, sum])
+    });
+}
+
+#[test]
+fn rms_norm() {
+    let (x, w) = (param("x", 3, &[3, 8]), param("w", 4, &[8]));
+    check(&[&x, &w], &|tape| {
+        let (x, w) = (tape.param(&x), tape.param(&w));
+        let y = ops::rms_norm(tape, &x, &w, 1e-5)?;
+        weigh(tape, &[y])
+    });
+}
+
+#[test]
+fn silu_mul() {
+    let (g, u) = (param("gate", 5, &[3, 5]), param("up", 6, &[3, 5]));
+    check(&[&g, &u], &|tape| {
+        let (g, u) = (tape.param(&g), tape.param(&u));
+        let y = ops::silu_mul(tape, &g, &u)?;
+        weigh(tape, &[y])
+    });
+}
+
+#[test]
+fn rope_partial_and_whole() {
+    for half in [2usize, 4] {
+        let x = param("x", 7, &[4, 16]);
+        let freqs: Vec<f32> = (0..half).map(|i| 10f32.powf(-(i as f32) / half as f32)).collect();
+        let spec = RopeSpec {
+            table: Arc::new(RopeTable::new(&freqs, 1.1, 16)),
+            positions: Arc::from([0u32, 1, 2, 9]),
+        };
+        check(&[&x], &|tape| {
+            let x = tape.param(&x);
+            let y = ops::rope(tape, &x, &spec, 8)?;
+            weigh(tape, &[y])
+        });
+    }
+}
+
+#[test]
+fn select_rows_and_dropout() {
+    let x = param("x", 8, &[5, 4]);
+    check(&[&x], &|tape| {
+        let x = tape.param(&x);
+        let dropped = ops::drop_out(tape, &x, 0.4)?;
+        let y = ops::select_rows(tape, &dropped, Arc::from([0u32, 2, 4]))?;
+        weigh(tape, &[y])
+    });
+}
+
+#[test]
+fn embedding_trained_and_frozen() {
+    let w = param("w", 9, &[6, 4]);
+    check(&[&w], &|tape| {
+        let trained = Matrix::Trained(tape.param(&w));
+        let ids: Arc<[u32]> = Arc::from([1u32, 3, 1, 5]);
+        let y = ops::embedding(tape, &trained, ids.clone(), &Device::Cpu)?;
+        let z = ops::embedding(tape, &frozen(10, 6, 4), ids, &Device::Cpu)?;
+        assert!(!z.is_tracked());
+        let sum = ops::add(tape, &y, &z)?;
+        weigh(tape, &[sum])
+    });
+}
+
+#[test]
+fn attention_grouped_packed_causal_and_not() {
+    for causal in [true, false] {
+        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 4, scale: 0.5, causal };
+        let (q, k, v) = (param("q", 11, &[7, 16]), param("k", 12, &[7, 8]), param("v", 13, &[7, 8]));
+        let segment = |r: std::ops::Range<usize>| Segment { q: r.clone(), kv: r };
+        let segments: Arc<[Segment]> = Arc::from([segment(0..3), segment(3..4), segment(4..7)]);
+        check(&[&q, &k, &v], &|tape| {
+            let (q, k, v) = (tape.param(&q), tape.param(&k), tape.param(&v));
+            let y = ops::attention(tape, &q, &k, &v, shape, segments.clone())?;
+            weigh(tape, &[y])
+        });
+    }
+}
+
+#[test]
+fn attention_over_longer_keys() {
+    let shape = AttentionShape { heads: 2, kv_heads: 1, head_dim: 4, scale: 0.5, causal: true };
+    let (q, k, v) = (param("q", 14, &[2, 8]), param("k", 15, &[5, 4]), param("v", 16, &[5, 4]));
+    let segments: Arc<[Segment]> = Arc::from([Segment { q: 0..2, kv: 0..5 }]);
+    check(&[&q, &k, &v], &|tape| {
+        let (q, k, v) = (tape.param(&q), tape.param(&k), tape.param(&v));
+        let y = ops::attention(tape, &q, &k, &v, shape, segments.clone())?;
+        weigh(tape, &[y])
+    });
+}
+
+/// A group of three layers: two with deltas on the same input (one with a bias), one trained.
+#[test]
+fn linear_group() {
+    for dropout in [0.0, 0.3] {
+        let x = param("x", 20, &[4, 6]);
+        let (a1, b1) = (param("a1", 21, &[2, 6]), param("b1", 22, &[5, 2]));
+        let (a2, b2) = (param("a2", 23, &[3, 6]), param("b2", 24, &[3, 3]));
+        let bb = param("b2.bias", 25, &[3]);
+        let (w, bias) = (param("w", 26, &[4, 6]), param("bias", 27, &[4]));
+        check(&[&x, &a1, &b1, &a2, &b2, &bb, &w, &bias], &|tape| {
+            let x = tape.param(&x);
+            let low_rank = |a: &Param, b: &Param, bias: Option<&Param>, tape: &mut Tape<'_>| LowRank {
+                a: tape.param(a),
+                b: tape.param(b),
+                b_bias: bias.map(|p| tape.param(p)),
+                scale: 1.5,
+                dropout,
+            };
+            let first = low_rank(&a1, &b1, None, tape);
+            let second = low_rank(&a2, &b2, Some(&bb), tape);
+            let specs = vec![
+                LinearSpec { weight: frozen(28, 5, 6), bias: None, low_rank: vec![first] },
+                LinearSpec { weight: frozen(29, 3, 6), bias: None, low_rank: vec![second] },
+                LinearSpec {
+                    weight: Matrix::Trained(tape.param(&w)),
+                    bias: Some(tape.param(&bias)),
+                    low_rank: vec![],
+                },
+            ];
+            let ys = ops::linear_group(tape, &x, specs)?;
+            weigh(tape, &ys)
+        });
+    }
+}
+
+/// One output of a group may go unused.
+#[test]
+fn linear_group_with_an_unused_output() {
+    let x = param("x", 30, &[3, 4]);
+    check(&[&x], &|tape| {
+        let x = tape.param(&x);
+        let specs = vec![LinearSpec::plain(frozen(31, 2, 4)), LinearSpec::plain(frozen(32, 5, 4))];
+        let ys = ops::linear_group(tape, &x, specs)?;
+        weigh(tape, &ys[1..])
+    });
+}
+
+#[test]
+fn head_loss_frozen() {
+    let h = param("hidden", 40, &[4, 6]);
+    check(&[&h], &|tape| {
+        let h = tape.param(&h);
+        let head = Head { weight: frozen(41, 9, 6), bias: None, low_rank: None };
+        Ok(ops::head_loss(tape, &h, head, Arc::from([0u32, 8, 3, 3]))?.loss)
+    });
+}
+
+#[test]
+fn head_loss_trained_with_delta() {
+    let h = param("hidden", 50, &[4, 6]);
+    let (w, bias) = (param("w", 51, &[9, 6]), param("bias", 52, &[9]));
+    let (u, b) = (param("u", 53, &[4, 2]), param("b", 54, &[9, 2]));
+    check(&[&h, &w, &bias, &u, &b], &|tape| {
+        let h = tape.param(&h);
+        let head = Head {
+            weight: Matrix::Trained(tape.param(&w)),
+            bias: Some(tape.param(&bias)),
+            low_rank: Some((tape.param(&u), tape.param(&b))),
+        };
+        Ok(ops::head_loss(tape, &h, head, Arc::from([0u32, 8, 3, 3]))?.loss)
+    });
+}
+
+/// Blocks: parameters inside, an input from outside, dropout masks that must come out the same twice.
+#[test]
+fn a_block_recomputes_to_the_same_bits() {
+    let (x, w) = (param("x", 60, &[3, 4]), param("w", 61, &[4, 4]));
+    let build = |checkpointing: bool| {
+        let mut tape = Tape::new().checkpointing(checkpointing).dropout_seed(3);
+        let start = tape.param(&x);
+        let mut y = start.clone();
+        for _ in 0..3 {
+            let w = &w;
+            y = tape
+                .block(&[y, start.clone()], move |tape, xs| {
+                    let weight = Matrix::Trained(tape.param(w));
+                    let z = ops::linear(tape, &xs[0], LinearSpec::plain(weight))?;
+                    let z = ops::drop_out(tape, &z, 0.5)?;
+                    ops::add(tape, &z, &xs[1])
+                })
+                .unwrap();
+        }
+        let loss = weigh(&mut tape, &[y]).unwrap();
+        let mut grads = Gradients::new();
+        let one = Tensor::ones(1, candle_core::DType::F32, &Device::Cpu).unwrap();
+        let value = loss.scalar().unwrap();
+        tape.backward(&loss, one, &mut grads).unwrap();
+        (value, values(grads.get(&x).unwrap()), values(grads.get(&w).unwrap()))
+    };
+    assert_eq!(build(false), build(true));
+}
+
+#[test]
+fn untracked_inputs_record_nothing() {
+    let mut tape = Tape::new();
+    let x = Var::constant(tensor(70, &[2, 4]));
+    let y = ops::linear(&mut tape, &x, LinearSpec::plain(frozen(71, 3, 4))).unwrap();
+    let z = ops::silu_mul(&mut tape, &y, &y).unwrap();
+    assert!(!z.is_tracked());
+}
+
+#[test]
+fn shapes_that_do_not_fit_are_errors() {
+    let mut tape = Tape::new();
+    let x = Var::constant(tensor(80, &[2, 4]));
+    let y = Var::constant(tensor(81, &[2, 5]));
+    assert!(ops::add(&mut tape, &x, &y).is_err());
+    assert!(ops::silu_mul(&mut tape, &x, &y).is_err());
+    assert!(ops::rms_norm(&mut tape, &x, &y, 1e-5).is_err());
+    assert!(ops::linear(&mut tape, &y, LinearSpec::plain(frozen(82, 3, 4))).is_err());
+    assert!(ops::select_rows(&mut tape, &x, Arc::from([1u32, 0])).is_err());
+    assert!(ops::select_rows(&mut tape, &x, Arc::from([2u32])).is_err());
+    assert!(ops::embedding(&mut tape, &frozen(83, 3, 4), Arc::from([3u32]), &Device::Cpu).is_err());
+    let shape = AttentionShape { heads: 2, kv_heads: 2, head_dim: 2, scale: 1.0, causal: true };
+    let segments: Arc<[Segment]> = Arc::from([Segment { q: 0..1, kv: 0..2 }]);
+    assert!(ops::attention(&mut tape, &x, &x, &x, shape, segments).is_err());
+    let head = Head { weight: frozen(84, 3, 4), bias: None, low_rank: None };
+    assert!(ops::head_loss(&mut tape, &x, head, Arc::from([0u32, 3])).is_err());
+}

@@ -1,0 +1,245 @@
+//! LLaMA decoders (Touvron et al. 2023): grouped-query attention, rotary positions, SwiGLU, RMSNorm.
+//!
+//! Module paths are those of transformers' `LlamaForCausalLM`.
+
+use crate::llama_config::LlamaConfig;
+use crate::weights::Weights;
+use crate::Result;
+use candle_core::{Device, Tensor};
+use engobe_autograd::ops::{self, Head, HeadLoss, LinearSpec, RopeSpec};
+use engobe_autograd::{Error as OpError, Result as OpResult, Tape, Var};
+use engobe_kernels::attention::{AttentionShape, Segment};
+use engobe_nn::rope::Rope;
+use engobe_nn::{
+    CausalLm, Embedding, KvCache, Linear, ModelInfo, ModuleMut, ModuleTree, RmsNorm, TokenBatch, linear_group,
+};
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// A LLaMA decoder with its output head.
+#[derive(Debug)]
+pub struct Llama {
+    info: ModelInfo,
+    embed_tokens: Embedding,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    lm_head: Linear,
+    rope: Rope,
+    device: Device,
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_layernorm: RmsNorm,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    post_attention_layernorm: RmsNorm,
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+    shape: AttentionShape,
+}
+
+/// What every layer needs to know of the tokens at hand.
+#[derive(Clone)]
+struct Context {
+    rope: RopeSpec,
+    segments: Arc<[Segment]>,
+}
+
+impl Llama {
+    /// Builds the model over the weights of a checkpoint.
+    pub fn load(config: &LlamaConfig, weights: &Weights<'_>) -> Result<Self> {
+        let c = config;
+        let (d, kv, all) = (c.hidden_size, c.kv_width(), c.num_attention_heads * c.head_dim);
+        let embed = weights.matrix("model.embed_tokens.weight", c.vocab_size, d)?;
+        let head = match c.tie_word_embeddings {
+            true => embed.clone(),
+            false => weights.matrix("lm_head.weight", c.vocab_size, d)?,
+        };
+        let linear = |path: &str, out: usize, width: usize, bias: bool| -> Result<Linear> {
+            let weight = weights.matrix(&format!("{path}.weight"), out, width)?;
+            let bias = bias.then(|| weights.vector(&format!("{path}.bias"), out)).transpose()?;
+            Ok(Linear::new(path, weight, bias))
+        };
+        let norm = |path: &str| -> Result<RmsNorm> {
+            Ok(RmsNorm::new(path, weights.vector(&format!("{path}.weight"), d)?, c.rms_norm_eps))
+        };
+        let layer = |i: usize| -> Result<Layer> {
+            let p = format!("model.layers.{i}");
+            Ok(Layer {
+                input_layernorm: norm(&format!("{p}.input_layernorm"))?,
+                q_proj: linear(&format!("{p}.self_attn.q_proj"), all, d, c.attention_bias)?,
+                k_proj: linear(&format!("{p}.self_attn.k_proj"), kv, d, c.attention_bias)?,
+                v_proj: linear(&format!("{p}.self_attn.v_proj"), kv, d, c.attention_bias)?,
+                o_proj: linear(&format!("{p}.self_attn.o_proj"), d, all, c.attention_bias)?,
+                post_attention_layernorm: norm(&format!("{p}.post_attention_layernorm"))?,
+                gate_proj: linear(&format!("{p}.mlp.gate_proj"), c.intermediate_size, d, c.mlp_bias)?,
+                up_proj: linear(&format!("{p}.mlp.up_proj"), c.intermediate_size, d, c.mlp_bias)?,
+                down_proj: linear(&format!("{p}.mlp.down_proj"), d, c.intermediate_size, c.mlp_bias)?,
+                shape: AttentionShape {
+                    heads: c.num_attention_heads,
+                    kv_heads: c.num_key_value_heads,
+                    head_dim: c.head_dim,
+                    scale: 1.0 / (c.head_dim as f32).sqrt(),
+                    causal: true,
+                },
+            })
+        };
+        let layers = (0..c.num_hidden_layers).into_par_iter().map(layer).collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            info: ModelInfo {
+                model_type: "llama".to_string(),
+                vocab_size: c.vocab_size,
+                hidden_size: d,
+                num_layers: c.num_hidden_layers,
+                kv_width: kv,
+                max_positions: c.max_position_embeddings,
+            },
+            embed_tokens: Embedding::new("model.embed_tokens", embed),
+            layers,
+            norm: norm("model.norm")?,
+            lm_head: Linear::new("lm_head", head, None),
+            rope: Rope::new(c.rope_theta, c.head_dim, c.rope_scaling.clone()),
+            device: weights.device().clone(),
+        })
+    }
+}
+
+impl Layer {
+    fn forward<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        x: &Var,
+        context: &Context,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> OpResult<Var> {
+        let normed = self.input_layernorm.forward(tape, x)?;
+        let [q, k, v] = linear_group(tape, &normed, [&self.q_proj, &self.k_proj, &self.v_proj])?;
+        drop(normed);
+        let q = ops::rope(tape, &q, &context.rope, self.shape.head_dim)?;
+        let mut k = ops::rope(tape, &k, &context.rope, self.shape.head_dim)?;
+        let mut v = v;
+        if let Some((cache, layer)) = cache {
+            let (keys, values) = cache.append(layer, k.tensor(), v.tensor())?;
+            (k, v) = (Var::constant(keys), Var::constant(values));
+        }
+        let attended = ops::attention(tape, &q, &k, &v, self.shape, context.segments.clone())?;
+        drop((q, k, v));
+        let out = self.o_proj.forward(tape, &attended)?;
+        let x = ops::add(tape, x, &out)?;
+        drop((attended, out));
+        let normed = self.post_attention_layernorm.forward(tape, &x)?;
+        let [gate, up] = linear_group(tape, &normed, [&self.gate_proj, &self.up_proj])?;
+        drop(normed);
+        let gated = ops::silu_mul(tape, &gate, &up)?;
+        drop((gate, up));
+        let out = self.down_proj.forward(tape, &gated)?;
+        ops::add(tape, &x, &out)
+    }
+
+    fn linears(&mut self) -> [&mut Linear; 7] {
+        [
+            &mut self.q_proj,
+            &mut self.k_proj,
+            &mut self.v_proj,
+            &mut self.o_proj,
+            &mut self.gate_proj,
+            &mut self.up_proj,
+            &mut self.down_proj,
+        ]
+    }
+}
+
+impl ModuleTree for Llama {
+    fn visit_modules(&mut self, f: &mut dyn FnMut(ModuleMut<'_>)) {
+        f(ModuleMut::Embedding(&mut self.embed_tokens));
+        for layer in &mut self.layers {
+            for linear in layer.linears() {
+                f(ModuleMut::Linear(linear));
+            }
+            f(ModuleMut::RmsNorm(&mut layer.input_layernorm));
+            f(ModuleMut::RmsNorm(&mut layer.post_attention_layernorm));
+        }
+        f(ModuleMut::RmsNorm(&mut self.norm));
+        f(ModuleMut::Linear(&mut self.lm_head));
+    }
+
+    fn output_heads(&self) -> Vec<String> {
+        vec![self.lm_head.path().to_string()]
+    }
+}
+
+impl CausalLm for Llama {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn hidden_states<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        batch: &TokenBatch,
+        mut cache: Option<&mut KvCache>,
+    ) -> OpResult<Var> {
+        let longest = batch.positions.iter().max().map_or(0, |p| *p as usize + 1);
+        let context = Context {
+            rope: RopeSpec { table: self.rope.table(longest), positions: batch.positions.clone() },
+            segments: batch.segments.clone(),
+        };
+        let mut x = self.embed_tokens.forward(tape, batch.ids.clone(), &self.device)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = match cache.as_deref_mut() {
+                Some(cache) => layer.forward(tape, &x, &context, Some((cache, i)))?,
+                None => {
+                    let context = context.clone();
+                    tape.block(&[x], move |tape, xs| layer.forward(tape, &xs[0], &context, None))?
+                }
+            };
+        }
+        if let Some(cache) = cache {
+            cache.advance(batch.len());
+        }
+        Ok(x)
+    }
+
+    fn head_loss<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        hidden: &Var,
+        targets: Arc<[u32]>,
+    ) -> OpResult<HeadLoss> {
+        let normed = self.norm.forward(tape, hidden)?;
+        let spec = self.lm_head.spec(tape);
+        let head = head_of(tape, &normed, spec)?;
+        ops::head_loss(tape, &normed, head, targets)
+    }
+
+    fn logits<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var) -> OpResult<Tensor> {
+        let normed = self.norm.forward(tape, hidden)?;
+        Ok(self.lm_head.forward(tape, &normed)?.into_tensor())
+    }
+}
+
+/// The head with its delta's inner activation computed.
+fn head_of<'m>(tape: &mut Tape<'m>, hidden: &Var, spec: LinearSpec) -> OpResult<Head> {
+    let mut deltas = spec.low_rank.into_iter();
+    let low_rank = match (deltas.next(), deltas.next()) {
+        (None, _) => None,
+        (Some(delta), None) if delta.b_bias.is_none() => {
+            let input = ops::drop_out(tape, hidden, delta.dropout)?;
+            let u = ops::linear(tape, &input, LinearSpec::plain(ops::Matrix::Trained(delta.a)))?;
+            Some((ops::scale(tape, &u, delta.scale)?, delta.b))
+        }
+        _ => {
+            let what = "one low-rank delta without a bias is all that an output head can carry";
+            return Err(OpError::shape("head", what));
+        }
+    };
+    Ok(Head { weight: spec.weight, bias: spec.bias, low_rank })
+}

@@ -1,0 +1,96 @@
+//! What a decoder that predicts the next token offers to training and generation.
+
+use crate::cache::KvCache;
+use crate::modules::ModuleTree;
+use candle_core::{Device, Tensor};
+use engobe_autograd::ops::HeadLoss;
+use engobe_autograd::{Result, Tape, Var};
+use engobe_kernels::attention::Segment;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Rows of tokens laid end to end: no padding, and no attention from one row to another.
+#[derive(Clone, Debug)]
+pub struct TokenBatch {
+    /// all tokens
+    pub ids: Arc<[u32]>,
+    /// position of each token within its row
+    pub positions: Arc<[u32]>,
+    /// where each row lies
+    pub segments: Arc<[Segment]>,
+}
+
+impl TokenBatch {
+    /// Rows at `ranges` of `ids`; positions start at 0 in each.
+    pub fn packed(ids: &[u32], ranges: &[Range<usize>]) -> Self {
+        let positions = ranges.iter().flat_map(|r| 0..r.len() as u32).collect();
+        let segments = ranges.iter().map(|r| Segment { q: r.clone(), kv: r.clone() }).collect();
+        Self { ids: ids.into(), positions, segments }
+    }
+
+    /// One row whose first `seen` tokens are already in a cache.
+    pub fn continuing(ids: &[u32], seen: usize) -> Self {
+        let n = ids.len();
+        Self {
+            ids: ids.into(),
+            positions: (seen as u32..(seen + n) as u32).collect(),
+            segments: [Segment { q: 0..n, kv: 0..seen + n }].into(),
+        }
+    }
+
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// True without tokens.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+}
+
+/// Sizes that training and generation need.
+#[derive(Clone, Debug)]
+pub struct ModelInfo {
+    /// Hugging Face's `model_type`
+    pub model_type: String,
+    /// tokens that the embedding knows
+    pub vocab_size: usize,
+    /// width of the hidden states
+    pub hidden_size: usize,
+    /// number of decoder blocks
+    pub num_layers: usize,
+    /// `kv_heads · head_dim`
+    pub kv_width: usize,
+    /// longest sequence that the model was trained for
+    pub max_positions: usize,
+}
+
+/// A decoder-only language model.
+pub trait CausalLm: ModuleTree + Send + Sync {
+    /// Its sizes.
+    fn info(&self) -> &ModelInfo;
+
+    /// Where its weights are.
+    fn device(&self) -> &Device;
+
+    /// Hidden states of all tokens after the last block, before the final norm: `[n, d]`.
+    fn hidden_states<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        batch: &TokenBatch,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Var>;
+
+    /// Summed cross entropy of `hidden` (labelled rows only) against `targets`; final norm and head included.
+    fn head_loss<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var, targets: Arc<[u32]>) -> Result<HeadLoss>;
+
+    /// Logits of `hidden`: `[n, vocab]`; final norm and head included.
+    fn logits<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var) -> Result<Tensor>;
+
+    /// An empty cache for one sequence with room for `capacity` tokens.
+    fn new_cache(&self, capacity: usize) -> Result<KvCache> {
+        let info = self.info();
+        KvCache::new(info.num_layers, info.kv_width, capacity, self.device())
+    }
+}

@@ -1,0 +1,113 @@
+//! Linear layers: seam 1.
+
+use crate::modules::{Vector, Weight};
+use candle_core::Tensor;
+use engobe_autograd::ops::{self, LinearSpec};
+use engobe_autograd::{FrozenWeight, Param, Result, Tape, Var};
+use std::fmt::Debug;
+use std::sync::Arc;
+
+/// Something attached to a linear layer. It describes what it adds in the terms of [`LinearSpec`], so that
+/// layers that share an input still run as one op.
+pub trait LinearAdapter: Debug + Send + Sync {
+    /// Adds this adapter's part to the layer's description for one forward pass.
+    fn extend(&self, tape: &mut Tape<'_>, spec: &mut LinearSpec);
+}
+
+/// `y = x·Wᵀ + bias`, plus what adapters add.
+#[derive(Debug)]
+pub struct Linear {
+    path: String,
+    weight: Weight,
+    bias: Option<Vector>,
+    adapters: Vec<Arc<dyn LinearAdapter>>,
+}
+
+impl Linear {
+    /// A layer at a module path; `bias` is `[out]`.
+    pub fn new(path: impl Into<String>, weight: FrozenWeight, bias: Option<Tensor>) -> Self {
+        Self {
+            path: path.into(),
+            weight: Weight::Frozen(weight),
+            bias: bias.map(Vector::Frozen),
+            adapters: Vec::new(),
+        }
+    }
+
+    /// Module path.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The matrix `[out, in]`.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// The bias' value.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref().map(Vector::tensor)
+    }
+
+    /// Input features.
+    pub fn in_features(&self) -> usize {
+        self.weight.dims().1
+    }
+
+    /// Output features.
+    pub fn out_features(&self) -> usize {
+        self.weight.dims().0
+    }
+
+    /// Trains the whole matrix: `param` has its shape.
+    pub fn train_weight(&mut self, param: Param) {
+        self.weight = Weight::Trained(param);
+    }
+
+    /// Trains the bias: `param` has its shape.
+    pub fn train_bias(&mut self, param: Param) {
+        self.bias = Some(Vector::Trained(param));
+    }
+
+    /// Attaches an adapter; several add up.
+    pub fn attach(&mut self, adapter: Arc<dyn LinearAdapter>) {
+        self.adapters.push(adapter);
+    }
+
+    /// True if nothing is attached and nothing is trained.
+    pub fn is_plain(&self) -> bool {
+        self.adapters.is_empty()
+            && matches!(self.weight, Weight::Frozen(_))
+            && !matches!(self.bias, Some(Vector::Trained(_)))
+    }
+
+    /// The layer with its adapters for one forward pass.
+    pub fn spec(&self, tape: &mut Tape<'_>) -> LinearSpec {
+        let mut spec = LinearSpec {
+            weight: self.weight.on(tape),
+            bias: self.bias.as_ref().map(|b| b.on(tape)),
+            low_rank: Vec::new(),
+        };
+        for adapter in &self.adapters {
+            adapter.extend(tape, &mut spec);
+        }
+        spec
+    }
+
+    /// `x` `[n, in]` to `[n, out]`.
+    pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, x: &Var) -> Result<Var> {
+        let spec = self.spec(tape);
+        ops::linear(tape, x, spec)
+    }
+}
+
+/// Layers that share their input, as one op.
+pub fn linear_group<'m, const N: usize>(
+    tape: &mut Tape<'m>,
+    x: &Var,
+    layers: [&'m Linear; N],
+) -> Result<[Var; N]> {
+    let specs = layers.iter().map(|l| l.spec(tape)).collect();
+    let outs = ops::linear_group(tape, x, specs)?;
+    outs.try_into().map_err(|_| engobe_autograd::Error::shape("linear_group", "one output a layer"))
+}

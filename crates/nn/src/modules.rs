@@ -1,0 +1,173 @@
+//! Embedding, norm, and how a model shows its modules.
+
+use crate::linear::Linear;
+use candle_core::{Device, Tensor};
+use engobe_autograd::ops::{self, Matrix};
+use engobe_autograd::{FrozenWeight, Param, Result, Tape, Var};
+use std::sync::Arc;
+
+/// A matrix `[rows, cols]` that is frozen, or trained in full (`modules_to_save`).
+#[derive(Clone, Debug)]
+pub enum Weight {
+    /// as it came with the base model
+    Frozen(FrozenWeight),
+    /// a copy that is trained
+    Trained(Param),
+}
+
+impl Weight {
+    /// Rows and columns.
+    pub fn dims(&self) -> (usize, usize) {
+        match self {
+            Self::Frozen(w) => (w.rows(), w.cols()),
+            Self::Trained(p) => match p.tensor().dims() {
+                [rows, cols] => (*rows, *cols),
+                other => (other.iter().product(), 1),
+            },
+        }
+    }
+
+    /// The matrix on a tape.
+    pub fn on<'m>(&self, tape: &mut Tape<'m>) -> Matrix {
+        match self {
+            Self::Frozen(w) => Matrix::Frozen(w.clone()),
+            Self::Trained(p) => Matrix::Trained(tape.param(p)),
+        }
+    }
+
+    /// The whole matrix in f32 on the CPU.
+    pub fn to_tensor(&self) -> Result<Tensor> {
+        match self {
+            Self::Frozen(w) => w.to_tensor(&Device::Cpu),
+            Self::Trained(p) => Ok(p.tensor().to_device(&Device::Cpu)?),
+        }
+    }
+}
+
+/// A vector that is frozen or trained: a norm's weight, a bias.
+#[derive(Clone, Debug)]
+pub enum Vector {
+    /// as it came with the base model
+    Frozen(Tensor),
+    /// trained
+    Trained(Param),
+}
+
+impl Vector {
+    /// The value.
+    pub fn tensor(&self) -> &Tensor {
+        match self {
+            Self::Frozen(t) => t,
+            Self::Trained(p) => p.tensor(),
+        }
+    }
+
+    /// The vector on a tape.
+    pub fn on<'m>(&self, tape: &mut Tape<'m>) -> Var {
+        match self {
+            Self::Frozen(t) => Var::constant(t.clone()),
+            Self::Trained(p) => tape.param(p),
+        }
+    }
+}
+
+/// Token embedding `[vocab, d]`.
+#[derive(Debug)]
+pub struct Embedding {
+    path: String,
+    weight: Weight,
+}
+
+impl Embedding {
+    /// An embedding at a module path.
+    pub fn new(path: impl Into<String>, weight: FrozenWeight) -> Self {
+        Self { path: path.into(), weight: Weight::Frozen(weight) }
+    }
+
+    /// Module path.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The matrix.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// Trains the whole matrix: `param` has its shape.
+    pub fn train_weight(&mut self, param: Param) {
+        self.weight = Weight::Trained(param);
+    }
+
+    /// Rows `ids`: `[n, d]`.
+    pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, ids: Arc<[u32]>, device: &Device) -> Result<Var> {
+        let weight = self.weight.on(tape);
+        ops::embedding(tape, &weight, ids, device)
+    }
+}
+
+/// Root-mean-square norm with a weight `[d]`.
+#[derive(Debug)]
+pub struct RmsNorm {
+    path: String,
+    weight: Vector,
+    eps: f32,
+}
+
+impl RmsNorm {
+    /// A norm at a module path.
+    pub fn new(path: impl Into<String>, weight: Tensor, eps: f32) -> Self {
+        Self { path: path.into(), weight: Vector::Frozen(weight), eps }
+    }
+
+    /// Module path.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The weight's value.
+    pub fn weight(&self) -> &Tensor {
+        self.weight.tensor()
+    }
+
+    /// Trains the weight: `param` has its shape.
+    pub fn train_weight(&mut self, param: Param) {
+        self.weight = Vector::Trained(param);
+    }
+
+    /// Normed rows of `x` `[n, d]`.
+    pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, x: &Var) -> Result<Var> {
+        let weight = self.weight.on(tape);
+        ops::rms_norm(tape, x, &weight, self.eps)
+    }
+}
+
+/// A module of a model, by kind.
+pub enum ModuleMut<'a> {
+    /// a linear layer
+    Linear(&'a mut Linear),
+    /// a token embedding
+    Embedding(&'a mut Embedding),
+    /// a norm
+    RmsNorm(&'a mut RmsNorm),
+}
+
+impl ModuleMut<'_> {
+    /// Module path.
+    pub fn path(&self) -> &str {
+        match self {
+            Self::Linear(m) => m.path(),
+            Self::Embedding(m) => m.path(),
+            Self::RmsNorm(m) => m.path(),
+        }
+    }
+}
+
+/// A model as adapters see it.
+pub trait ModuleTree {
+    /// Calls `f` on every module that holds weights, in the order of Hugging Face's `named_modules`.
+    fn visit_modules(&mut self, f: &mut dyn FnMut(ModuleMut<'_>));
+
+    /// Paths of the output heads, which `all-linear` leaves out.
+    fn output_heads(&self) -> Vec<String>;
+}

@@ -1,0 +1,80 @@
+//! What can end a run.
+
+use std::path::PathBuf;
+
+/// Result of training and evaluation.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a run ended early, or could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A setting cannot be meant.
+    #[error(transparent)]
+    Plan(#[from] crate::plan::PlanError),
+    /// The loss left the numbers.
+    #[error(
+        "the loss of step {step} is {value} (rows {rows}): lower learning_rate, or look for broken weights or data"
+    )]
+    NotFinite {
+        /// optimizer step, from 1
+        step: usize,
+        /// NaN or an infinity
+        value: f64,
+        /// rows of the window, the first few
+        rows: String,
+    },
+    /// A checkpoint does not belong to this run.
+    #[error("cannot resume: {what}")]
+    Resume {
+        /// what differs or is missing
+        what: String,
+    },
+    /// The output directory holds another run.
+    #[error("{} already holds a run: add --resume to go on with it, or choose another --out", path.display())]
+    OutExists {
+        /// the directory
+        path: PathBuf,
+    },
+    /// No label in the data.
+    #[error("no row has a label to learn from")]
+    NoLabels,
+    /// A file operation failed.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// the file
+        path: PathBuf,
+        /// what the system says
+        source: std::io::Error,
+    },
+    /// A file is not what it should be.
+    #[error("{}: {what}", path.display())]
+    BadFile {
+        /// the file
+        path: PathBuf,
+        /// what is wrong
+        what: String,
+    },
+    /// The adapter failed.
+    #[error(transparent)]
+    Adapter(#[from] engobe_adapters::Error),
+    /// A file format failed.
+    #[error(transparent)]
+    Format(#[from] engobe_formats::Error),
+    /// The data failed.
+    #[error(transparent)]
+    Data(#[from] engobe_data::Error),
+    /// An op failed.
+    #[error(transparent)]
+    Op(#[from] engobe_autograd::Error),
+    /// candle failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+impl Error {
+    /// Wraps a file error with its path.
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}
