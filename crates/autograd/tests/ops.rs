@@ -95,7 +95,7 @@ fn check(params: &[&Param], case: Case<'_>) {
         let original = values(p.tensor());
         let mut numeric = Vec::new();
         for i in 0..original.len() {
-            let mut at = |delta: f32| {
+            let at = |delta: f32| {
                 let mut moved = original.clone();
                 moved[i] += delta;
                 p.set(&Tensor::from_vec(moved, p.tensor().dims(), &Device::Cpu).unwrap()).unwrap();
@@ -294,15 +294,15 @@ fn a_block_recomputes_to_the_same_bits() {
     let build = |checkpointing: bool| {
         let mut tape = Tape::new().checkpointing(checkpointing).dropout_seed(3);
         let start = tape.param(&x);
-        let mut y = start.clone();
+        let mut y = start;
         for _ in 0..3 {
             let w = &w;
             y = tape
-                .block(&[y, start.clone()], move |tape, xs| {
+                .block(&[y], move |tape, xs| {
                     let weight = Matrix::Trained(tape.param(w));
                     let z = ops::linear(tape, &xs[0], LinearSpec::plain(weight))?;
                     let z = ops::drop_out(tape, &z, 0.5)?;
-                    ops::add(tape, &z, &xs[1])
+                    ops::add(tape, &z, &xs[0])
                 })
                 .unwrap();
         }

@@ -279,23 +279,31 @@ pub fn cross_entropy_backward(
     let slices = split(d_weight, size * d, parts.len());
     let biases = split(d_bias, size, parts.len());
     let bs = split(d_b, size * r, parts.len());
-    let shares: Vec<(Vec<f32>, Vec<f32>)> = parts
+    let shares: Vec<Share> = parts
         .into_par_iter()
         .zip(slices)
         .zip(biases)
         .zip(bs)
         .map(|(((vocab, dw), dbias), db)| pass.part(vocab, dw, dbias, db))
         .collect();
-    let sum = |out: Option<&mut [f32]>, pick: &dyn Fn(&(Vec<f32>, Vec<f32>)) -> &Vec<f32>| {
-        if let Some(out) = out {
-            out.fill(0.0);
-            for share in &shares {
-                out.iter_mut().zip(pick(share)).for_each(|(o, v)| *o += v);
-            }
+    sum_into(d_hidden, shares.iter().map(|s| &s.dh));
+    sum_into(d_u, shares.iter().map(|s| &s.du));
+}
+
+/// One part's share of the gradients that all parts add up to.
+struct Share {
+    dh: Vec<f32>,
+    du: Vec<f32>,
+}
+
+/// `out` = Σ of the shares, in order.
+fn sum_into<'a>(out: Option<&mut [f32]>, shares: impl Iterator<Item = &'a Vec<f32>>) {
+    if let Some(out) = out {
+        out.fill(0.0);
+        for share in shares {
+            out.iter_mut().zip(share).for_each(|(o, v)| *o += v);
         }
-    };
-    sum(d_hidden, &|s| &s.0);
-    sum(d_u, &|s| &s.1);
+    }
 }
 
 /// `data` in `parts` pieces of `size` elements (the last may be shorter); `None` for each if there is none.
@@ -325,7 +333,7 @@ impl Pass<'_> {
         mut dw: Option<&mut [f32]>,
         mut dbias: Option<&mut [f32]>,
         mut db: Option<&mut [f32]>,
-    ) -> (Vec<f32>, Vec<f32>) {
+    ) -> Share {
         let (n, d) = (self.targets.len(), self.head.weight.cols());
         let r = self.head.low_rank.map_or(0, |l| l.r);
         let mut dh = vec![0f32; if self.want_h { n * d } else { 0 }];
@@ -363,7 +371,7 @@ impl Pass<'_> {
                 sgemm_serial(1.0, dz, b, 1.0, &mut MatMut::new(&mut du, n, r));
             }
         }
-        (dh, du)
+        Share { dh, du }
     }
 
     /// Logits to row_scale·(P - onehot).

@@ -30,7 +30,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     p = p * r + 8.333_452e-3;
     p = p * r + 4.166_579_6e-2;
     p = p * r + 1.666_666_5e-1;
-    p = p * r + 5.000_000_1e-1;
+    p = p * r + 0.5;
     let y = (p * r * r + r) + 1.0;
     // n is whole and within -126..=127: adding it to ROUND puts it into the low bits of the mantissa
     let bits = ((n + ROUND).to_bits()).wrapping_add(127) << 23;

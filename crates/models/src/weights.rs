@@ -94,7 +94,7 @@ impl<'a> Weights<'a> {
         } else {
             match bytes {
                 Bytes::Owned(b) => owned(b),
-                Bytes::Mapped => HostBytes::new(Arc::new(view.file.clone()), view.range.clone()),
+                Bytes::Mapped => HostBytes::new(view.file.clone(), view.range.clone()),
             }
         };
         let weight = FrozenWeight::host(wanted, rows, cols, host)?;

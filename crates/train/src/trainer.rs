@@ -254,6 +254,7 @@ impl<'a> Trainer<'a> {
         }
         let upkeep = &self.plan.upkeep;
         let evaluation = evaluate(self.model, &self.eval, &mut |_| ())?;
+        let best_dir = self.best_dir();
         let state = &mut self.state;
         let threshold = upkeep.early_stopping_threshold;
         let better = state.best_eval_loss.is_none_or(|best| evaluation.loss < best - threshold);
@@ -262,7 +263,7 @@ impl<'a> Trainer<'a> {
             state.best_step = Some(state.step);
             state.evals_without_gain = 0;
             if upkeep.load_best {
-                self.adapter.save(&self.best_dir())?;
+                self.adapter.save(&best_dir)?;
             }
         } else {
             state.evals_without_gain += 1;

@@ -10,7 +10,7 @@ pub fn add<'m>(tape: &mut Tape<'m>, a: &Var, b: &Var) -> Result<Var> {
     }
     let y = if tape.fast(a.tensor()) {
         let mut out = uninit(a.tensor().elem_count());
-        elementwise::add(&*host(a.tensor())?, &*host(b.tensor())?, &mut out);
+        elementwise::add(&host(a.tensor())?, &host(b.tensor())?, &mut out);
         tensor_of(out, a.tensor().shape().clone())?
     } else {
         (a.tensor() + b.tensor())?

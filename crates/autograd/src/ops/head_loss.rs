@@ -84,7 +84,7 @@ fn fast<'m>(tape: &mut Tape<'m>, hidden: &Var, head: Head, targets: Arc<[u32]>) 
     head.with_parts(|low_rank, bias| {
         head.weight.with_view(|w| -> Result<()> {
             kernel::cross_entropy(
-                &*host(&h)?,
+                &host(&h)?,
                 w,
                 bias,
                 low_rank,
@@ -121,7 +121,7 @@ fn fast<'m>(tape: &mut Tape<'m>, hidden: &Var, head: Head, targets: Arc<[u32]>) 
         head.with_parts(|low_rank, bias| {
             head.weight.with_view(|w| -> Result<()> {
                 kernel::cross_entropy_backward(
-                    &*host(&h)?,
+                    &host(&h)?,
                     w,
                     bias,
                     low_rank,
