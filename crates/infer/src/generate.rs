@@ -1,9 +1,9 @@
 //! One sequence, token by token.
 
 use crate::{Error, Sampler};
-use candle_core::{IndexOp, Tensor};
-use engobe_autograd::{Tape, Var, host};
-use engobe_nn::{CausalLm, KvCache, TokenBatch};
+use candle_core::Tensor;
+use engobe_autograd::{Tape, Var, host, ops};
+use engobe_nn::{CausalLm, KvCache};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -54,7 +54,7 @@ pub struct Generator<'m> {
 impl<'m> Generator<'m> {
     /// An empty context with room for `capacity` tokens before the cache must grow.
     pub fn new(model: &'m dyn CausalLm, capacity: usize) -> Result<Self, Error> {
-        Ok(Self { model, cache: model.new_cache(capacity)?, seen: Vec::new() })
+        Ok(Self { model, cache: model.new_cache(1, capacity)?, seen: Vec::new() })
     }
 
     /// Continues `prompt` (the whole context: what is already cached is not computed again) by up to
@@ -101,37 +101,39 @@ impl<'m> Generator<'m> {
         // the last token is computed again if need be: its logits are wanted
         let shared = self.seen.iter().zip(&prompt[..last]).take_while(|(a, b)| a == b).count();
         self.seen.truncate(shared);
-        self.cache.truncate(shared);
-        let mut logits = Vec::new();
-        let chunks = prompt[shared..].chunks(PROMPT_CHUNK);
-        let count = chunks.len();
-        for (i, chunk) in chunks.enumerate() {
-            let hidden = self.hidden(chunk)?;
-            if i + 1 == count {
-                logits = self.logits(&hidden)?;
-            }
+        self.cache.truncate(0, shared);
+        let (before, rest) = prompt[shared..].split_at((prompt.len() - 1 - shared) / PROMPT_CHUNK * PROMPT_CHUNK);
+        for chunk in before.chunks(PROMPT_CHUNK) {
+            self.hidden(chunk)?;
         }
-        Ok(logits)
+        self.advance(rest)
     }
 
+    /// Logits after `tokens`, which join the context.
     fn advance(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Error> {
         let hidden = self.hidden(tokens)?;
-        self.logits(&hidden)
+        let mut logits = last_logits(self.model, &hidden, &[tokens.len() - 1])?;
+        Ok(logits.pop().unwrap_or_default())
     }
 
     fn hidden(&mut self, tokens: &[u32]) -> Result<Tensor, Error> {
-        let batch = TokenBatch::continuing(tokens, self.cache.len());
-        let mut tape = Tape::inference();
-        let hidden = self.model.hidden_states(&mut tape, &batch, Some(&mut self.cache))?;
+        let batch = self.cache.batch(&[(0, tokens)])?;
+        let hidden = self.model.hidden_states(&mut Tape::inference(), &batch, Some(&mut self.cache))?;
         self.seen.extend_from_slice(tokens);
         Ok(hidden.into_tensor())
     }
+}
 
-    /// Logits of the last row.
-    fn logits(&self, hidden: &Tensor) -> Result<Vec<f32>, Error> {
-        let last = hidden.i(hidden.dim(0)? - 1..)?.contiguous()?;
-        let logits = self.model.logits(&mut Tape::inference(), &Var::constant(last))?;
-        let logits = logits.to_device(&candle_core::Device::Cpu)?;
-        Ok(host(&logits)?.to_vec())
-    }
+/// Logits of some rows of the hidden states.
+pub(crate) fn last_logits(
+    model: &dyn CausalLm,
+    hidden: &Tensor,
+    rows: &[usize],
+) -> Result<Vec<Vec<f32>>, Error> {
+    let mut tape = Tape::inference();
+    let rows: Vec<u32> = rows.iter().map(|r| *r as u32).collect();
+    let chosen = ops::select_rows(&mut tape, &Var::constant(hidden.clone()), rows.into())?;
+    let logits = model.logits(&mut tape, &chosen)?.to_device(&candle_core::Device::Cpu)?;
+    let width = logits.dim(1)?;
+    Ok(host(&logits)?.chunks_exact(width).map(<[f32]>::to_vec).collect())
 }

@@ -2,10 +2,12 @@
 //!
 //! Must not know: the training loop.
 
+mod batch;
 mod generate;
 mod sampling;
 mod stop;
 
+pub use batch::complete_all;
 pub use generate::{Generated, Generator, StopReason};
 pub use sampling::{Sampler, Sampling, SamplingError};
 pub use stop::{Emit, StopStrings};

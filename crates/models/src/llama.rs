@@ -114,7 +114,7 @@ impl Layer {
         tape: &mut Tape<'m>,
         x: &Var,
         context: &Context,
-        cache: Option<(&mut KvCache, usize)>,
+        cache: Option<(&mut KvCache, usize, &TokenBatch)>,
     ) -> OpResult<Var> {
         let normed = self.input_layernorm.forward(tape, x)?;
         let [q, k, v] = linear_group(tape, &normed, [&self.q_proj, &self.k_proj, &self.v_proj])?;
@@ -122,8 +122,8 @@ impl Layer {
         let q = ops::rope(tape, &q, &context.rope, self.shape.head_dim)?;
         let mut k = ops::rope(tape, &k, &context.rope, self.shape.head_dim)?;
         let mut v = v;
-        if let Some((cache, layer)) = cache {
-            let (keys, values) = cache.append(layer, k.tensor(), v.tensor())?;
+        if let Some((cache, layer, batch)) = cache {
+            let (keys, values) = cache.append(layer, batch, k.tensor(), v.tensor())?;
             (k, v) = (Var::constant(keys), Var::constant(values));
         }
         let attended = ops::attention(tape, &q, &k, &v, self.shape, context.segments.clone())?;
@@ -195,7 +195,7 @@ impl CausalLm for Llama {
         let mut x = self.embed_tokens.forward(tape, batch.ids.clone(), &self.device)?;
         for (i, layer) in self.layers.iter().enumerate() {
             x = match cache.as_deref_mut() {
-                Some(cache) => layer.forward(tape, &x, &context, Some((cache, i)))?,
+                Some(cache) => layer.forward(tape, &x, &context, Some((cache, i, batch)))?,
                 None => {
                     let context = context.clone();
                     tape.block(&[x], move |tape, xs| layer.forward(tape, &xs[0], &context, None))?
@@ -203,7 +203,7 @@ impl CausalLm for Llama {
             };
         }
         if let Some(cache) = cache {
-            cache.advance(batch.len());
+            cache.advance(batch);
         }
         Ok(x)
     }

@@ -1,15 +1,21 @@
-//! Keys and values of tokens already seen, for generation.
+//! Keys and values of tokens already seen, for generation: one slot a sequence.
 
+use crate::TokenBatch;
 use candle_core::{DType, Device, Tensor};
 use engobe_autograd::{Error, Result};
+use engobe_kernels::attention::Segment;
 
-/// Rotated keys and values of one sequence, per layer, in buffers that grow by doubling.
+/// Rotated keys and values of one or more sequences, per layer.
+///
+/// A layer's buffer holds `capacity` rows for each slot. Sequences grow independently; when one outgrows its
+/// slot, all slots are widened.
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<Layer>,
     width: usize,
+    capacity: usize,
+    lens: Vec<usize>,
     device: Device,
-    len: usize,
 }
 
 #[derive(Debug)]
@@ -19,57 +25,97 @@ struct Layer {
 }
 
 impl KvCache {
-    /// An empty cache for `layers` layers of `kv_heads · head_dim` = `width`, with room for `capacity` tokens.
-    pub fn new(layers: usize, width: usize, capacity: usize, device: &Device) -> Result<Self> {
-        let zeros = || Tensor::zeros((capacity.max(1), width), DType::F32, device);
+    /// An empty cache for `layers` layers of `kv_heads · head_dim` = `width`, with `slots` sequences and room
+    /// for `capacity` tokens in each.
+    pub fn new(layers: usize, width: usize, slots: usize, capacity: usize, device: &Device) -> Result<Self> {
+        let capacity = capacity.max(1);
+        let zeros = || Tensor::zeros((slots * capacity, width), DType::F32, device);
         let layers = (0..layers)
             .map(|_| Ok(Layer { keys: zeros()?, values: zeros()? }))
             .collect::<candle_core::Result<_>>()?;
-        Ok(Self { layers, width, device: device.clone(), len: 0 })
+        Ok(Self { layers, width, capacity, lens: vec![0; slots], device: device.clone() })
     }
 
-    /// Tokens in the cache.
-    pub fn len(&self) -> usize {
-        self.len
+    /// Tokens of a sequence in the cache.
+    pub fn len(&self, slot: usize) -> usize {
+        self.lens[slot]
     }
 
-    /// True before the first token.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
+    /// Number of slots.
+    pub fn slots(&self) -> usize {
+        self.lens.len()
     }
 
-    /// Keeps the first `len` tokens.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
+    /// Keeps the first `len` tokens of a sequence.
+    pub fn truncate(&mut self, slot: usize, len: usize) {
+        self.lens[slot] = self.lens[slot].min(len);
     }
 
-    /// Writes the new tokens' keys and values of one layer behind those already there, and returns all of
-    /// them. The tokens count once [`KvCache::advance`] is called, after the last layer.
-    pub fn append(&mut self, layer: usize, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (new, width) = keys.dims2()?;
-        if width != self.width || layer >= self.layers.len() {
-            return Err(Error::shape(
-                "kv cache",
-                format!("layer {layer} with keys of width {width}; the cache has {} of {}", self.layers.len(), self.width),
-            ));
+    /// The batch that continues each sequence `(slot, new tokens)`; makes room for it.
+    pub fn batch(&mut self, rows: &[(usize, &[u32])]) -> Result<TokenBatch> {
+        let needed = rows.iter().map(|(slot, new)| self.lens[*slot] + new.len()).max().unwrap_or(0);
+        if needed > self.capacity {
+            self.widen(needed.next_power_of_two())?;
         }
-        let total = self.len + new;
-        let at = &mut self.layers[layer];
-        for (buffer, rows) in [(&mut at.keys, keys), (&mut at.values, values)] {
-            if buffer.dim(0)? < total {
-                let grown =
-                    Tensor::zeros((total.next_power_of_two(), width), DType::F32, &self.device)?;
-                grown.slice_set(&buffer.narrow(0, 0, self.len)?.contiguous()?, 0, 0)?;
-                *buffer = grown;
+        let (mut ids, mut positions, mut segments, mut slots) = (vec![], vec![], vec![], vec![]);
+        for (slot, new) in rows {
+            let (seen, start) = (self.lens[*slot], slot * self.capacity);
+            let q = ids.len()..ids.len() + new.len();
+            ids.extend_from_slice(new);
+            positions.extend(seen as u32..(seen + new.len()) as u32);
+            segments.push(Segment { q, kv: start..start + seen + new.len() });
+            slots.push(*slot);
+        }
+        Ok(TokenBatch { ids: ids.into(), positions: positions.into(), segments: segments.into(), slots })
+    }
+
+    fn widen(&mut self, capacity: usize) -> Result<()> {
+        let old = std::mem::replace(&mut self.capacity, capacity);
+        for layer in &mut self.layers {
+            for buffer in [&mut layer.keys, &mut layer.values] {
+                let shape = (self.lens.len() * capacity, self.width);
+                let wide = Tensor::zeros(shape, DType::F32, &self.device)?;
+                for (slot, len) in self.lens.iter().enumerate().filter(|(_, len)| **len > 0) {
+                    let rows = buffer.narrow(0, slot * old, *len)?.contiguous()?;
+                    wide.slice_set(&rows, 0, slot * capacity)?;
+                }
+                *buffer = wide;
             }
-            buffer.slice_set(&rows.contiguous()?, 0, self.len)?;
         }
-        Ok((at.keys.narrow(0, 0, total)?, at.values.narrow(0, 0, total)?))
+        Ok(())
     }
 
-    /// Counts `tokens` more tokens as seen.
-    pub fn advance(&mut self, tokens: usize) {
-        self.len += tokens;
+    /// Writes the new tokens' keys and values of one layer behind those of their sequences, and returns the
+    /// layer's buffers, which the batch's segments point into. The tokens count once [`KvCache::advance`] is
+    /// called, after the last layer.
+    pub fn append(
+        &mut self,
+        layer: usize,
+        batch: &TokenBatch,
+        keys: &Tensor,
+        values: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let (_, width) = keys.dims2()?;
+        if width != self.width || layer >= self.layers.len() || batch.slots.len() != batch.segments.len() {
+            let what = format!("layer {layer}, keys of width {width}: the cache has {} of {}", self.layers.len(), self.width);
+            return Err(Error::shape("kv cache", what));
+        }
+        let at = &mut self.layers[layer];
+        for (segment, slot) in batch.segments.iter().zip(&batch.slots) {
+            let to = slot * self.capacity + self.lens[*slot];
+            for (buffer, rows) in [(&at.keys, keys), (&at.values, values)] {
+                let rows = rows.narrow(0, segment.q.start, segment.q.len())?.contiguous()?;
+                buffer.slice_set(&rows, 0, to)?;
+            }
+        }
+        Ok((at.keys.clone(), at.values.clone()))
+    }
+
+    /// Counts the batch's tokens as seen.
+    pub fn advance(&mut self, batch: &TokenBatch) {
+        for (segment, slot) in batch.segments.iter().zip(&batch.slots) {
+            self.lens[*slot] += segment.q.len();
+        }
     }
 }
 
@@ -77,27 +123,41 @@ impl KvCache {
 mod tests {
     use super::*;
 
+    fn rows(values: &[f32]) -> Tensor {
+        let two: Vec<f32> = values.iter().flat_map(|v| [*v, -*v]).collect();
+        Tensor::from_vec(two, (values.len(), 2), &Device::Cpu).unwrap()
+    }
+
+    fn firsts(t: &Tensor, segment: &Segment) -> Vec<f32> {
+        t.to_vec2::<f32>().unwrap()[segment.kv.clone()].iter().map(|r| r[0]).collect()
+    }
+
     #[test]
-    fn grows_and_keeps_what_was_there() -> Result<()> {
-        let mut cache = KvCache::new(1, 2, 1, &Device::Cpu)?;
-        let row = |v: f32| Tensor::full(v, (1, 2), &Device::Cpu);
-        for i in 0..5 {
-            let (k, v) = cache.append(0, &row(i as f32)?, &row(10.0 + i as f32)?)?;
-            cache.advance(1);
-            assert_eq!(k.dims(), [i + 1, 2]);
-            let firsts: Vec<f32> = v.to_vec2::<f32>()?.iter().map(|r| r[0]).collect();
-            assert_eq!(firsts, (0..=i).map(|j| 10.0 + j as f32).collect::<Vec<_>>());
-        }
-        cache.truncate(2);
-        let (k, _) = cache.append(0, &row(9.0)?, &row(9.0)?)?;
-        assert_eq!(k.to_vec2::<f32>()?, vec![vec![0.0; 2], vec![1.0; 2], vec![9.0; 2]]);
+    fn sequences_grow_apart_and_survive_widening() -> Result<()> {
+        let mut cache = KvCache::new(1, 2, 2, 2, &Device::Cpu)?;
+        let batch = cache.batch(&[(0, &[7, 8]), (1, &[9])])?;
+        cache.append(0, &batch, &rows(&[1.0, 2.0, 10.0]), &rows(&[0.0; 3]))?;
+        cache.advance(&batch);
+        // the second sequence outgrows its slot; the first must keep its rows
+        let batch = cache.batch(&[(1, &[1, 2, 3])])?;
+        assert_eq!(&*batch.positions, [1, 2, 3]);
+        let (keys, _) = cache.append(0, &batch, &rows(&[11.0, 12.0, 13.0]), &rows(&[0.0; 3]))?;
+        cache.advance(&batch);
+        assert_eq!(firsts(&keys, &batch.segments[0]), [10.0, 11.0, 12.0, 13.0]);
+        let batch = cache.batch(&[(0, &[5])])?;
+        let (keys, values) = cache.append(0, &batch, &rows(&[3.0]), &rows(&[4.0]))?;
+        assert_eq!(firsts(&keys, &batch.segments[0]), [1.0, 2.0, 3.0]);
+        assert_eq!(firsts(&values, &batch.segments[0]), [0.0, 0.0, 4.0]);
+        cache.truncate(1, 1);
+        assert_eq!((cache.len(0), cache.len(1)), (2, 1));
         Ok(())
     }
 
     #[test]
     fn refuses_another_width() {
-        let mut cache = KvCache::new(1, 2, 1, &Device::Cpu).unwrap();
+        let mut cache = KvCache::new(1, 2, 1, 4, &Device::Cpu).unwrap();
+        let batch = cache.batch(&[(0, &[1])]).unwrap();
         let wrong = Tensor::zeros((1, 3), DType::F32, &Device::Cpu).unwrap();
-        assert!(cache.append(0, &wrong, &wrong).is_err());
+        assert!(cache.append(0, &batch, &wrong, &wrong).is_err());
     }
 }

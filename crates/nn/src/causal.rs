@@ -18,6 +18,8 @@ pub struct TokenBatch {
     pub positions: Arc<[u32]>,
     /// where each row lies
     pub segments: Arc<[Segment]>,
+    /// slot of each segment in a [`KvCache`]; empty without a cache
+    pub slots: Vec<usize>,
 }
 
 impl TokenBatch {
@@ -25,17 +27,7 @@ impl TokenBatch {
     pub fn packed(ids: &[u32], ranges: &[Range<usize>]) -> Self {
         let positions = ranges.iter().flat_map(|r| 0..r.len() as u32).collect();
         let segments = ranges.iter().map(|r| Segment { q: r.clone(), kv: r.clone() }).collect();
-        Self { ids: ids.into(), positions, segments }
-    }
-
-    /// One row whose first `seen` tokens are already in a cache.
-    pub fn continuing(ids: &[u32], seen: usize) -> Self {
-        let n = ids.len();
-        Self {
-            ids: ids.into(),
-            positions: (seen as u32..(seen + n) as u32).collect(),
-            segments: [Segment { q: 0..n, kv: 0..seen + n }].into(),
-        }
+        Self { ids: ids.into(), positions, segments, slots: Vec::new() }
     }
 
     /// Number of tokens.
@@ -88,9 +80,9 @@ pub trait CausalLm: ModuleTree + Send + Sync {
     /// Logits of `hidden`: `[n, vocab]`; final norm and head included.
     fn logits<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var) -> Result<Tensor>;
 
-    /// An empty cache for one sequence with room for `capacity` tokens.
-    fn new_cache(&self, capacity: usize) -> Result<KvCache> {
+    /// An empty cache for `slots` sequences with room for `capacity` tokens each.
+    fn new_cache(&self, slots: usize, capacity: usize) -> Result<KvCache> {
         let info = self.info();
-        KvCache::new(info.num_layers, info.kv_width, capacity, self.device())
+        KvCache::new(info.num_layers, info.kv_width, slots, capacity, self.device())
     }
 }

@@ -1,0 +1,211 @@
+//! The settings of a run: one table that the configuration file, `--set` and the flags of `train` all share.
+
+use anyhow::{Result, bail};
+use toml::Value;
+
+/// What a setting's value must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// whole number, 0 or above
+    Whole,
+    /// number
+    Number,
+    /// true or false
+    Flag,
+    /// text
+    Text,
+    /// text, or a list of texts (comma-separated on the command line)
+    Names,
+    /// a list of whole numbers (comma-separated on the command line)
+    Wholes,
+    /// patterns and numbers: a table, or an inline table with `--set`
+    Table,
+    /// true, false or a name
+    FlagOrText,
+}
+
+/// A setting.
+#[derive(Debug)]
+pub struct Key {
+    /// its name in files and `--set`; the flag has dashes
+    pub name: &'static str,
+    /// what it takes
+    pub kind: Kind,
+    /// heading in `--help`
+    pub heading: &'static str,
+    /// one line for `--help`, with the default
+    pub help: &'static str,
+}
+
+const fn key(name: &'static str, kind: Kind, heading: &'static str, help: &'static str) -> Key {
+    Key { name, kind, heading, help }
+}
+
+const ADAPTER: &str = "Adapter (PEFT's names and rules)";
+const LENGTH: &str = "How long, in what order";
+const OPTIMIZER: &str = "Optimizer";
+const UPKEEP: &str = "Evaluation and checkpoints";
+const DATA: &str = "Data";
+const MODEL: &str = "Model and machine";
+
+/// All settings.
+pub const KEYS: [Key; 48] = [
+    key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
+    key("dtype", Kind::Text, MODEL, "how base weights are kept: stored, f32, bf16, f16 (compute is f32) [stored]"),
+    key("device", Kind::Text, MODEL, "cpu, cuda[:N] or metal [cpu]"),
+    key("threads", Kind::Whole, MODEL, "threads [all cores]"),
+    key("data", Kind::Names, DATA, "training rows: JSONL, JSON, CSV or Parquet; several with commas or by repeating"),
+    key("val_data", Kind::Names, DATA, "validation rows"),
+    key("val_split", Kind::Number, DATA, "share of the training rows to validate on [0]"),
+    key("train_on", Kind::Text, DATA, "labels: completions, all, last [completions]"),
+    key("template", Kind::Text, DATA, "prompts as chat turns or plain text: auto, chat, plain [auto]"),
+    key("allow", Kind::Names, DATA, "kinds of findings that shall not stop the run"),
+    key("out", Kind::Text, LENGTH, "directory to write into"),
+    key("init_adapter", Kind::Text, ADAPTER, "start from this PEFT directory"),
+    key("r", Kind::Whole, ADAPTER, "rank [16]"),
+    key("lora_alpha", Kind::Number, ADAPTER, "scale is lora_alpha / r [32]"),
+    key("lora_dropout", Kind::Number, ADAPTER, "dropout on the adapter's input [0]"),
+    key("use_rslora", Kind::Flag, ADAPTER, "scale by lora_alpha / sqrt(r) instead"),
+    key("target_modules", Kind::Names, ADAPTER, "names, a regex, or all-linear [all-linear]"),
+    key("exclude_modules", Kind::Names, ADAPTER, "names or a regex to leave out"),
+    key("layers_to_transform", Kind::Wholes, ADAPTER, "layers to adapt [all]"),
+    key("layers_pattern", Kind::Names, ADAPTER, "name of the list that the layers count in"),
+    key("rank_pattern", Kind::Table, ADAPTER, "ranks by module pattern"),
+    key("alpha_pattern", Kind::Table, ADAPTER, "alphas by module pattern"),
+    key("bias", Kind::Text, ADAPTER, "biases to train: none, all, lora_only [none]"),
+    key("modules_to_save", Kind::Names, ADAPTER, "modules to train in full"),
+    key("init_lora_weights", Kind::FlagOrText, ADAPTER, "true (Kaiming A, zero B), gaussian, false [true]"),
+    key("epochs", Kind::Number, LENGTH, "passes over the rows [3]"),
+    key("max_steps", Kind::Whole, LENGTH, "optimizer steps, instead of epochs"),
+    key("batch_size", Kind::Whole, LENGTH, "rows (packed: bins of max_seq_len tokens) in a micro-batch [1]"),
+    key("gradient_accumulation", Kind::Whole, LENGTH, "micro-batches in a step [1]"),
+    key("max_seq_len", Kind::Whole, LENGTH, "tokens after which a row is cut [512]"),
+    key("packing", Kind::Flag, LENGTH, "fill bins with several rows, which never see each other [on]"),
+    key("shuffle", Kind::Flag, LENGTH, "shuffle the rows in each epoch [on]"),
+    key("seed", Kind::Whole, LENGTH, "seed of everything random [42]"),
+    key("optimizer", Kind::Text, OPTIMIZER, "adamw or sgd [adamw]"),
+    key("learning_rate", Kind::Number, OPTIMIZER, "peak learning rate [0.0002]"),
+    key("lr_scheduler", Kind::Text, OPTIMIZER, "linear, cosine, constant [linear]"),
+    key("warmup_steps", Kind::Whole, OPTIMIZER, "steps of linear warm-up [0]"),
+    key("weight_decay", Kind::Number, OPTIMIZER, "weight decay [0.01]"),
+    key("max_grad_norm", Kind::Number, OPTIMIZER, "clip gradients to this global norm; 0 turns it off [1]"),
+    key("adam_beta1", Kind::Number, OPTIMIZER, "first decay rate [0.9]"),
+    key("adam_beta2", Kind::Number, OPTIMIZER, "second decay rate [0.999]"),
+    key("adam_epsilon", Kind::Number, OPTIMIZER, "epsilon [1e-8]"),
+    key("momentum", Kind::Number, OPTIMIZER, "momentum of sgd [0]"),
+    key("eval_steps", Kind::Whole, UPKEEP, "evaluate every so many steps; 0: at the end [0]"),
+    key("save_steps", Kind::Whole, UPKEEP, "checkpoint every so many steps; 0: at the end [0]"),
+    key("early_stopping_patience", Kind::Whole, UPKEEP, "stop after so many evaluations without gain; 0: never [0]"),
+    key("load_best", Kind::Flag, UPKEEP, "end with the adapter of the best evaluation"),
+    key("activation_checkpointing", Kind::Flag, MODEL, "keep less, compute twice: less memory, a third more time"),
+];
+
+/// Settings that only a file or `--set` can give.
+pub const FILE_ONLY: [Key; 2] = [
+    key("save_total_limit", Kind::Whole, UPKEEP, "checkpoints kept [2]"),
+    key("early_stopping_threshold", Kind::Number, UPKEEP, "a loss must fall by more than this to count as better [0]"),
+];
+
+/// Settings that are on unless turned off.
+pub const ON_BY_DEFAULT: [&str; 2] = ["packing", "shuffle"];
+
+/// The setting called `name`.
+pub fn find(name: &str) -> Option<&'static Key> {
+    KEYS.iter().chain(&FILE_ONLY).find(|k| k.name == name)
+}
+
+/// The setting called `name`, or an error that suggests the nearest; `source` says where the name stands.
+pub fn find_or_suggest(name: &str, source: &str) -> Result<&'static Key> {
+    if let Some(key) = find(name) {
+        return Ok(key);
+    }
+    let names = KEYS.iter().chain(&FILE_ONLY).map(|k| k.name);
+    let nearest = names.max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
+    bail!("{source}: unknown setting {name:?}; did you mean {:?}?", nearest.unwrap_or_default())
+}
+
+impl Key {
+    /// The flag's name.
+    pub fn flag(&self) -> String {
+        self.name.replace('_', "-")
+    }
+
+    /// Reads what was typed after the flag or `--set name=`.
+    pub fn parse(&self, text: &str, source: &str) -> Result<Value> {
+        let wrong = |what: &str| anyhow::anyhow!("{source}: {} is {text:?}; expected {what}", self.name);
+        let value = match self.kind {
+            Kind::Whole => Value::Integer(text.parse().map_err(|_| wrong(self.expected()))?),
+            Kind::Number => match text.parse::<f64>() {
+                Ok(v) if v.is_finite() => Value::Float(v),
+                _ => return Err(wrong(self.expected())),
+            },
+            Kind::Flag => Value::Boolean(text.parse().map_err(|_| wrong(self.expected()))?),
+            Kind::Text => Value::String(text.to_string()),
+            Kind::FlagOrText => match text.parse() {
+                Ok(flag) => Value::Boolean(flag),
+                Err(_) => Value::String(text.to_string()),
+            },
+            Kind::Names if text.trim_start().starts_with('[') => inline(text).ok_or_else(|| wrong(self.expected()))?,
+            Kind::Names => self.names(text),
+            Kind::Wholes if text.trim_start().starts_with('[') => inline(text).ok_or_else(|| wrong(self.expected()))?,
+            Kind::Wholes => {
+                let parts = text.split(',').map(|p| p.trim().parse().map(Value::Integer));
+                Value::Array(parts.collect::<Result<_, _>>().map_err(|_| wrong(self.expected()))?)
+            }
+            Kind::Table => inline(text).ok_or_else(|| wrong(self.expected()))?,
+        };
+        self.check(&value, source)?;
+        Ok(value)
+    }
+
+    /// `a,b` is a list of names; what has a regex's characters, and `all-linear`, is one text.
+    fn names(&self, text: &str) -> Value {
+        let modules = matches!(self.name, "target_modules" | "exclude_modules");
+        let regex = text.contains(['*', '(', '[', '\\', '|', '+', '?', '^', '$']);
+        if modules && (regex || text.eq_ignore_ascii_case("all-linear")) {
+            return Value::String(text.to_string());
+        }
+        let parts = text.split(',').map(str::trim).filter(|p| !p.is_empty());
+        Value::Array(parts.map(|p| Value::String(p.to_string())).collect())
+    }
+
+    /// What the value must be, for errors.
+    pub fn expected(&self) -> &'static str {
+        match self.kind {
+            Kind::Whole => "a whole number, 0 or above",
+            Kind::Number => "a number",
+            Kind::Flag => "true or false",
+            Kind::Text => "text",
+            Kind::Names => "a name or a list of names",
+            Kind::Wholes => "a list of whole numbers, 0 or above",
+            Kind::Table => "a table such as { \"q_proj\" = 4 }",
+            Kind::FlagOrText => "true, false or a name",
+        }
+    }
+
+    /// Checks the kind of a value.
+    pub fn check(&self, value: &Value, source: &str) -> Result<()> {
+        let whole = |v: &Value| v.as_integer().is_some_and(|i| i >= 0);
+        let number = |v: &Value| v.is_float() || v.is_integer();
+        let good = match self.kind {
+            Kind::Whole => whole(value),
+            Kind::Number => number(value),
+            Kind::Flag => value.is_bool(),
+            Kind::Text => value.is_str(),
+            Kind::FlagOrText => value.is_bool() || value.is_str(),
+            Kind::Names => value.is_str() || value.as_array().is_some_and(|a| a.iter().all(Value::is_str)),
+            Kind::Wholes => whole(value) || value.as_array().is_some_and(|a| a.iter().all(whole)),
+            Kind::Table => value.as_table().is_some_and(|t| t.values().all(number)),
+        };
+        if good {
+            return Ok(());
+        }
+        bail!("{source}: {} is {value}; expected {}", self.name, self.expected())
+    }
+}
+
+/// A TOML value on its own.
+fn inline(text: &str) -> Option<Value> {
+    let table: toml::Table = toml::from_str(&format!("v = {text}")).ok()?;
+    table.get("v").cloned()
+}

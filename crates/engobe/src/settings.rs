@@ -1,0 +1,351 @@
+//! From what was typed to what it means: defaults, then the file, then flags and `--set`.
+
+use crate::keys::{self, Kind};
+use anyhow::{Context, Result, bail};
+use engobe_formats::peft::LoraConfig;
+use engobe_train::Plan;
+use engobe_train::plan::{Compute, Optimization, Schedule, Upkeep};
+use serde_json::{Value as Json, json};
+use std::path::{Path, PathBuf};
+use toml::{Table, Value};
+
+/// The settings that were given, by name.
+#[derive(Clone, Debug, Default)]
+pub struct Given {
+    table: Table,
+    /// names given on the command line
+    typed: Vec<String>,
+}
+
+impl Given {
+    /// Reads the file, if any, and lays `flags` (name and text) and `sets` (`name=value`) over it.
+    pub fn collect(config: Option<&Path>, flags: &[(String, String)], sets: &[String]) -> Result<Self> {
+        let mut given = Self::default();
+        if let Some(path) = config {
+            given.read(path)?;
+        }
+        for (name, text) in flags {
+            let source = format!("--{}", name.replace('_', "-"));
+            let key = keys::find_or_suggest(name, &source)?;
+            given.set(name, key.parse(text, &source)?);
+        }
+        for set in sets {
+            let (name, text) = set.split_once('=').with_context(|| format!("--set {set}: expected name=value"))?;
+            let (name, source) = (name.trim(), format!("--set {set}"));
+            let key = keys::find_or_suggest(name, &source)?;
+            given.set(name, key.parse(text.trim(), &source)?);
+        }
+        given.conflicts()?;
+        Ok(given)
+    }
+
+    fn read(&mut self, path: &Path) -> Result<()> {
+        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        let table: Table = match toml::from_str(&text) {
+            Ok(table) => table,
+            Err(e) => {
+                let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
+                bail!("{} line {line}: {}", path.display(), e.message())
+            }
+        };
+        for (name, value) in table {
+            let at = text.lines().position(|l| l.trim_start().starts_with(&name)).map_or(0, |i| i + 1);
+            let source = format!("{} line {at}", path.display());
+            keys::find_or_suggest(&name, &source)?.check(&value, &source)?;
+            self.table.insert(name, value);
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, name: &str, value: Value) {
+        // repeated lists on the command line add up
+        if let (true, Some(Value::Array(old)), Value::Array(new)) =
+            (self.typed.iter().any(|t| t == name), self.table.get_mut(name), &value)
+        {
+            old.extend(new.iter().cloned());
+            return;
+        }
+        self.table.insert(name.to_string(), value);
+        self.typed.push(name.to_string());
+    }
+
+    fn conflicts(&mut self) -> Result<()> {
+        let typed = |name: &str| self.typed.iter().any(|t| t == name);
+        if typed("max_steps") && typed("epochs") {
+            bail!("--max-steps and --epochs contradict each other: give one");
+        }
+        if typed("val_data") && typed("val_split") {
+            bail!("--val-data and --val-split contradict each other: give one");
+        }
+        if typed("epochs") {
+            self.table.remove("max_steps");
+        }
+        Ok(())
+    }
+
+    /// True if the setting stands in the file or on the command line.
+    pub fn has(&self, name: &str) -> bool {
+        self.table.contains_key(name)
+    }
+
+    /// A text.
+    pub fn text(&self, name: &str) -> Option<&str> {
+        self.table.get(name).and_then(Value::as_str)
+    }
+
+    /// A path.
+    pub fn path(&self, name: &str) -> Option<PathBuf> {
+        self.text(name).map(PathBuf::from)
+    }
+
+    /// One or more paths.
+    pub fn paths(&self, name: &str) -> Vec<PathBuf> {
+        self.names(name).into_iter().map(PathBuf::from).collect()
+    }
+
+    /// One or more texts.
+    pub fn names(&self, name: &str) -> Vec<String> {
+        match self.table.get(name) {
+            Some(Value::String(s)) => vec![s.clone()],
+            Some(Value::Array(a)) => a.iter().filter_map(|v| v.as_str().map(str::to_string)).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// A number.
+    pub fn number(&self, name: &str) -> Option<f64> {
+        let value = self.table.get(name)?;
+        value.as_float().or_else(|| value.as_integer().map(|i| i as f64))
+    }
+
+    /// A whole number.
+    pub fn whole(&self, name: &str) -> Option<usize> {
+        self.table.get(name)?.as_integer().and_then(|i| usize::try_from(i).ok())
+    }
+
+    /// The training plan, validated.
+    pub fn plan(&self) -> Result<Plan> {
+        let plan = Plan {
+            schedule: self.group::<Schedule>()?,
+            optimization: self.group::<Optimization>()?,
+            upkeep: self.group::<Upkeep>()?,
+            compute: self.group::<Compute>()?,
+        };
+        plan.validate()?;
+        Ok(plan)
+    }
+
+    /// The settings of one group of the plan.
+    fn group<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
+        // kinds are checked already: what is left to go wrong is the name of a choice
+        Value::Table(self.floats()).try_into().map_err(|e: toml::de::Error| {
+            let message = e.message().replace('\n', " ");
+            for name in ["optimizer", "lr_scheduler"] {
+                if let Some(value) = self.text(name)
+                    && message.contains(&format!("`{value}`"))
+                {
+                    return anyhow::anyhow!("{name} is {value:?}: {message}");
+                }
+            }
+            anyhow::anyhow!("{message}")
+        })
+    }
+
+    /// The table with whole numbers as floats where a float is meant.
+    fn floats(&self) -> Table {
+        let convert = |(name, value): (&String, &Value)| {
+            let number = keys::find(name).is_some_and(|k| k.kind == Kind::Number);
+            let value = match value {
+                Value::Integer(i) if number => Value::Float(*i as f64),
+                other => other.clone(),
+            };
+            (name.clone(), value)
+        };
+        self.table.iter().map(convert).collect()
+    }
+
+    /// LoRA's configuration; `engobe`'s defaults are r 16, lora_alpha 32, all linear layers.
+    pub fn lora(&self, base: &str) -> Result<LoraConfig> {
+        let mut json = json!({
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": 16,
+            "lora_alpha": 32,
+            "target_modules": "all-linear",
+            "base_model_name_or_path": base,
+        });
+        for name in LORA_KEYS {
+            if let Some(value) = self.table.get(name) {
+                json[name] = to_json(value);
+            }
+        }
+        Ok(LoraConfig::parse(Path::new("settings"), json.to_string().as_bytes())?)
+    }
+
+    /// Settings of the adapter that contradict one that was loaded. Dropout may differ: it only trains.
+    pub fn check_against(&self, loaded: &LoraConfig, from: &Path) -> Result<()> {
+        let asked = self.lora("")?;
+        let mine = serde_json::from_str::<Json>(&asked.to_json())?;
+        let theirs = serde_json::from_str::<Json>(&loaded.to_json())?;
+        for name in LORA_KEYS.into_iter().filter(|n| self.has(n) && *n != "lora_dropout" && *n != "init_lora_weights") {
+            if mine[name] != theirs[name] {
+                bail!("{name} = {} contradicts {}, which has {}", mine[name], from.display(), theirs[name]);
+            }
+        }
+        Ok(())
+    }
+
+    /// The whole resolved configuration as TOML: what was given, and the defaults of what was not.
+    pub fn resolved(&self, plan: &Plan, lora: &LoraConfig) -> Result<Table> {
+        let mut table = Table::new();
+        for name in ["model", "dtype", "device", "data", "val_data", "val_split", "train_on", "template", "allow", "init_adapter"] {
+            if let Some(value) = self.table.get(name) {
+                table.insert(name.to_string(), value.clone());
+            }
+        }
+        let lora: Json = serde_json::from_str(&lora.to_json())?;
+        for name in LORA_KEYS {
+            if let Some(value) = from_json(&lora[name]) {
+                table.insert(name.to_string(), value);
+            }
+        }
+        for group in [
+            Table::try_from(&plan.schedule)?,
+            Table::try_from(&plan.optimization)?,
+            Table::try_from(&plan.upkeep)?,
+            Table::try_from(&plan.compute)?,
+        ] {
+            table.extend(group);
+        }
+        if plan.schedule.max_steps.is_some() {
+            table.remove("epochs");
+        }
+        // tables last: TOML would read what follows as part of them
+        let (tables, plain): (Vec<_>, Vec<_>) = table.into_iter().partition(|(_, v)| v.is_table());
+        Ok(plain.into_iter().chain(tables).collect())
+    }
+}
+
+/// Settings that belong to the adapter.
+const LORA_KEYS: [&str; 13] = [
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "modules_to_save",
+    "init_lora_weights",
+];
+
+fn to_json(value: &Value) -> Json {
+    match value {
+        Value::String(s) => json!(s),
+        Value::Integer(i) => json!(i),
+        Value::Float(f) => json!(f),
+        Value::Boolean(b) => json!(b),
+        Value::Array(a) => Json::Array(a.iter().map(to_json).collect()),
+        Value::Table(t) => Json::Object(t.iter().map(|(k, v)| (k.clone(), to_json(v))).collect()),
+        Value::Datetime(d) => json!(d.to_string()),
+    }
+}
+
+fn from_json(value: &Json) -> Option<Value> {
+    Some(match value {
+        Json::Null => return None,
+        Json::Bool(b) => Value::Boolean(*b),
+        Json::Number(n) => match n.as_i64() {
+            Some(i) => Value::Integer(i),
+            None => Value::Float(n.as_f64()?),
+        },
+        Json::String(s) => Value::String(s.clone()),
+        Json::Array(a) => Value::Array(a.iter().filter_map(from_json).collect()),
+        Json::Object(o) if o.is_empty() => return None,
+        Json::Object(o) => Value::Table(o.iter().filter_map(|(k, v)| Some((k.clone(), from_json(v)?))).collect()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engobe_formats::peft::TargetModules;
+
+    fn given(flags: &[(&str, &str)], sets: &[&str]) -> Result<Given> {
+        let flags: Vec<_> = flags.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect();
+        let sets: Vec<_> = sets.iter().map(|s| s.to_string()).collect();
+        Given::collect(None, &flags, &sets)
+    }
+
+    #[test]
+    fn flags_and_sets_mean_the_same() {
+        let a = given(&[("learning_rate", "1e-4"), ("target_modules", "q_proj,v_proj"), ("max_steps", "7")], &[]).unwrap();
+        let b = given(&[], &["learning_rate=1e-4", "target_modules=[\"q_proj\", \"v_proj\"]", "max_steps=7"]).unwrap();
+        assert_eq!(a.plan().unwrap(), b.plan().unwrap());
+        assert_eq!(a.lora("x").unwrap(), b.lora("x").unwrap());
+        assert_eq!(a.plan().unwrap().schedule.max_steps, Some(7));
+    }
+
+    #[test]
+    fn a_regex_stays_a_regex() {
+        let g = given(&[("target_modules", r".*\.(q|v)_proj")], &[]).unwrap();
+        assert_eq!(g.lora("").unwrap().target_modules, Some(TargetModules::Regex(r".*\.(q|v)_proj".into())));
+        let g = given(&[], &["rank_pattern={ \"q_proj\" = 4 }"]).unwrap();
+        assert_eq!(g.lora("").unwrap().rank_pattern, [("q_proj".to_string(), 4)]);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (flags, sets, part) in [
+            (vec![("r", "-1")], vec![], "r is"),
+            (vec![], vec!["lerning_rate=1"], "did you mean \"learning_rate\""),
+            (vec![("learning_rate", "fast")], vec![], "expected a number"),
+            (vec![("max_steps", "3"), ("epochs", "2")], vec![], "contradict"),
+            (vec![], vec!["packing"], "expected name=value"),
+        ] {
+            let error = given(&flags, &sets).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        for (flags, part) in [
+            (vec![("lr_scheduler", "triangle")], "lr_scheduler is \"triangle\""),
+            (vec![("batch_size", "0")], "batch_size = 0"),
+            (vec![("learning_rate", "-1")], "learning_rate = -1"),
+        ] {
+            let error = given(&flags, &[]).unwrap().plan().unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        assert!(given(&[("r", "0")], &[]).unwrap().lora("").unwrap_err().to_string().contains("r is 0"));
+    }
+
+    #[test]
+    fn run_toml_repeats_the_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.toml");
+        let first = given(
+            &[("data", "a.jsonl,b.jsonl"), ("r", "4"), ("epochs", "2"), ("packing", "false")],
+            &["rank_pattern={ \"q_proj\" = 4 }", "weight_decay=0"],
+        )
+        .unwrap();
+        let table = first.resolved(&first.plan().unwrap(), &first.lora("").unwrap()).unwrap();
+        std::fs::write(&path, toml::to_string(&table).unwrap()).unwrap();
+        let second = Given::collect(Some(&path), &[], &[]).unwrap();
+        assert_eq!(first.plan().unwrap(), second.plan().unwrap());
+        assert_eq!(first.lora("").unwrap(), second.lora("").unwrap());
+        assert_eq!(second.paths("data").len(), 2);
+    }
+
+    #[test]
+    fn a_file_with_a_mistake_is_named_with_its_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.toml");
+        for (text, part) in [("r = 4\nleraning_rate = 1.0\n", "line 2"), ("r = 4\nseed = \"x\"\n", "line 2: seed"), ("r = \n", "line 1")] {
+            std::fs::write(&path, text).unwrap();
+            let error = Given::collect(Some(&path), &[], &[]).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}
