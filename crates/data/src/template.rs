@@ -7,7 +7,7 @@
 mod python;
 mod spans;
 
-pub use spans::{Rendered, Span};
+pub use spans::{Rendered, Span, SpanKind};
 
 use crate::{Error, Result};
 use fancy_regex::Regex;
@@ -111,7 +111,12 @@ impl ChatTemplate {
 
     /// The text of a conversation. `tools` is a list of tool descriptions; with `add_generation_prompt` the text
     /// ends where the assistant's next turn begins.
-    pub fn render(&self, messages: &[Json], tools: Option<&Json>, add_generation_prompt: bool) -> Result<String> {
+    pub fn render(
+        &self,
+        messages: &[Json],
+        tools: Option<&Json>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
         self.render_marked(&normalized(messages), tools, add_generation_prompt, None)
     }
 
@@ -123,8 +128,11 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         marks: Option<(&str, &str)>,
     ) -> Result<String> {
-        let mut context: BTreeMap<&str, Value> =
-            self.variables.iter().map(|(name, value)| (name.as_str(), Value::from_serialize(value))).collect();
+        let mut context: BTreeMap<&str, Value> = self
+            .variables
+            .iter()
+            .map(|(name, value)| (name.as_str(), Value::from_serialize(value)))
+            .collect();
         context.insert("messages", Value::from_serialize(messages));
         context.insert("tools", tools.map(Value::from_serialize).unwrap_or(Value::from(())));
         context.insert("documents", Value::from(()));
@@ -217,7 +225,9 @@ fn generation(state: &State, options: Kwargs) -> Result<Value, minijinja::Error>
 /// minijinja's error with the line, innermost cause first.
 fn explain(error: &minijinja::Error) -> Error {
     let mut inner = error;
-    while let Some(source) = std::error::Error::source(inner).and_then(|e| e.downcast_ref::<minijinja::Error>()) {
+    while let Some(source) =
+        std::error::Error::source(inner).and_then(|e| e.downcast_ref::<minijinja::Error>())
+    {
         inner = source;
     }
     let what = match (inner.kind(), inner.detail()) {

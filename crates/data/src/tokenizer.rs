@@ -129,6 +129,15 @@ impl TextTokenizer {
         Ok(out)
     }
 
+    /// Ids of a text that goes on: BOS where the model adds it, no EOS.
+    pub fn encode_start(&self, text: &str) -> Result<Vec<u32>> {
+        let ids = self.encode(text, false)?;
+        if ids.starts_with(&self.prefix) {
+            return Ok(ids);
+        }
+        Ok(self.prefix.iter().copied().chain(ids).collect())
+    }
+
     /// Ids of `text` without added ones, and the bytes of `text` that each covers. Tokens that share a
     /// character (bytes of one emoji) each cover the whole character.
     pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
@@ -205,6 +214,11 @@ impl TextTokenizer {
         &self.end_ids
     }
 
+    /// Ids that the model puts before a text.
+    pub(crate) fn prefix(&self) -> &[u32] {
+        &self.prefix
+    }
+
     /// True if the model puts BOS before a text.
     pub fn adds_bos(&self) -> bool {
         self.bos.is_some_and(|bos| self.prefix.first() == Some(&bos))
@@ -235,11 +249,8 @@ impl TextTokenizer {
     pub fn compile_chat_template(&self) -> Result<Option<crate::ChatTemplate>> {
         let Some(source) = &self.chat_template else { return Ok(None) };
         let token = |id: Option<u32>| id.and_then(|id| self.token_str(id));
-        let mut template = crate::ChatTemplate::new(
-            source,
-            token(self.bos).as_deref(),
-            token(self.eos).as_deref(),
-        )?;
+        let mut template =
+            crate::ChatTemplate::new(source, token(self.bos).as_deref(), token(self.eos).as_deref())?;
         for (name, id) in [("pad_token", self.pad), ("unk_token", self.unk)] {
             if let Some(token) = token(id) {
                 template.set_variable(name, token);

@@ -1,7 +1,7 @@
 //! Chat templates render as transformers renders them, and the assistant's turns are found in the text.
 
 use engobe_data::ChatTemplate;
-use engobe_data::template::Rendered;
+use engobe_data::template::{Rendered, SpanKind};
 use serde::Deserialize;
 use serde_json::Value;
 use std::path::Path;
@@ -67,7 +67,11 @@ fn generation_blocks_are_where_transformers_sees_them() {
 }
 
 fn spoken(rendered: &Rendered) -> Vec<(usize, &str, bool)> {
-    rendered.spans.iter().map(|s| (s.message, &rendered.text[s.range.clone()], s.whole_turn)).collect()
+    rendered
+        .spans
+        .iter()
+        .map(|s| (s.message, &rendered.text[s.range.clone()], s.kind != SpanKind::Content))
+        .collect()
 }
 
 fn turns() -> Vec<Value> {
@@ -106,14 +110,20 @@ fn turns_are_found_where_the_beginning_changes() {
     chat.extend(turns());
     check_turns("mistral", &chat, &[(2, "1</s>", true), (4, "2", false)]);
     // thoughts of the first turn are dropped, those of the last one stay and are learned
-    let chat = [m("user", "a"), m("assistant", "<think>x</think>b"), m("user", "c"), m("assistant", "<think>y</think>d")];
+    let chat = [
+        m("user", "a"),
+        m("assistant", "<think>x</think>b"),
+        m("user", "c"),
+        m("assistant", "<think>y</think>d"),
+    ];
     check_turns("thinking", &chat, &[(1, "b", false), (3, "<think>\ny\n</think>\n\nd<|im_end|>\n", true)]);
 }
 
 #[test]
 fn turns_are_found_in_any_order() {
     let backwards = "{% for m in messages[::-1] %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}";
-    let rendered = ChatTemplate::new(backwards, None, None).unwrap().render_with_spans(&turns(), None).unwrap();
+    let rendered =
+        ChatTemplate::new(backwards, None, None).unwrap().render_with_spans(&turns(), None).unwrap();
     assert_eq!(spoken(&rendered), [(1, "1", false), (3, "2", false)]);
 }
 
@@ -127,7 +137,9 @@ fn a_turn_that_cannot_be_found_is_an_error_that_says_what_to_do() {
 
 #[test]
 fn a_template_that_raises_says_its_message_and_line() {
-    let template = ChatTemplate::new("a\n{% if true %}\n{{ raise_exception('No ' ~ 'system') }}{% endif %}", None, None).unwrap();
+    let template =
+        ChatTemplate::new("a\n{% if true %}\n{{ raise_exception('No ' ~ 'system') }}{% endif %}", None, None)
+            .unwrap();
     let error = template.render(&turns(), None, false).unwrap_err().to_string();
     assert_eq!(error, "chat template line 3: No system");
     let error = ChatTemplate::new("a\n{% if %}", None, None).unwrap_err().to_string();

@@ -148,7 +148,9 @@ impl Json {
             ValueKind::String => self.string(value.as_str().unwrap_or_default(), out),
             ValueKind::Seq | ValueKind::Iterable => {
                 let items: Vec<Value> = value.try_iter()?.collect();
-                self.nest(['[', ']'], items.len(), depth, out, |i, out| self.write(&items[i], depth + 1, out))?;
+                self.nest(['[', ']'], items.len(), depth, out, |i, out| {
+                    self.write(&items[i], depth + 1, out)
+                })?;
             }
             ValueKind::Map => {
                 let mut keys: Vec<Value> = value.try_iter()?.collect();
@@ -252,7 +254,9 @@ mod tests {
 
     #[test]
     fn lists_and_maps_print_as_in_python() {
-        let value = Value::from_serialize(serde_json::json!({"a": [1, "it's", "say \"x\"", true, null, 2.0], "b": {}}));
+        let value = Value::from_serialize(
+            serde_json::json!({"a": [1, "it's", "say \"x\"", true, null, 2.0], "b": {}}),
+        );
         assert_eq!(str_of(&value), "{'a': [1, \"it's\", 'say \"x\"', True, None, 2.0], 'b': {}}");
     }
 }

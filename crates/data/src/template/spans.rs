@@ -27,8 +27,19 @@ pub struct Span {
     pub message: usize,
     /// bytes of the text
     pub range: Range<usize>,
-    /// false if only the content was found: the end-of-turn token that follows it belongs to the turn too
-    pub whole_turn: bool,
+    /// how it was found, and so where it ends
+    pub kind: SpanKind,
+}
+
+/// How a span was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SpanKind {
+    /// a `{% generation %}` block: exactly what is to be learned
+    Block,
+    /// the whole turn, up to where the next one begins: whitespace may follow its end-of-turn token
+    Turn,
+    /// its content: the end-of-turn token that follows belongs to the turn too
+    Content,
 }
 
 impl ChatTemplate {
@@ -56,10 +67,15 @@ impl ChatTemplate {
         assistants: &[usize],
     ) -> Result<Vec<Span>> {
         let ranges = self.blocks(messages, tools)?;
-        let span = |message, range: &Range<usize>| Span { message, range: range.clone(), whole_turn: true };
+        let span =
+            |message, range: &Range<usize>| Span { message, range: range.clone(), kind: SpanKind::Block };
         debug_assert!(ranges.iter().all(|r| r.end <= text.len()));
         if ranges.len() == assistants.len() {
-            return Ok(assistants.iter().zip(&ranges).map(|(&message, range)| span(message, range)).collect());
+            return Ok(assistants
+                .iter()
+                .zip(&ranges)
+                .map(|(&message, range)| span(message, range))
+                .collect());
         }
         // several blocks a turn, or none: count them in the beginnings of the conversation
         let mut spans = Vec::with_capacity(ranges.len());
@@ -100,15 +116,15 @@ impl ChatTemplate {
         if let (Some(start), Some(end)) = (start, end)
             && start <= end
         {
-            return Ok(Span { message: i, range: start..end, whole_turn: true });
+            return Ok(Span { message: i, range: start..end, kind: SpanKind::Turn });
         }
         let content = self.content(messages, tools, text, i);
         // that the text ends with the last turn is known only if it also begins as it should
         let end = end.filter(|_| !last);
-        let whole_turn = end.is_some();
+        let kind = if end.is_some() { SpanKind::Turn } else { SpanKind::Content };
         let (start, end) = (start.or(content.start), end.or(content.end));
         match (start, end) {
-            (Some(start), Some(end)) if start <= end => Ok(Span { message: i, range: start..end, whole_turn }),
+            (Some(start), Some(end)) if start <= end => Ok(Span { message: i, range: start..end, kind }),
             _ => Err(Error::Template {
                 line: None,
                 what: format!(

@@ -136,7 +136,9 @@ fn byte_level(meta: &GgufTokenizer, vocab: Vocabulary) -> Result<(Tokenizer, boo
         let (left, right) = at.map(|at| (&merge[..at], &merge[at + 1..])).unwrap_or((merge, ""));
         let joined = format!("{left}{right}");
         if right.is_empty() || [left, right, &joined].iter().any(|t| !vocab.contains_key(*t)) {
-            return Err(format!("tokenizer.ggml.merges[{i}] is {merge:?}; both halves and their sum must be tokens"));
+            return Err(format!(
+                "tokenizer.ggml.merges[{i}] is {merge:?}; both halves and their sum must be tokens"
+            ));
         }
         merges.push((left.to_owned(), right.to_owned()));
     }

@@ -10,8 +10,9 @@ pub(super) fn load(dir: &Path) -> Result<TextTokenizer> {
     let path = dir.join("tokenizer.json");
     let origin = path.display().to_string();
     let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
-    let mut inner = Tokenizer::from_bytes(&bytes)
-        .map_err(|e| Error::tokenizer(&origin, format!("is not a tokenizer of the tokenizers library: {e}")))?;
+    let mut inner = Tokenizer::from_bytes(&bytes).map_err(|e| {
+        Error::tokenizer(&origin, format!("is not a tokenizer of the tokenizers library: {e}"))
+    })?;
     // a saved tokenizer may cut or pad; here the row is the user's, and batches are packed
     inner.with_truncation(None).map_err(|e| Error::tokenizer(&origin, e))?;
     inner.with_padding(None);

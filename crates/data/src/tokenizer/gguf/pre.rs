@@ -29,17 +29,13 @@ const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\
 /// A list of the known kinds; a name that is not in it is an error, never a guess.
 const KNOWN: &[Pre] = &[
     Pre {
-        names: &[
-            "smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b",
-        ],
+        names: &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"],
         patterns: &[r"\p{N}", GPT2],
         ignore_merges: false,
         add_bos: false,
     },
     Pre {
-        names: &[
-            "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
-        ],
+        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"],
         patterns: &[LLAMA3],
         ignore_merges: true,
         add_bos: true,
@@ -59,8 +55,22 @@ const KNOWN: &[Pre] = &[
     Pre { names: &["qwen35"], patterns: &[QWEN35], ignore_merges: false, add_bos: false },
     Pre {
         names: &[
-            "gpt-2", "gpt2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0",
-            "mellum", "mpt", "olmo", "jais", "exaone4", "trillion", "granite-docling",
+            "gpt-2",
+            "gpt2",
+            "phi-2",
+            "jina-es",
+            "jina-de",
+            "jina-v2-es",
+            "jina-v2-de",
+            "gigachat",
+            "a.x-4.0",
+            "mellum",
+            "mpt",
+            "olmo",
+            "jais",
+            "exaone4",
+            "trillion",
+            "granite-docling",
         ],
         patterns: &[GPT2],
         ignore_merges: false,
@@ -96,7 +106,8 @@ impl Pre {
         let mut steps: Vec<PreTokenizerWrapper> = Vec::new();
         for pattern in self.patterns {
             let pattern = SplitPattern::Regex((*pattern).to_owned());
-            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(|e| e.to_string())?;
+            let split =
+                Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(|e| e.to_string())?;
             steps.push(split.into());
         }
         // the bytes of each piece in the printable alphabet; the splitting is done

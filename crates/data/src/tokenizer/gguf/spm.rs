@@ -19,8 +19,7 @@ pub(super) fn tokenizer(meta: &GgufTokenizer, vocab: Vocabulary) -> Result<Token
         return Err(format!("tokenizer.ggml.scores[{id}] is not a number"));
     }
     let merges = merges(meta, scores, &vocab);
-    let mut model =
-        BPE::builder().vocab_and_merges(vocab.into_iter().collect::<Vocab>(), merges);
+    let mut model = BPE::builder().vocab_and_merges(vocab.into_iter().collect::<Vocab>(), merges);
     model = model.byte_fallback(true).fuse_unk(true);
     if let Some(unk) = meta.unk {
         model = model.unk_token(meta.tokens[unk as usize].clone());

@@ -1,0 +1,378 @@
+//! The forms that rows have, by the names of their columns.
+
+use super::raw::{Place, RawRow, kind};
+use crate::Result;
+use serde_json::{Map, Value};
+
+/// How a file's rows are read. The names are those of the file's columns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// a list of `{role, content}`
+    Messages {
+        /// column of the list
+        key: String,
+    },
+    /// ShareGPT: a list of `{from, value}`
+    ShareGpt {
+        /// column of the list
+        key: String,
+    },
+    /// a prompt and what follows it; both strings, or both lists of messages
+    PromptCompletion {
+        /// column of the prompt
+        prompt: String,
+        /// column of the completion
+        completion: String,
+    },
+    /// an instruction, an optional input, an output
+    Alpaca {
+        /// column of the input; rows may lack it
+        input: String,
+        /// column of the output
+        output: String,
+    },
+    /// plain text
+    Text {
+        /// column of the text
+        key: String,
+    },
+    /// token ids, with labels or without
+    Tokenized {
+        /// rows have `labels`
+        labels: bool,
+    },
+}
+
+/// A row in one of the forms.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// where it stands
+    pub place: Place,
+    /// what it says
+    pub content: Content,
+}
+
+/// What a row says.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Content {
+    /// a conversation in OpenAI's message format
+    Chat {
+        /// `{role, content, ...}` each
+        messages: Vec<Value>,
+        /// tool descriptions
+        tools: Option<Value>,
+        /// messages that belong to a prompt, in front; what the assistant says there is not learned
+        prompt_messages: usize,
+    },
+    /// a prompt and what follows it
+    Pair {
+        /// not learned
+        prompt: String,
+        /// learned
+        completion: String,
+    },
+    /// Alpaca
+    Alpaca {
+        /// the task
+        instruction: String,
+        /// what it is about; may be empty
+        input: String,
+        /// the answer
+        output: String,
+    },
+    /// plain text
+    Text(String),
+    /// token ids
+    Tokens {
+        /// the ids
+        ids: Vec<u32>,
+        /// label of each position; `None` where it is -100
+        labels: Option<Vec<Option<u32>>>,
+    },
+}
+
+const MESSAGES: &[&str] = &["messages", "conversations", "conversation", "chat"];
+const PROMPTS: &[&str] = &["prompt", "question", "query", "input", "problem", "source"];
+const COMPLETIONS: &[&str] = &["completion", "response", "answer", "output", "solution", "target"];
+const OUTPUTS: &[&str] = &["output", "response", "completion", "answer"];
+const INPUTS: &[&str] = &["input", "context"];
+
+const FORMS: &str = "messages (chat), prompt + completion, instruction + output (Alpaca), text, or input_ids";
+
+impl Form {
+    /// One line for a person.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Messages { key } => format!("chat messages (column {key}: role, content)"),
+            Self::ShareGpt { key } => format!("ShareGPT conversations (column {key}: from, value)"),
+            Self::PromptCompletion { prompt, completion } => {
+                format!("prompt and completion (columns {prompt}, {completion})")
+            }
+            Self::Alpaca { input, output } => {
+                format!("Alpaca instructions (columns instruction, {input}, {output})")
+            }
+            Self::Text { key } => format!("plain text (column {key})"),
+            Self::Tokenized { labels: true } => "token ids (columns input_ids, labels)".into(),
+            Self::Tokenized { labels: false } => "token ids (column input_ids, all of them labels)".into(),
+        }
+    }
+
+    /// Recognises the form by a file's first row.
+    pub(super) fn recognise(row: &RawRow) -> Result<Self> {
+        let fields = &row.fields;
+        let first = |names: &[&str]| {
+            names.iter().find(|name| fields.contains_key(**name)).map(|name| (*name).to_owned())
+        };
+        if fields.contains_key("input_ids") {
+            return Ok(Self::Tokenized { labels: fields.get("labels").is_some_and(|v| !v.is_null()) });
+        }
+        if let Some(key) = MESSAGES.iter().find(|key| fields.get(**key).is_some_and(Value::is_array)) {
+            let share =
+                fields[*key].get(0).is_some_and(|m| m.get("from").is_some() && m.get("role").is_none());
+            let key = (*key).to_owned();
+            return Ok(if share { Self::ShareGpt { key } } else { Self::Messages { key } });
+        }
+        if fields.contains_key("instruction")
+            && let Some(output) = first(OUTPUTS)
+        {
+            let input = first(INPUTS).unwrap_or_else(|| "input".to_owned());
+            return Ok(Self::Alpaca { input, output });
+        }
+        if let (Some(prompt), Some(completion)) = (first(PROMPTS), first(COMPLETIONS)) {
+            return Ok(Self::PromptCompletion { prompt, completion });
+        }
+        if let Some(key) = first(&["text", "content"]) {
+            return Ok(Self::Text { key });
+        }
+        Err(row.place.error(unrecognised(fields)))
+    }
+
+    /// Columns of `row` that this form does not read.
+    pub(super) fn ignored(&self, row: &RawRow) -> Vec<String> {
+        let used: Vec<&str> = match self {
+            Self::Messages { key } => vec![key, "tools"],
+            Self::ShareGpt { key } => vec![key, "tools", "system"],
+            Self::PromptCompletion { prompt, completion } => vec![prompt, completion, "tools"],
+            Self::Alpaca { input, output } => vec!["instruction", input, output],
+            Self::Text { key } => vec![key],
+            Self::Tokenized { .. } => vec!["input_ids", "labels"],
+        };
+        row.fields.keys().filter(|key| !used.contains(&key.as_str())).cloned().collect()
+    }
+
+    /// Reads one row.
+    pub(super) fn row(&self, raw: RawRow) -> Result<Row> {
+        let RawRow { place, fields } = raw;
+        let read = Fields { fields: &fields, place: &place, form: self };
+        let content = match self {
+            Self::Messages { key } => {
+                Content::Chat { messages: read.messages(key)?, tools: read.tools()?, prompt_messages: 0 }
+            }
+            Self::ShareGpt { key } => read.share_gpt(key)?,
+            Self::PromptCompletion { prompt, completion } => read.pair(prompt, completion)?,
+            Self::Alpaca { input, output } => Content::Alpaca {
+                instruction: read.text("instruction")?,
+                input: read.optional_text(input)?.unwrap_or_default(),
+                output: read.text(output)?,
+            },
+            Self::Text { key } => Content::Text(read.text(key)?),
+            Self::Tokenized { labels } => read.tokens(*labels)?,
+        };
+        Ok(Row { place, content })
+    }
+}
+
+fn unrecognised(fields: &Map<String, Value>) -> String {
+    let names: Vec<&str> = fields.keys().map(String::as_str).collect();
+    let known =
+        ["messages", "conversations", "prompt", "completion", "instruction", "output", "text", "input_ids"];
+    let near = names.iter().find_map(|name| {
+        let near = |known: &&&str| strsim::damerau_levenshtein(name, known) <= 2;
+        known.iter().find(near).map(|known| format!("; is {name:?} meant to be {known:?}?"))
+    });
+    let found = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+    format!(
+        "the columns do not tell what to learn: found {found}; needed are {FORMS}{}",
+        near.unwrap_or_default()
+    )
+}
+
+/// A row's columns, with errors that name row, form and key.
+struct Fields<'a> {
+    fields: &'a Map<String, Value>,
+    place: &'a Place,
+    form: &'a Form,
+}
+
+impl Fields<'_> {
+    fn get(&self, key: &str) -> Result<&Value> {
+        self.fields.get(key).filter(|v| !v.is_null()).ok_or_else(|| {
+            let found: Vec<&str> = self.fields.keys().map(String::as_str).collect();
+            let what = format!(
+                "{key:?} is missing; the file was read as {}; this row has {}",
+                self.form.describe(),
+                found.join(", ")
+            );
+            self.place.error(what)
+        })
+    }
+
+    fn wrong<T>(&self, key: &str, want: &str, got: &Value) -> Result<T> {
+        Err(self.place.error(format!("{key:?} must be {want}, this is {}", kind(got))))
+    }
+
+    fn text(&self, key: &str) -> Result<String> {
+        match self.get(key)? {
+            Value::String(text) => Ok(text.clone()),
+            // answers are often numbers
+            Value::Number(number) => Ok(number.to_string()),
+            other => self.wrong(key, "a string", other),
+        }
+    }
+
+    fn optional_text(&self, key: &str) -> Result<Option<String>> {
+        match self.fields.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(_) => self.text(key).map(Some),
+        }
+    }
+
+    fn list(&self, key: &str) -> Result<&Vec<Value>> {
+        match self.get(key)? {
+            Value::Array(list) => Ok(list),
+            other => self.wrong(key, "a list", other),
+        }
+    }
+
+    fn messages(&self, key: &str) -> Result<Vec<Value>> {
+        let list = self.list(key)?;
+        if list.is_empty() {
+            return Err(self
+                .place
+                .error(format!("{key:?} is an empty list; a conversation has at least one message")));
+        }
+        for (i, message) in list.iter().enumerate() {
+            let at = format!("message {} of {key:?}", i + 1);
+            let Value::Object(fields) = message else {
+                return Err(self.place.error(format!(
+                    "{at} must be an object with role and content, this is {}",
+                    kind(message)
+                )));
+            };
+            match fields.get("role") {
+                Some(Value::String(_)) => {}
+                Some(other) => {
+                    return Err(self
+                        .place
+                        .error(format!("role of {at} must be a string, this is {}", kind(other))));
+                }
+                None => return Err(self.place.error(format!("{at} has no \"role\""))),
+            }
+            let speaks =
+                ["content", "tool_calls"].iter().any(|key| fields.get(*key).is_some_and(|v| !v.is_null()));
+            if !speaks {
+                return Err(self.place.error(format!("{at} has no \"content\"")));
+            }
+        }
+        Ok(list.clone())
+    }
+
+    fn tools(&self) -> Result<Option<Value>> {
+        match self.fields.get("tools") {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Array(tools)) if tools.is_empty() => Ok(None),
+            Some(tools @ Value::Array(_)) => Ok(Some(tools.clone())),
+            // data sets keep them as JSON text, because columns have one type
+            Some(Value::String(text)) if text.trim().is_empty() => Ok(None),
+            Some(Value::String(text)) => match serde_json::from_str(text) {
+                Ok(tools @ Value::Array(_)) => Ok(Some(tools)),
+                _ => Err(self.place.error("\"tools\" is a string that is not a JSON list")),
+            },
+            Some(other) => self.wrong("tools", "a list", other),
+        }
+    }
+
+    fn share_gpt(&self, key: &str) -> Result<Content> {
+        let mut messages = Vec::new();
+        if let Some(system) = self.optional_text("system")?.filter(|s| !s.is_empty()) {
+            messages.push(crate::template::message("system", &system));
+        }
+        for (i, turn) in self.list(key)?.iter().enumerate() {
+            let part = |name: &str| {
+                turn.get(name).and_then(Value::as_str).ok_or_else(|| {
+                    self.place.error(format!(
+                        "turn {} of {key:?} has no {name:?}; turns are {{from, value}}",
+                        i + 1
+                    ))
+                })
+            };
+            let from = part("from")?;
+            let role = match from.to_ascii_lowercase().as_str() {
+                "human" | "user" => "user",
+                "gpt" | "assistant" | "chatgpt" | "bing" | "bard" | "model" => "assistant",
+                "system" => "system",
+                "tool" | "observation" | "function_response" => "tool",
+                _ => {
+                    let what = format!(
+                        "turn {} of {key:?} is from {from:?}; known are human, gpt, system, tool",
+                        i + 1
+                    );
+                    return Err(self.place.error(what));
+                }
+            };
+            messages.push(crate::template::message(role, part("value")?));
+        }
+        if messages.is_empty() {
+            return Err(self
+                .place
+                .error(format!("{key:?} is an empty list; a conversation has at least one turn")));
+        }
+        Ok(Content::Chat { messages, tools: self.tools()?, prompt_messages: 0 })
+    }
+
+    fn pair(&self, prompt: &str, completion: &str) -> Result<Content> {
+        if self.get(prompt)?.is_array() {
+            let mut messages = self.messages(prompt)?;
+            let prompt_messages = messages.len();
+            messages.extend(self.messages(completion)?);
+            return Ok(Content::Chat { messages, tools: self.tools()?, prompt_messages });
+        }
+        Ok(Content::Pair { prompt: self.text(prompt)?, completion: self.text(completion)? })
+    }
+
+    fn tokens(&self, labels: bool) -> Result<Content> {
+        let number = |key: &str, i: usize, v: &Value| {
+            v.as_i64()
+                .ok_or_else(|| self.place.error(format!("{key}[{i}] must be a whole number, this is {v}")))
+        };
+        let mut ids = Vec::new();
+        for (i, v) in self.list("input_ids")?.iter().enumerate() {
+            let id = number("input_ids", i, v)?;
+            let id = u32::try_from(id)
+                .map_err(|_| self.place.error(format!("input_ids[{i}] is {id}; ids begin at 0")))?;
+            ids.push(id);
+        }
+        if !labels {
+            return Ok(Content::Tokens { ids, labels: None });
+        }
+        let list = self.list("labels")?;
+        if list.len() != ids.len() {
+            return Err(self.place.error(format!(
+                "{} labels for {} input_ids; one label a token",
+                list.len(),
+                ids.len()
+            )));
+        }
+        let mut labels = Vec::with_capacity(ids.len());
+        for (i, v) in list.iter().enumerate() {
+            labels.push(match number("labels", i, v)? {
+                -100 => None,
+                id => Some(u32::try_from(id).map_err(|_| {
+                    self.place
+                        .error(format!("labels[{i}] is {id}; a label is a token id, or -100 where masked"))
+                })?),
+            });
+        }
+        Ok(Content::Tokens { ids, labels: Some(labels) })
+    }
+}
