@@ -47,7 +47,8 @@ impl Adapter {
         let heads = model.output_heads();
         let mut paths = Vec::new();
         model.visit_modules(&mut |m| paths.push(m.path().to_string()));
-        let mut attached = Attach { config, targets: &targets, start, device, layers: vec![], others: vec![] };
+        let mut attached =
+            Attach { config, targets: &targets, start, device, layers: vec![], others: vec![] };
         let mut result = Ok(());
         model.visit_modules(&mut |mut module| {
             if result.is_ok() {
@@ -87,13 +88,20 @@ impl Adapter {
             match params.get(name.as_str()) {
                 None => problems.push(format!("{name} matches no module")),
                 Some(p) if p.tensor().dims() != view.shape => {
-                    problems.push(format!("{name} is {:?}, the model needs {:?}", view.shape, p.tensor().dims()));
+                    problems.push(format!(
+                        "{name} is {:?}, the model needs {:?}",
+                        view.shape,
+                        p.tensor().dims()
+                    ));
                 }
                 Some(p) => values.push((*p, view)),
             }
         }
         problems.extend(
-            params.keys().filter(|n| !tensors.contains_key(**n)).map(|n| format!("{n} is missing from the file")),
+            params
+                .keys()
+                .filter(|n| !tensors.contains_key(**n))
+                .map(|n| format!("{n} is missing from the file")),
         );
         if !problems.is_empty() {
             return Err(Error::DoesNotFit { path: path.to_path_buf(), problems: shorten(problems) });

@@ -139,9 +139,8 @@ impl Targets {
             _ => Vec::new(),
         };
         let is_saved = |m: &str| {
-            let hit = |p: &str| {
-                p.match_indices('.').map(|(at, _)| &p[..at]).chain([p]).any(|p| p.ends_with(m))
-            };
+            let hit =
+                |p: &str| p.match_indices('.').map(|(at, _)| &p[..at]).chain([p]).any(|p| p.ends_with(m));
             paths.iter().any(|p| hit(p))
         };
         let saved = self.modules_to_save.iter().map(String::as_str).filter(|m| !is_saved(m)).collect();

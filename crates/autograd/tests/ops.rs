@@ -63,7 +63,8 @@ fn gradients_of(case: Case<'_>, composed: bool, checkpointing: bool) -> (f64, Gr
     let loss = case(&mut tape).unwrap();
     let value = f64::from(loss.scalar().unwrap());
     let mut grads = Gradients::new();
-    tape.backward(&loss, Tensor::ones(1, candle_core::DType::F32, &Device::Cpu).unwrap(), &mut grads).unwrap();
+    tape.backward(&loss, Tensor::ones(1, candle_core::DType::F32, &Device::Cpu).unwrap(), &mut grads)
+        .unwrap();
     (value, grads)
 }
 

@@ -54,6 +54,9 @@ pub enum Error {
         /// what the template or its compiler said
         what: String,
     },
+    /// A model file cannot be read.
+    #[error(transparent)]
+    Formats(#[from] engobe_formats::Error),
     /// Options that do not fit the data or each other.
     #[error("{0}")]
     Options(String),

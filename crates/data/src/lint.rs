@@ -235,9 +235,7 @@ fn stopping(report: &mut Reporter, samples: &[Sample], context: &LintContext) {
         report.push(LintKind::EotNotAStopToken, Severity::Warning, samples.iter(), message);
     }
     let only_end = |s: &&Sample| {
-        s.label_tokens() > 0
-            && s.truncated == 0
-            && s.labels.iter().skip(1).filter(|l| l.is_some()).all(|l| ends(l))
+        s.label_tokens() > 0 && s.truncated == 0 && s.labels.iter().skip(1).filter(|l| l.is_some()).all(ends)
     };
     report.rows(
         LintKind::EmptyCompletions,

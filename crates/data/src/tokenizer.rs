@@ -65,6 +65,11 @@ impl TextTokenizer {
         hf::load(dir)
     }
 
+    /// The tokenizer and chat template of a GGUF file.
+    pub fn from_gguf_file(file: &engobe_formats::gguf::Gguf) -> Result<Self> {
+        gguf::build(gguf::GgufTokenizer::read(file)?, &file.path().display().to_string())
+    }
+
     /// Builds a tokenizer from GGUF metadata.
     pub fn from_gguf(metadata: gguf::GgufTokenizer, origin: &str) -> Result<Self> {
         gguf::build(metadata, origin)

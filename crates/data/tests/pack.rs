@@ -99,14 +99,14 @@ fn a_cursor_goes_on_exactly() {
         let mut whole = Loader::new(samples(&uneven(60)), options);
         let all: Vec<MicroBatch> =
             (0..whole.len_per_epoch() * 3).filter_map(|_| whole.next_micro_batch()).collect();
-        for stop in 0..all.len() {
+        for (stop, next) in all.iter().enumerate() {
             let mut first = Loader::new(samples(&uneven(60)), options);
             (0..stop).for_each(|_| drop(first.next_micro_batch()));
             let text = serde_json::to_string(&first.cursor()).unwrap();
             let cursor: Cursor = serde_json::from_str(&text).unwrap();
             let mut second = Loader::new(samples(&uneven(60)), options);
             second.seek(&cursor);
-            assert_eq!(second.next_micro_batch().unwrap(), all[stop], "after {stop}");
+            assert_eq!(&second.next_micro_batch().unwrap(), next, "after {stop}");
         }
     }
 }

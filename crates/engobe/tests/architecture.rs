@@ -86,7 +86,12 @@ fn names_stay_in_their_rooms() {
             for (i, line) in text.lines().enumerate() {
                 let code = line.split("//").next().unwrap_or_default().to_lowercase();
                 for word in words {
-                    assert!(!code.contains(word), "{}:{}: {name} must not say {word:?}", file.display(), i + 1);
+                    assert!(
+                        !code.contains(word),
+                        "{}:{}: {name} must not say {word:?}",
+                        file.display(),
+                        i + 1
+                    );
                 }
             }
         }

@@ -75,7 +75,9 @@ fn open_dir(dir: &Path) -> Result<BTreeMap<String, TensorView>> {
         return Ok(file.tensors().map(|t| (t.name.clone(), t.clone())).collect());
     }
     let what = match dir.join("pytorch_model.bin").exists() {
-        true => "has weights in pytorch_model.bin only, which can run code when read; save it with save_pretrained(..., safe_serialization=True)",
+        true => {
+            "has weights in pytorch_model.bin only, which can run code when read; save it with save_pretrained(..., safe_serialization=True)"
+        }
         false => "has no model.safetensors and no model.safetensors.index.json",
     };
     Err(Error::corrupt(dir, what))
@@ -83,8 +85,8 @@ fn open_dir(dir: &Path) -> Result<BTreeMap<String, TensorView>> {
 
 fn open_shards(dir: &Path, index: &Path) -> Result<BTreeMap<String, TensorView>> {
     let bytes = fs::read(index).map_err(Error::io(index))?;
-    let json: Value =
-        serde_json::from_slice(&bytes).map_err(|e| Error::corrupt(index, format!("is not valid JSON: {e}")))?;
+    let json: Value = serde_json::from_slice(&bytes)
+        .map_err(|e| Error::corrupt(index, format!("is not valid JSON: {e}")))?;
     let map = json.get("weight_map").and_then(Value::as_object);
     let map = map.ok_or_else(|| Error::corrupt(index, "has no object \"weight_map\""))?;
     let mut wanted: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
@@ -93,7 +95,10 @@ fn open_shards(dir: &Path, index: &Path) -> Result<BTreeMap<String, TensorView>>
         // a shard lies beside its index: a path out of the directory is an attack or a mistake
         let inside = Path::new(file).components().all(|c| matches!(c, Component::Normal(_)));
         if !inside {
-            return Err(Error::corrupt(index, format!("{name} is said to lie in {file:?}, outside the directory")));
+            return Err(Error::corrupt(
+                index,
+                format!("{name} is said to lie in {file:?}, outside the directory"),
+            ));
         }
         wanted.entry(file).or_default().insert(name);
     }

@@ -51,7 +51,8 @@ impl SafetensorsFile {
     pub fn open(path: &Path) -> Result<Self> {
         let file = MappedFile::open(path)?;
         let (entries, metadata) = parse((*file).as_ref()).map_err(|what| Error::corrupt(path, what))?;
-        let view = |(name, dtype, shape, range): Entry| TensorView { name, shape, dtype, file: file.clone(), range };
+        let view =
+            |(name, dtype, shape, range): Entry| TensorView { name, shape, dtype, file: file.clone(), range };
         Ok(Self { tensors: entries.into_iter().map(view).collect(), metadata })
     }
 

@@ -29,8 +29,9 @@ impl ShardedWriter {
         let mut shards: Vec<Vec<Announced>> = vec![Vec::new()];
         let (mut filled, mut total) = (0usize, 0usize);
         for tensor in tensors {
-            let size = bytes_of(tensor.1, &tensor.2)
-                .ok_or_else(|| Error::corrupt(dir, format!("{}: shape {:?} overflows", tensor.0, tensor.2)))?;
+            let size = bytes_of(tensor.1, &tensor.2).ok_or_else(|| {
+                Error::corrupt(dir, format!("{}: shape {:?} overflows", tensor.0, tensor.2))
+            })?;
             if filled > 0 && filled + size > max_shard_bytes {
                 shards.push(Vec::new());
                 filled = 0;
@@ -64,7 +65,8 @@ impl ShardedWriter {
         };
         let expected = bytes_of(announced.1, &announced.2);
         if announced.0 != name || expected != Some(bytes.len()) {
-            let what = format!("{name} ({} bytes) where {} ({expected:?}) was announced", bytes.len(), announced.0);
+            let what =
+                format!("{name} ({} bytes) where {} ({expected:?}) was announced", bytes.len(), announced.0);
             return Err(Error::corrupt(&self.dir, what));
         }
         match &mut self.current {

@@ -102,7 +102,8 @@ impl<'m> Generator<'m> {
         let shared = self.seen.iter().zip(&prompt[..last]).take_while(|(a, b)| a == b).count();
         self.seen.truncate(shared);
         self.cache.truncate(0, shared);
-        let (before, rest) = prompt[shared..].split_at((prompt.len() - 1 - shared) / PROMPT_CHUNK * PROMPT_CHUNK);
+        let (before, rest) =
+            prompt[shared..].split_at((prompt.len() - 1 - shared) / PROMPT_CHUNK * PROMPT_CHUNK);
         for chunk in before.chunks(PROMPT_CHUNK) {
             self.hidden(chunk)?;
         }

@@ -107,7 +107,7 @@ mod tests {
         }
     }
 
-    const EXPECTED: [f32; 2] = [0.800_795_97, -1.910_618_9];
+    const EXPECTED: [f32; 2] = [0.800_796, -1.910_619];
 
     #[test]
     fn sgd_with_momentum_gathers_speed() {

@@ -72,7 +72,14 @@ impl Task<'_> {
 
     /// Rows `rows` (within the segment) of this head in a buffer of queries.
     fn queries<'b>(&self, q: &'b [f32], rows: &Range<usize>) -> MatRef<'b> {
-        view(q, self.segment.q.start + rows.start, rows.len(), self.head, self.shape.heads, self.shape.head_dim)
+        view(
+            q,
+            self.segment.q.start + rows.start,
+            rows.len(),
+            self.head,
+            self.shape.heads,
+            self.shape.head_dim,
+        )
     }
 
     /// The first `n` keys or values of this head's group.
@@ -268,7 +275,9 @@ mod tests {
                 for h in 0..heads {
                     let g = h / (heads / kv_heads);
                     let last = if causal { s.kv.len() - s.q.len() + i + 1 } else { s.kv.len() };
-                    let at = |buffer: &[f32], j: usize, c: usize| f64::from(buffer[(s.kv.start + j) * kv_heads * hd + g * hd + c]);
+                    let at = |buffer: &[f32], j: usize, c: usize| {
+                        f64::from(buffer[(s.kv.start + j) * kv_heads * hd + g * hd + c])
+                    };
                     let score = |j: usize| -> f64 {
                         (0..hd).map(|c| f64::from(q[qi * heads * hd + h * hd + c]) * at(k, j, c)).sum::<f64>()
                             * f64::from(scale)
@@ -295,8 +304,11 @@ mod tests {
             for (heads, kv_heads, hd) in [(1, 1, 8), (4, 2, 16), (9, 3, 64)] {
                 let shape = AttentionShape { heads, kv_heads, head_dim: hd, scale: 0.2, causal };
                 let segments = [segment(0..70, 0..70), segment(70..71, 70..71), segment(71..80, 71..230)];
-                let (q, k, v) =
-                    (numbers(1, 80 * heads * hd), numbers(2, 230 * kv_heads * hd), numbers(3, 230 * kv_heads * hd));
+                let (q, k, v) = (
+                    numbers(1, 80 * heads * hd),
+                    numbers(2, 230 * kv_heads * hd),
+                    numbers(3, 230 * kv_heads * hd),
+                );
                 let mut out = vec![0.0; q.len()];
                 attention(&shape, &segments, &q, &k, &v, &mut out, None);
                 for (a, b) in out.iter().zip(reference(&shape, &segments, &q, &k, &v)) {

@@ -10,7 +10,7 @@
 //!
 //! [`cross_entropy`] takes the vocabulary in blocks that stay in cache and keeps, by row, the largest logit m
 //! so far, s = Σ exp(z - m) and G = Σ exp(z - m)·W, all rescaled when m grows (the online softmax of Milakov &
-//! Gimelshein 2018, with the gradient carried along): at the end dH = G/s - W[t], and W was read once. The
+//! Gimelshein 2018, with the gradient carried along): at the end `dH = G/s - W[t]`, and W was read once. The
 //! vocabulary is split into parts that run in parallel and are merged in order; their number depends on its
 //! size alone, so results do not depend on the number of threads.
 //!
@@ -274,7 +274,8 @@ pub fn cross_entropy_backward(
     let head = Head { weight, bias, low_rank };
     let parts = head.parts();
     let size = parts.first().map_or(1, ExactSizeIterator::len);
-    let pass = Pass { head, hidden, targets, lse, row_scale, want_h: d_hidden.is_some(), want_u: d_u.is_some() };
+    let pass =
+        Pass { head, hidden, targets, lse, row_scale, want_h: d_hidden.is_some(), want_u: d_u.is_some() };
     // each part owns its rows of the head's gradients
     let slices = split(d_weight, size * d, parts.len());
     let biases = split(d_bias, size, parts.len());

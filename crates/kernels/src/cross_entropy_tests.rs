@@ -46,8 +46,10 @@ impl Case {
         let f = f64::from;
         for i in 0..self.n {
             let logit = |v: usize| -> f64 {
-                let base: f64 = (0..self.d).map(|c| f(self.h[i * self.d + c]) * f(self.w[v * self.d + c])).sum();
-                let delta: f64 = (0..self.r).map(|c| f(self.u[i * self.r + c]) * f(self.b[v * self.r + c])).sum();
+                let base: f64 =
+                    (0..self.d).map(|c| f(self.h[i * self.d + c]) * f(self.w[v * self.d + c])).sum();
+                let delta: f64 =
+                    (0..self.r).map(|c| f(self.u[i * self.r + c]) * f(self.b[v * self.r + c])).sum();
                 if full { base + f(self.bias[v]) + delta } else { base }
             };
             let z: Vec<f64> = (0..self.vocab).map(logit).collect();
@@ -110,7 +112,8 @@ fn every_gradient_of_a_trained_head() {
     close(&stats.iter().map(|s| s.loss).collect::<Vec<_>>(), &losses, "loss");
     let half: Vec<f64> = dz.iter().map(|v| v * 0.5).collect();
     let (mut dh, mut du) = (vec![9.0; case.h.len()], vec![9.0; case.u.len()]);
-    let (mut dw, mut dbias, mut db) = (vec![0.0; case.w.len()], vec![0.0; case.vocab], vec![0.0; case.b.len()]);
+    let (mut dw, mut dbias, mut db) =
+        (vec![0.0; case.w.len()], vec![0.0; case.vocab], vec![0.0; case.b.len()]);
     cross_entropy_backward(
         &case.h,
         w,

@@ -2,9 +2,9 @@
 //!
 //! Module paths are those of transformers' `LlamaForCausalLM`.
 
+use crate::Result;
 use crate::llama_config::LlamaConfig;
 use crate::weights::Weights;
-use crate::Result;
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, Head, HeadLoss, LinearSpec, RopeSpec};
 use engobe_autograd::{Error as OpError, Result as OpResult, Tape, Var};
@@ -208,12 +208,7 @@ impl CausalLm for Llama {
         Ok(x)
     }
 
-    fn head_loss<'m>(
-        &'m self,
-        tape: &mut Tape<'m>,
-        hidden: &Var,
-        targets: Arc<[u32]>,
-    ) -> OpResult<HeadLoss> {
+    fn head_loss<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var, targets: Arc<[u32]>) -> OpResult<HeadLoss> {
         let normed = self.norm.forward(tape, hidden)?;
         let spec = self.lm_head.spec(tape);
         let head = head_of(tape, &normed, spec)?;

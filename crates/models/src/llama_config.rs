@@ -183,7 +183,12 @@ fn rope_from_hf(config: &HfConfig, max_positions: usize) -> Result<(f64, RopeSca
         let floats = values.map(|v| v.iter().filter_map(Value::as_f64).map(|f| f as f32).collect::<Vec<_>>());
         match (floats, values) {
             (Some(floats), Some(values)) if floats.len() == values.len() => Ok(floats),
-            _ => Err(config_error(config, &format!("{section}.{key}"), "no list of numbers", "a list of numbers")),
+            _ => Err(config_error(
+                config,
+                &format!("{section}.{key}"),
+                "no list of numbers",
+                "a list of numbers",
+            )),
         }
     };
     let theta = match number("rope_theta")? {
@@ -210,14 +215,14 @@ fn rope_from_hf(config: &HfConfig, max_positions: usize) -> Result<(f64, RopeSca
             original,
         },
         Some("yarn") => {
-            let attention_factor = match (number("attention_factor")?, number("mscale")?, number("mscale_all_dim")?)
-            {
-                (Some(f), _, _) => f,
-                (None, Some(m), Some(all)) if m != 0.0 && all != 0.0 => {
-                    yarn_mscale(stretch, m) / yarn_mscale(stretch, all)
-                }
-                _ => yarn_mscale(stretch, 1.0),
-            };
+            let attention_factor =
+                match (number("attention_factor")?, number("mscale")?, number("mscale_all_dim")?) {
+                    (Some(f), _, _) => f,
+                    (None, Some(m), Some(all)) if m != 0.0 && all != 0.0 => {
+                        yarn_mscale(stretch, m) / yarn_mscale(stretch, all)
+                    }
+                    _ => yarn_mscale(stretch, 1.0),
+                };
             RopeScaling::Yarn {
                 factor: stretch,
                 original,

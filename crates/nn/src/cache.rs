@@ -97,7 +97,11 @@ impl KvCache {
     ) -> Result<(Tensor, Tensor)> {
         let (_, width) = keys.dims2()?;
         if width != self.width || layer >= self.layers.len() || batch.slots.len() != batch.segments.len() {
-            let what = format!("layer {layer}, keys of width {width}: the cache has {} of {}", self.layers.len(), self.width);
+            let what = format!(
+                "layer {layer}, keys of width {width}: the cache has {} of {}",
+                self.layers.len(),
+                self.width
+            );
             return Err(Error::shape("kv cache", what));
         }
         let at = &mut self.layers[layer];

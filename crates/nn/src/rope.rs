@@ -218,12 +218,8 @@ mod tests {
 
     #[test]
     fn llama3_keeps_short_waves_and_divides_long_ones() {
-        let scaling = RopeScaling::Llama3 {
-            factor: 8.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original: 8192,
-        };
+        let scaling =
+            RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original: 8192 };
         let scaled = Rope::new(500_000.0, 128, scaling).inverse_frequencies(10).0;
         let plain = Rope::new(500_000.0, 128, RopeScaling::None).inverse_frequencies(10).0;
         assert_eq!(scaled[0], plain[0]);

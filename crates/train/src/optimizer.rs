@@ -54,9 +54,10 @@ impl Optimizer {
     pub fn step(&mut self, params: &[&Param], grads: &Gradients, lr: f64, grad_scale: f64) -> Result<()> {
         for param in params {
             let Some(grad) = grads.get(param) else { continue };
-            let slot = self.slots.get_mut(param.name()).ok_or_else(|| Error::Resume {
-                what: format!("no optimizer state for {}", param.name()),
-            })?;
+            let slot = self
+                .slots
+                .get_mut(param.name())
+                .ok_or_else(|| Error::Resume { what: format!("no optimizer state for {}", param.name()) })?;
             slot.steps += 1;
             let rule = Rule {
                 kind: self.kind,
@@ -107,7 +108,9 @@ impl Optimizer {
                 let key = format!("{kind}.{name}");
                 match state.get(&key) {
                     Some(t) if t.dims() == like.dims() => Ok(t.to_device(like.device())?.copy()?),
-                    _ => Err(Error::Resume { what: format!("optimizer state {key} is missing or misshapen") }),
+                    _ => {
+                        Err(Error::Resume { what: format!("optimizer state {key} is missing or misshapen") })
+                    }
                 }
             };
             slot.first = get("first", &slot.first)?;

@@ -78,11 +78,8 @@ fn forward<'m>(
     let tokens = TokenBatch::packed(&batch.tokens, &batch.segments);
     let hidden = model.hidden_states(&mut tape, &tokens, None)?;
     // positions without a label need no logits
-    let labelled = if rows.len() == tokens.len() {
-        hidden
-    } else {
-        ops::select_rows(&mut tape, &hidden, rows.into())?
-    };
+    let labelled =
+        if rows.len() == tokens.len() { hidden } else { ops::select_rows(&mut tape, &hidden, rows.into())? };
     let label_tokens = targets.len();
     let out = model.head_loss(&mut tape, &labelled, targets.into())?;
     drop(labelled);

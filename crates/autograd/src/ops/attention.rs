@@ -123,7 +123,8 @@ fn probabilities(q: &Tensor, k: &Tensor, shape: &AttentionShape) -> Result<Tenso
     let mut scores = (q.matmul(&k.t()?)? * f64::from(shape.scale))?;
     if shape.causal {
         let ahead = nkv - nq;
-        let mask = (0..nq).flat_map(|i| (0..nkv).map(move |j| if j <= i + ahead { 0.0 } else { f32::NEG_INFINITY }));
+        let mask =
+            (0..nq).flat_map(|i| (0..nkv).map(move |j| if j <= i + ahead { 0.0 } else { f32::NEG_INFINITY }));
         let mask = Tensor::from_vec(mask.collect::<Vec<f32>>(), (1, nq, nkv), &Device::Cpu)?;
         scores = scores.broadcast_add(&mask.to_device(q.device())?)?;
     }

@@ -8,12 +8,7 @@ use engobe_kernels::storage::WeightView;
 use std::sync::Arc;
 
 /// Rows `ids` of `weight` `[vocab, d]`: `[n, d]`, on `device`.
-pub fn embedding<'m>(
-    tape: &mut Tape<'m>,
-    weight: &Matrix,
-    ids: Arc<[u32]>,
-    device: &Device,
-) -> Result<Var> {
+pub fn embedding<'m>(tape: &mut Tape<'m>, weight: &Matrix, ids: Arc<[u32]>, device: &Device) -> Result<Var> {
     let (vocab, d) = weight.dims()?;
     if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
         return Err(Error::shape("embedding", format!("token id {id} in a vocabulary of {vocab}")));

@@ -30,12 +30,7 @@ pub struct HeadLoss {
 }
 
 /// Summed cross entropy of `hidden` `[n, d]` (labelled rows only) against `targets` `[n]`.
-pub fn head_loss<'m>(
-    tape: &mut Tape<'m>,
-    hidden: &Var,
-    head: Head,
-    targets: Arc<[u32]>,
-) -> Result<HeadLoss> {
+pub fn head_loss<'m>(tape: &mut Tape<'m>, hidden: &Var, head: Head, targets: Arc<[u32]>) -> Result<HeadLoss> {
     let (n, d) = dims2("head_loss", hidden.tensor())?;
     let (vocab, cols) = head.weight.dims()?;
     if cols != d || targets.len() != n {

@@ -157,14 +157,20 @@ fn check(specs: &[LinearSpec], width: usize) -> Result<()> {
     for spec in specs {
         let (out, cols) = spec.weight.dims()?;
         if cols != width {
-            return Err(Error::shape("linear", format!("weight [{out}, {cols}] for an input of width {width}")));
+            return Err(Error::shape(
+                "linear",
+                format!("weight [{out}, {cols}] for an input of width {width}"),
+            ));
         }
         for lr in &spec.low_rank {
             let (r, a_in) = dims2("linear", lr.a.tensor())?;
             if a_in != width || lr.b.tensor().dims() != [out, r] {
                 return Err(Error::shape(
                     "linear",
-                    format!("delta A [{r}, {a_in}], B {:?} beside weight [{out}, {cols}]", lr.b.tensor().dims()),
+                    format!(
+                        "delta A [{r}, {a_in}], B {:?} beside weight [{out}, {cols}]",
+                        lr.b.tensor().dims()
+                    ),
                 ));
             }
         }
@@ -251,13 +257,7 @@ fn stack_a<'d>(deltas: impl Iterator<Item = &'d Delta>, width: usize) -> Result<
 /// `x [n, k] · aᵀ`, a `[m, k]`.
 fn times_t(x: &[f32], a: &[f32], n: usize, k: usize, m: usize) -> Vec<f32> {
     let mut out = uninit(n * m);
-    matmul::sgemm(
-        1.0,
-        MatRef::new(x, n, k),
-        MatRef::new(a, m, k).t(),
-        0.0,
-        &mut MatMut::new(&mut out, n, m),
-    );
+    matmul::sgemm(1.0, MatRef::new(x, n, k), MatRef::new(a, m, k).t(), 0.0, &mut MatMut::new(&mut out, n, m));
     out
 }
 

@@ -22,9 +22,8 @@ pub fn rope<'m>(tape: &mut Tape<'m>, x: &Var, spec: &RopeSpec, head_dim: usize) 
     let fast = tape.fast(x.tensor());
     let y = turn(fast, x.tensor(), spec, heads, head_dim, false)?;
     let (slot, spec) = (x.slot(), spec.clone());
-    Ok(tape.record1(&[slot], y, move |dy, sink| {
-        sink.add(slot, turn(fast, &dy, &spec, heads, head_dim, true)?)
-    }))
+    Ok(tape
+        .record1(&[slot], y, move |dy, sink| sink.add(slot, turn(fast, &dy, &spec, heads, head_dim, true)?)))
 }
 
 fn turn(

@@ -50,7 +50,7 @@ impl ChatTemplate {
         let assistants: Vec<usize> =
             (0..messages.len()).filter(|&i| messages[i]["role"].as_str() == Some("assistant")).collect();
         let spans = if self.has_generation {
-            self.from_blocks(&messages, tools, &text, &assistants)?
+            self.turns_of_blocks(&messages, tools, &text, &assistants)?
         } else {
             let find = |&i: &usize| self.turn(&messages, tools, &text, i);
             assistants.iter().map(find).collect::<Result<Vec<_>>>()?
@@ -59,7 +59,7 @@ impl ChatTemplate {
     }
 
     /// Spans of `{% generation %}` blocks. A turn can have several.
-    fn from_blocks(
+    fn turns_of_blocks(
         &self,
         messages: &[Json],
         tools: Option<&Json>,

@@ -9,6 +9,7 @@ mod spm;
 
 use super::{Specials, TextTokenizer};
 use crate::{Error, Result};
+use engobe_formats::gguf::Gguf;
 use std::collections::HashMap;
 use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::models::bpe::{BPE, Vocab};
@@ -47,6 +48,30 @@ pub struct GgufTokenizer {
     pub add_space_prefix: Option<bool>,
     /// `tokenizer.chat_template`
     pub chat_template: Option<String>,
+}
+
+impl GgufTokenizer {
+    /// Reads the keys of an open GGUF file. Those that are missing stay empty; a wrong type is an error.
+    pub fn read(file: &Gguf) -> Result<Self> {
+        let key = |name: &str| format!("tokenizer.ggml.{name}");
+        Ok(Self {
+            model: file.str(&key("model"))?.to_owned(),
+            pre: file.opt_str(&key("pre"))?.map(str::to_owned),
+            tokens: file.opt_str_array(&key("tokens"))?.unwrap_or_default(),
+            token_types: file.opt_i32_array(&key("token_type"))?.unwrap_or_default(),
+            scores: file.opt_f32_array(&key("scores"))?,
+            merges: file.opt_str_array(&key("merges"))?.unwrap_or_default(),
+            bos: file.opt_u32(&key("bos_token_id"))?,
+            eos: file.opt_u32(&key("eos_token_id"))?,
+            eot: file.opt_u32(&key("eot_token_id"))?,
+            unk: file.opt_u32(&key("unknown_token_id"))?,
+            pad: file.opt_u32(&key("padding_token_id"))?,
+            add_bos: file.opt_bool(&key("add_bos_token"))?,
+            add_eos: file.opt_bool(&key("add_eos_token"))?,
+            add_space_prefix: file.opt_bool(&key("add_space_prefix"))?,
+            chat_template: file.opt_str("tokenizer.chat_template")?.map(str::to_owned),
+        })
+    }
 }
 
 const UNKNOWN: i32 = 2;

@@ -60,7 +60,8 @@ pub fn parse(bytes: &[u8]) -> Result<Header> {
         infos.push(info);
     }
     let data = r.at.checked_next_multiple_of(alignment).ok_or("the header is too long")?;
-    let tensors = infos.into_iter().map(|i| i.place(data, alignment, bytes.len())).collect::<Result<Vec<_>>>()?;
+    let tensors =
+        infos.into_iter().map(|i| i.place(data, alignment, bytes.len())).collect::<Result<Vec<_>>>()?;
     overlap(&tensors)?;
     Ok(Header { metadata, tensors })
 }
@@ -99,9 +100,11 @@ impl Info {
         let Dtype::Storage(storage) = dtype else {
             return Ok(TensorInfo { name, shape: self.shape, dtype, range: 0..0 });
         };
-        let size = bytes_of(storage, &self.shape)
-            .ok_or_else(|| format!("{name}: shape {:?} is not whole blocks of {storage}, or too large", self.shape))?;
-        let offset = usize::try_from(self.offset).map_err(|_| format!("{name}: offset {} is too large", self.offset))?;
+        let size = bytes_of(storage, &self.shape).ok_or_else(|| {
+            format!("{name}: shape {:?} is not whole blocks of {storage}, or too large", self.shape)
+        })?;
+        let offset = usize::try_from(self.offset)
+            .map_err(|_| format!("{name}: offset {} is too large", self.offset))?;
         if !offset.is_multiple_of(alignment) {
             return Err(format!("{name}: offset {offset} is not aligned to {alignment}"));
         }
@@ -175,7 +178,8 @@ struct Reader<'a> {
 impl<'a> Reader<'a> {
     fn take(&mut self, n: usize) -> Result<&'a [u8]> {
         let end = self.at.checked_add(n).filter(|e| *e <= self.bytes.len());
-        let end = end.ok_or_else(|| format!("the file is cut off at byte {} of its header", self.bytes.len()))?;
+        let end =
+            end.ok_or_else(|| format!("the file is cut off at byte {} of its header", self.bytes.len()))?;
         let part = &self.bytes[self.at..end];
         self.at = end;
         Ok(part)

@@ -27,7 +27,10 @@ pub fn write_gguf(
     let mut offset = 0usize;
     for (name, storage, shape, bytes) in tensors {
         if bytes_of(*storage, shape) != Some(bytes.len()) {
-            return Err(Error::corrupt(path, format!("{name}: {} bytes for {storage} {shape:?}", bytes.len())));
+            return Err(Error::corrupt(
+                path,
+                format!("{name}: {} bytes for {storage} {shape:?}", bytes.len()),
+            ));
         }
         text(&mut out, name);
         out.extend((shape.len() as u32).to_le_bytes());

@@ -100,8 +100,15 @@ impl Default for LoraConfig {
 }
 
 /// Keys that change nothing that we compute.
-const NOTES: [&str; 7] =
-    ["auto_mapping", "inference_mode", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"];
+const NOTES: [&str; 7] = [
+    "auto_mapping",
+    "inference_mode",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+];
 
 /// Keys of features that engobe does not have. They may only be off.
 const NOT_YET: [&str; 21] = [
@@ -218,8 +225,10 @@ impl LoraConfig {
         };
         let list = |l: &[String]| if l.is_empty() { Value::Null } else { json!(l) };
         let number = |v: f64| if v.fract() == 0.0 && v.abs() < 1e15 { json!(v as i64) } else { json!(v) };
-        let alphas: Map<String, Value> = self.alpha_pattern.iter().map(|(p, a)| (p.clone(), number(*a))).collect();
-        let ranks: Map<String, Value> = self.rank_pattern.iter().map(|(p, r)| (p.clone(), json!(r))).collect();
+        let alphas: Map<String, Value> =
+            self.alpha_pattern.iter().map(|(p, a)| (p.clone(), number(*a))).collect();
+        let ranks: Map<String, Value> =
+            self.rank_pattern.iter().map(|(p, r)| (p.clone(), json!(r))).collect();
         let value = json!({
             "alora_invocation_tokens": null,
             "alpha_pattern": alphas,
@@ -300,7 +309,11 @@ impl Reader {
                 continue;
             }
             if NOT_YET.contains(&key) {
-                return Err(self.bad(key, &value.to_string(), "this feature to be off: engobe does not have it yet"));
+                return Err(self.bad(
+                    key,
+                    &value.to_string(),
+                    "this feature to be off: engobe does not have it yet",
+                ));
             }
             let near = nearest(key, KNOWN.into_iter());
             return Err(self.bad(key, &value.to_string(), &format!("only known keys to be set{near}")));
@@ -364,7 +377,9 @@ impl Reader {
     fn modules(&self, key: &str) -> Result<Option<TargetModules>> {
         match self.get(key) {
             None => Ok(None),
-            Some(Value::String(s)) if s.eq_ignore_ascii_case("all-linear") => Ok(Some(TargetModules::AllLinear)),
+            Some(Value::String(s)) if s.eq_ignore_ascii_case("all-linear") => {
+                Ok(Some(TargetModules::AllLinear))
+            }
             Some(Value::String(s)) => Ok(Some(TargetModules::Regex(s.clone()))),
             Some(_) => Ok(Some(TargetModules::List(self.names(key)?))),
         }
@@ -390,17 +405,26 @@ impl Reader {
             Some(one) => index(one).map(|i| vec![i]),
         };
         let shown = || self.get("layers_to_transform").map(Value::to_string).unwrap_or_default();
-        found.map(Some).ok_or_else(|| self.bad("layers_to_transform", &shown(), "a layer's number or a list of them"))
+        found
+            .map(Some)
+            .ok_or_else(|| self.bad("layers_to_transform", &shown(), "a layer's number or a list of them"))
     }
 
-    fn pattern<T>(&self, key: &str, right: &str, as_type: impl Fn(&Value) -> Option<T>) -> Result<Vec<(String, T)>> {
+    fn pattern<T>(
+        &self,
+        key: &str,
+        right: &str,
+        as_type: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Vec<(String, T)>> {
         match self.get(key) {
             None => Ok(Vec::new()),
             Some(Value::Object(map)) => map
                 .iter()
                 .map(|(p, v)| {
                     let value = as_type(v);
-                    value.map(|v| (p.clone(), v)).ok_or_else(|| self.bad(&format!("{key}[{p:?}]"), &v.to_string(), right))
+                    value
+                        .map(|v| (p.clone(), v))
+                        .ok_or_else(|| self.bad(&format!("{key}[{p:?}]"), &v.to_string(), right))
                 })
                 .collect(),
             Some(other) => Err(self.bad(key, &other.to_string(), "an object of patterns and numbers")),

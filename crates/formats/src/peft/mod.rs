@@ -58,7 +58,10 @@ mod tests {
     use super::*;
 
     fn config() -> LoraConfig {
-        LoraConfig { target_modules: Some(TargetModules::List(vec!["v_proj".into(), "q_proj".into()])), ..Default::default() }
+        LoraConfig {
+            target_modules: Some(TargetModules::List(vec!["v_proj".into(), "q_proj".into()])),
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -68,7 +71,13 @@ mod tests {
         PeftAdapter::save(dir.path(), &config(), &tensors).unwrap();
         let back = PeftAdapter::load(dir.path()).unwrap();
         assert_eq!(back.tensors["base_model.model.a.lora_A.weight"].shape, [1, 2]);
-        assert_eq!(back.config, LoraConfig { target_modules: Some(TargetModules::List(vec!["q_proj".into(), "v_proj".into()])), ..config() });
+        assert_eq!(
+            back.config,
+            LoraConfig {
+                target_modules: Some(TargetModules::List(vec!["q_proj".into(), "v_proj".into()])),
+                ..config()
+            }
+        );
     }
 
     #[test]
