@@ -30,6 +30,8 @@ pub struct Adapter {
     others: Vec<Param>,
     /// entries of target_modules that no module answers to
     unmatched: Vec<String>,
+    /// trained elements that are the base's own (biases)
+    base_elements: usize,
 }
 
 impl Adapter {
@@ -47,8 +49,15 @@ impl Adapter {
         let heads = model.output_heads();
         let mut paths = Vec::new();
         model.visit_modules(&mut |m| paths.push(m.path().to_string()));
-        let mut attached =
-            Attach { config, targets: &targets, start, device, layers: vec![], others: vec![] };
+        let mut attached = Attach {
+            config,
+            targets: &targets,
+            start,
+            device,
+            layers: vec![],
+            others: vec![],
+            base_elements: 0,
+        };
         let mut result = Ok(());
         model.visit_modules(&mut |mut module| {
             if result.is_ok() {
@@ -56,7 +65,7 @@ impl Adapter {
             }
         });
         result?;
-        let Attach { layers, others, .. } = attached;
+        let Attach { layers, others, base_elements, .. } = attached;
         if layers.is_empty() {
             return Err(nothing("target_modules", format!("{:?}", config.target_modules), &paths));
         }
@@ -65,7 +74,7 @@ impl Adapter {
             return Err(nothing("modules_to_save", (*name).to_string(), &paths));
         }
         let unmatched = unmatched.into_iter().map(str::to_string).collect();
-        Ok(Self { config: config.clone(), layers, others, unmatched })
+        Ok(Self { config: config.clone(), layers, others, unmatched, base_elements })
     }
 
     /// Attaches the adapter of a PEFT directory.
@@ -148,6 +157,12 @@ impl Adapter {
         self.params().iter().map(|p| p.len()).sum()
     }
 
+    /// Number of elements that the adapter adds to the base: LoRA factors and the copies of modules trained in
+    /// full. Biases that `bias` trains are the base's own.
+    pub fn num_added(&self) -> usize {
+        self.num_parameters() - self.base_elements
+    }
+
     /// Current values by PEFT's tensor names, on the CPU.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         self.params()
@@ -176,6 +191,7 @@ struct Attach<'a> {
     device: &'a Device,
     layers: Vec<Arc<LoraLayer>>,
     others: Vec<Param>,
+    base_elements: usize,
 }
 
 impl Attach<'_> {
@@ -230,7 +246,9 @@ impl Attach<'_> {
             BiasMode::LoraOnly => adapted,
         };
         if wanted {
-            self.others.extend(saved::train_bias(linear, adapted)?);
+            let bias = saved::train_bias(linear, adapted)?;
+            self.base_elements += bias.as_ref().map_or(0, Param::len);
+            self.others.extend(bias);
         }
         Ok(())
     }

@@ -51,10 +51,20 @@ const MODEL: &str = "Model and machine";
 /// All settings.
 pub const KEYS: [Key; 48] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
-    key("dtype", Kind::Text, MODEL, "how base weights are kept: stored, f32, bf16, f16 (compute is f32) [stored]"),
+    key(
+        "dtype",
+        Kind::Text,
+        MODEL,
+        "how base weights are kept: stored, f32, bf16, f16 (compute is f32) [stored]",
+    ),
     key("device", Kind::Text, MODEL, "cpu, cuda[:N] or metal [cpu]"),
     key("threads", Kind::Whole, MODEL, "threads [all cores]"),
-    key("data", Kind::Names, DATA, "training rows: JSONL, JSON, CSV or Parquet; several with commas or by repeating"),
+    key(
+        "data",
+        Kind::Names,
+        DATA,
+        "training rows: JSONL, JSON, CSV or Parquet; several with commas or by repeating",
+    ),
     key("val_data", Kind::Names, DATA, "validation rows"),
     key("val_split", Kind::Number, DATA, "share of the training rows to validate on [0]"),
     key("train_on", Kind::Text, DATA, "labels: completions, all, last [completions]"),
@@ -95,15 +105,30 @@ pub const KEYS: [Key; 48] = [
     key("momentum", Kind::Number, OPTIMIZER, "momentum of sgd [0]"),
     key("eval_steps", Kind::Whole, UPKEEP, "evaluate every so many steps; 0: at the end [0]"),
     key("save_steps", Kind::Whole, UPKEEP, "checkpoint every so many steps; 0: at the end [0]"),
-    key("early_stopping_patience", Kind::Whole, UPKEEP, "stop after so many evaluations without gain; 0: never [0]"),
+    key(
+        "early_stopping_patience",
+        Kind::Whole,
+        UPKEEP,
+        "stop after so many evaluations without gain; 0: never [0]",
+    ),
     key("load_best", Kind::Flag, UPKEEP, "end with the adapter of the best evaluation"),
-    key("activation_checkpointing", Kind::Flag, MODEL, "keep less, compute twice: less memory, a third more time"),
+    key(
+        "activation_checkpointing",
+        Kind::Flag,
+        MODEL,
+        "keep less, compute twice: less memory, a third more time",
+    ),
 ];
 
 /// Settings that only a file or `--set` can give.
 pub const FILE_ONLY: [Key; 2] = [
     key("save_total_limit", Kind::Whole, UPKEEP, "checkpoints kept [2]"),
-    key("early_stopping_threshold", Kind::Number, UPKEEP, "a loss must fall by more than this to count as better [0]"),
+    key(
+        "early_stopping_threshold",
+        Kind::Number,
+        UPKEEP,
+        "a loss must fall by more than this to count as better [0]",
+    ),
 ];
 
 /// Settings that are on unless turned off.
@@ -120,7 +145,8 @@ pub fn find_or_suggest(name: &str, source: &str) -> Result<&'static Key> {
         return Ok(key);
     }
     let names = KEYS.iter().chain(&FILE_ONLY).map(|k| k.name);
-    let nearest = names.max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
+    let nearest =
+        names.max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
     bail!("{source}: unknown setting {name:?}; did you mean {:?}?", nearest.unwrap_or_default())
 }
 
@@ -145,9 +171,13 @@ impl Key {
                 Ok(flag) => Value::Boolean(flag),
                 Err(_) => Value::String(text.to_string()),
             },
-            Kind::Names if text.trim_start().starts_with('[') => inline(text).ok_or_else(|| wrong(self.expected()))?,
+            Kind::Names if text.trim_start().starts_with('[') => {
+                inline(text).ok_or_else(|| wrong(self.expected()))?
+            }
             Kind::Names => self.names(text),
-            Kind::Wholes if text.trim_start().starts_with('[') => inline(text).ok_or_else(|| wrong(self.expected()))?,
+            Kind::Wholes if text.trim_start().starts_with('[') => {
+                inline(text).ok_or_else(|| wrong(self.expected()))?
+            }
             Kind::Wholes => {
                 let parts = text.split(',').map(|p| p.trim().parse().map(Value::Integer));
                 Value::Array(parts.collect::<Result<_, _>>().map_err(|_| wrong(self.expected()))?)

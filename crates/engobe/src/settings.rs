@@ -30,7 +30,8 @@ impl Given {
             given.set(name, key.parse(text, &source)?);
         }
         for set in sets {
-            let (name, text) = set.split_once('=').with_context(|| format!("--set {set}: expected name=value"))?;
+            let (name, text) =
+                set.split_once('=').with_context(|| format!("--set {set}: expected name=value"))?;
             let (name, source) = (name.trim(), format!("--set {set}"));
             let key = keys::find_or_suggest(name, &source)?;
             given.set(name, key.parse(text.trim(), &source)?);
@@ -187,7 +188,9 @@ impl Given {
         let asked = self.lora("")?;
         let mine = serde_json::from_str::<Json>(&asked.to_json())?;
         let theirs = serde_json::from_str::<Json>(&loaded.to_json())?;
-        for name in LORA_KEYS.into_iter().filter(|n| self.has(n) && *n != "lora_dropout" && *n != "init_lora_weights") {
+        for name in
+            LORA_KEYS.into_iter().filter(|n| self.has(n) && *n != "lora_dropout" && *n != "init_lora_weights")
+        {
             if mine[name] != theirs[name] {
                 bail!("{name} = {} contradicts {}, which has {}", mine[name], from.display(), theirs[name]);
             }
@@ -198,7 +201,18 @@ impl Given {
     /// The whole resolved configuration as TOML: what was given, and the defaults of what was not.
     pub fn resolved(&self, plan: &Plan, lora: &LoraConfig) -> Result<Table> {
         let mut table = Table::new();
-        for name in ["model", "dtype", "device", "data", "val_data", "val_split", "train_on", "template", "allow", "init_adapter"] {
+        for name in [
+            "model",
+            "dtype",
+            "device",
+            "data",
+            "val_data",
+            "val_split",
+            "train_on",
+            "template",
+            "allow",
+            "init_adapter",
+        ] {
             if let Some(value) = self.table.get(name) {
                 table.insert(name.to_string(), value.clone());
             }
@@ -266,7 +280,9 @@ fn from_json(value: &Json) -> Option<Value> {
         Json::String(s) => Value::String(s.clone()),
         Json::Array(a) => Value::Array(a.iter().filter_map(from_json).collect()),
         Json::Object(o) if o.is_empty() => return None,
-        Json::Object(o) => Value::Table(o.iter().filter_map(|(k, v)| Some((k.clone(), from_json(v)?))).collect()),
+        Json::Object(o) => {
+            Value::Table(o.iter().filter_map(|(k, v)| Some((k.clone(), from_json(v)?))).collect())
+        }
     })
 }
 
@@ -283,8 +299,11 @@ mod tests {
 
     #[test]
     fn flags_and_sets_mean_the_same() {
-        let a = given(&[("learning_rate", "1e-4"), ("target_modules", "q_proj,v_proj"), ("max_steps", "7")], &[]).unwrap();
-        let b = given(&[], &["learning_rate=1e-4", "target_modules=[\"q_proj\", \"v_proj\"]", "max_steps=7"]).unwrap();
+        let a =
+            given(&[("learning_rate", "1e-4"), ("target_modules", "q_proj,v_proj"), ("max_steps", "7")], &[])
+                .unwrap();
+        let b = given(&[], &["learning_rate=1e-4", "target_modules=[\"q_proj\", \"v_proj\"]", "max_steps=7"])
+            .unwrap();
         assert_eq!(a.plan().unwrap(), b.plan().unwrap());
         assert_eq!(a.lora("x").unwrap(), b.lora("x").unwrap());
         assert_eq!(a.plan().unwrap().schedule.max_steps, Some(7));
@@ -342,7 +361,11 @@ mod tests {
     fn a_file_with_a_mistake_is_named_with_its_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.toml");
-        for (text, part) in [("r = 4\nleraning_rate = 1.0\n", "line 2"), ("r = 4\nseed = \"x\"\n", "line 2: seed"), ("r = \n", "line 1")] {
+        for (text, part) in [
+            ("r = 4\nleraning_rate = 1.0\n", "line 2"),
+            ("r = 4\nseed = \"x\"\n", "line 2: seed"),
+            ("r = \n", "line 1"),
+        ] {
             std::fs::write(&path, text).unwrap();
             let error = Given::collect(Some(&path), &[], &[]).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");

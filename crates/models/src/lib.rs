@@ -114,3 +114,13 @@ pub fn load_causal_lm(path: &Path, options: &LoadOptions) -> Result<Box<dyn Caus
         other => Err(Error::Architecture { path: config.path().to_path_buf(), found: other.to_string() }),
     }
 }
+
+/// Rows of a model's embedding, from its configuration alone.
+pub fn vocab_size(path: &Path) -> Result<usize> {
+    if path.is_dir() {
+        return Ok(HfConfig::open(path)?.usize("vocab_size")?);
+    }
+    let gguf = engobe_formats::gguf::Gguf::open(path)?;
+    let rows = gguf.tensor("token_embd.weight")?.shape.first().copied();
+    Ok(rows.unwrap_or(0))
+}

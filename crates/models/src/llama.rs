@@ -97,6 +97,7 @@ impl Llama {
                 num_layers: c.num_hidden_layers,
                 kv_width: kv,
                 max_positions: c.max_position_embeddings,
+                tied_head: c.tie_word_embeddings,
             },
             embed_tokens: Embedding::new("model.embed_tokens", embed),
             layers,

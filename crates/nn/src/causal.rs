@@ -56,6 +56,8 @@ pub struct ModelInfo {
     pub kv_width: usize,
     /// longest sequence that the model was trained for
     pub max_positions: usize,
+    /// the output head is the embedding's matrix
+    pub tied_head: bool,
 }
 
 /// A decoder-only language model.

@@ -1,0 +1,453 @@
+//! What can be typed. What it means is decided in the commands.
+
+use crate::keys::{KEYS, Kind, ON_BY_DEFAULT};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Fine-tune language models with small adapters: one binary, no Python.
+#[derive(Debug, Parser)]
+#[command(name = "engobe", version, max_term_width = 110, after_help = START)]
+pub struct Cli {
+    /// what to do
+    #[command(subcommand)]
+    pub command: Task,
+}
+
+const START: &str = "\
+Start here:
+  engobe demo                                         see a real model learn something, in minutes
+  engobe train --model smollm2-135m --data rows.jsonl --out my-adapter
+  engobe generate --model smollm2-135m --adapter my-adapter --prompt \"Once upon a time\"
+
+MODEL is a Hugging Face directory, a .gguf file, a hub id (org/name), or a known name (smollm2-135m).";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Task {
+    /// Train a small real model on a small real skill, and see the difference
+    Demo(DemoArgs),
+    /// Download a known model into the cache
+    Fetch(FetchArgs),
+    /// Train an adapter on your rows
+    Train(Box<TrainArgs>),
+    /// Loss, perplexity, token accuracy and exact match on rows
+    Eval(EvalArgs),
+    /// Continue a prompt, or hold a dialogue
+    Generate(GenerateArgs),
+    /// Bake an adapter into its model: a new Hugging Face directory
+    Merge(MergeArgs),
+    /// What is in a model, adapter, checkpoint or GGUF file
+    Inspect(InspectArgs),
+    /// Check rows as training would, before training
+    Lint(LintArgs),
+}
+
+/// Flags that most commands share.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Common {
+    /// Print one JSON object as the last line of stdout
+    #[arg(long, help_heading = "Common")]
+    pub json: bool,
+    /// No progress and no remarks on stderr
+    #[arg(long, short, help_heading = "Common")]
+    pub quiet: bool,
+    /// Never contact the hub or a package index
+    #[arg(long, help_heading = "Common")]
+    pub offline: bool,
+    /// Where fetched models are kept [$ENGOBE_CACHE, or the system's cache directory]
+    #[arg(long, value_name = "DIR", help_heading = "Common")]
+    pub cache_dir: Option<PathBuf>,
+}
+
+/// Which model, and how it is held.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArgs {
+    /// Hugging Face directory, .gguf file, hub id, or known name
+    #[arg(long, value_name = "MODEL")]
+    pub model: String,
+    /// PEFT directory, or name=DIR
+    #[arg(long, value_name = "[NAME=]DIR")]
+    pub adapter: Vec<String>,
+    /// How base weights are kept: stored, f32, bf16, f16 (compute is f32)
+    #[arg(long, value_name = "DTYPE", default_value = "stored")]
+    pub dtype: String,
+    /// cpu, cuda[:N] or metal
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: String,
+    /// Threads [all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// How rows become tokens.
+#[derive(Clone, Debug, Args)]
+pub struct RowArgs {
+    /// JSONL, JSON, CSV or Parquet file, or a directory of them
+    #[arg(long, value_name = "FILE", required = true)]
+    pub data: Vec<PathBuf>,
+    /// Labels: completions, all, last
+    #[arg(long, value_name = "WHAT", default_value = "completions")]
+    pub train_on: String,
+    /// Prompts as chat turns or plain text: auto, chat, plain
+    #[arg(long, value_name = "STYLE", default_value = "auto")]
+    pub template: String,
+    /// Tokens after which a row is cut
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub max_seq_len: usize,
+}
+
+/// `engobe demo`
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  engobe demo --out my-demo")]
+pub struct DemoArgs {
+    /// Directory for the rows, the adapter and the report
+    #[arg(long, value_name = "DIR", default_value = "engobe-demo")]
+    pub out: PathBuf,
+    /// Seed of the rows and the training
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+    /// Optimizer steps
+    #[arg(long, value_name = "N")]
+    pub max_steps: Option<usize>,
+    /// Threads [all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
+
+/// `engobe fetch`
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  engobe fetch smollm2-135m")]
+pub struct FetchArgs {
+    /// smollm2-135m, or a hub id (org/name)
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
+
+/// `engobe train`
+#[derive(Debug, Args)]
+#[command(after_help = TRAIN_EXAMPLES)]
+pub struct TrainArgs {
+    /// TOML file of settings; flags override it. A run writes its own to OUT/run.toml
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Any setting by its name (rank_pattern='{ "q_proj" = 4 }')
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub set: Vec<String>,
+    /// Go on from the newest checkpoint in OUT; from the beginning if there is none
+    #[arg(long)]
+    pub resume: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub settings: SettingFlags,
+}
+
+const TRAIN_EXAMPLES: &str = "\
+Examples:
+  engobe train --model smollm2-135m --data rows.jsonl --out my-adapter
+  engobe train --model ./Llama-3.2-1B --data chats.jsonl --val-split 0.1 --eval-steps 50 --load-best --out run1
+  engobe train --config run1/run.toml --learning-rate 1e-4 --out run2
+  engobe train --model smollm2-135m --data rows.jsonl --out my-adapter --resume";
+
+/// A flag for each setting, made from the table of settings.
+#[derive(Clone, Debug, Default)]
+pub struct SettingFlags {
+    /// name of the setting, and what was typed
+    pub given: Vec<(String, String)>,
+}
+
+impl Args for SettingFlags {
+    fn augment_args(mut command: Command) -> Command {
+        for key in &KEYS {
+            let arg = Arg::new(key.name).long(key.flag()).help(key.help).help_heading(key.heading);
+            let arg = match key.kind {
+                Kind::Flag => arg
+                    .num_args(0..=1)
+                    .require_equals(true)
+                    .default_missing_value("true")
+                    .value_name("BOOL")
+                    .hide_possible_values(true),
+                Kind::Names | Kind::Wholes => arg.action(ArgAction::Append).value_name("A,B"),
+                Kind::Whole => arg.value_name("N"),
+                Kind::Number => arg.value_name("X"),
+                Kind::Table => arg.value_name("TABLE"),
+                Kind::Text | Kind::FlagOrText => arg.value_name("TEXT"),
+            };
+            // numbers may be negative: the error about them is ours
+            command = command.arg(arg.allow_hyphen_values(matches!(key.kind, Kind::Whole | Kind::Number)));
+        }
+        for name in ON_BY_DEFAULT {
+            if let Some(key) = crate::keys::find(name) {
+                let off = Arg::new(format!("no_{name}"))
+                    .long(format!("no-{}", key.flag()))
+                    .help(format!("turn --{} off", key.flag()));
+                command = command
+                    .arg(off.action(ArgAction::SetTrue).conflicts_with(key.name).help_heading(key.heading));
+            }
+        }
+        command
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for SettingFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut given = Vec::new();
+        for key in &KEYS {
+            for value in matches.get_many::<String>(key.name).into_iter().flatten() {
+                given.push((key.name.to_string(), value.clone()));
+            }
+        }
+        for name in ON_BY_DEFAULT {
+            if matches.get_flag(&format!("no_{name}")) {
+                given.push((name.to_string(), "false".to_string()));
+            }
+        }
+        Ok(Self { given })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+/// `engobe eval`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  engobe eval --model smollm2-135m --adapter my-adapter --data held-out.jsonl --exact-match\n  engobe eval --model ./tiny --data rows.jsonl --json"
+)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub rows: RowArgs,
+    /// Also generate each row's completion greedily and count those that are exactly right
+    #[arg(long)]
+    pub exact_match: bool,
+    /// Most tokens of a completion with --exact-match
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_new_tokens: usize,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
+
+/// `engobe generate`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  engobe generate --model smollm2-135m --prompt \"The sea is\"\n  engobe generate --model smollm2-135m --adapter my-adapter --chat\n  engobe generate --model smollm2-135m --chat --prompt \"Hi!\" --temperature 0.7 --top-p 0.9 --seed 1"
+)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Text to continue; with --chat, what the user says
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Token ids to continue, instead of text
+    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with = "prompt")]
+    pub prompt_ids: Vec<u32>,
+    /// Use the model's chat template; without --prompt, hold a dialogue
+    #[arg(long)]
+    pub chat: bool,
+    /// What the system message says, with --chat
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
+    /// Most tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_new_tokens: usize,
+    /// 0 takes the likeliest token; higher is more varied
+    #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Sampling")]
+    pub temperature: f32,
+    /// Choose among the K likeliest; 0: all
+    #[arg(long, value_name = "K", default_value_t = 0, help_heading = "Sampling")]
+    pub top_k: usize,
+    /// Choose among the likeliest that together reach P
+    #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Sampling")]
+    pub top_p: f32,
+    /// Choose among those at least P times as likely as the likeliest
+    #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Sampling")]
+    pub min_p: f32,
+    /// Above 1: push down what was said already
+    #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Sampling")]
+    pub repetition_penalty: f32,
+    /// Seed of the draws
+    #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Sampling")]
+    pub seed: u64,
+    /// Stop before this text
+    #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
+    pub stop: Vec<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
+
+/// `engobe merge`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  engobe merge --model smollm2-135m --adapter my-adapter --out merged --dtype bf16"
+)]
+pub struct MergeArgs {
+    /// Hugging Face directory, .gguf file, hub id, or known name
+    #[arg(long, value_name = "MODEL")]
+    pub model: String,
+    /// PEFT directory
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// Directory to write; must not exist, or be empty
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Type of the written weights: f32, bf16, f16 [as stored; f32 for quantized ones]
+    #[arg(long, value_name = "DTYPE")]
+    pub dtype: Option<String>,
+    /// Most bytes in one file, in GB
+    #[arg(long, value_name = "GB", default_value_t = 5.0)]
+    pub max_shard_size: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
+
+/// `engobe inspect`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  engobe inspect smollm2-135m\n  engobe inspect my-adapter --tensors\n  engobe inspect --model smollm2-135m --adapter my-adapter my-adapter"
+)]
+pub struct InspectArgs {
+    /// Model, adapter directory, run directory, checkpoint, .gguf or .safetensors file
+    #[arg(value_name = "WHAT")]
+    pub what: String,
+    /// List every tensor
+    #[arg(long)]
+    pub tensors: bool,
+    /// Count trainable parameters over this base, as PEFT prints them
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
+
+/// `engobe lint`
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  engobe lint --model smollm2-135m --data rows.jsonl --show 3")]
+pub struct LintArgs {
+    /// The model whose tokenizer and template are used
+    #[arg(long, value_name = "MODEL")]
+    pub model: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub rows: RowArgs,
+    /// Validation rows, to find training rows among them
+    #[arg(long, value_name = "FILE")]
+    pub val_data: Vec<PathBuf>,
+    /// Findings that are not errors
+    #[arg(long, value_name = "KIND")]
+    pub allow: Vec<String>,
+    /// Print the first N rows' tokens, labels coloured
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub show: usize,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
+
+impl Cli {
+    /// Reads the command line; what is wrong with it is one line and exit status 2.
+    pub fn read() -> Result<Self, String> {
+        Self::try_parse().map_err(|e| {
+            use clap::error::ErrorKind::{
+                DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion,
+            };
+            if matches!(e.kind(), DisplayHelp | DisplayVersion) {
+                e.exit();
+            }
+            if e.kind() == DisplayHelpOnMissingArgumentOrSubcommand {
+                let _ = e.print();
+                std::process::exit(2);
+            }
+            one_line(&e.to_string())
+        })
+    }
+}
+
+/// clap's message without its usage block.
+fn one_line(message: &str) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    for line in message.lines().map(str::trim) {
+        if line.starts_with("Usage:") || line.starts_with("For more information") {
+            break;
+        }
+        if !line.is_empty() {
+            parts.push(line.trim_start_matches("error: "));
+        }
+    }
+    parts.join(" ").replace("  tip:", ";").replace(" tip:", ";")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    fn train(args: &[&str]) -> SettingFlags {
+        let args = ["engobe", "train"].iter().chain(args).copied();
+        match Cli::try_parse_from(args).unwrap().command {
+            Task::Train(args) => args.settings,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn settings_are_flags() {
+        let flags = train(&[
+            "--learning-rate",
+            "1e-4",
+            "--no-packing",
+            "--use-rslora",
+            "--data",
+            "a",
+            "--data",
+            "b",
+            "--r",
+            "-1",
+        ]);
+        let given: Vec<(&str, &str)> = flags.given.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
+        for pair in [
+            ("learning_rate", "1e-4"),
+            ("packing", "false"),
+            ("use_rslora", "true"),
+            ("data", "a"),
+            ("data", "b"),
+            ("r", "-1"),
+        ] {
+            assert!(given.contains(&pair), "{pair:?} in {given:?}");
+        }
+    }
+
+    #[test]
+    fn mistakes_are_one_line() {
+        let error = Cli::try_parse_from(["engobe", "train", "--lerning-rate", "1"]).unwrap_err().to_string();
+        let line = one_line(&error);
+        assert!(!line.contains('\n') && line.contains("--learning-rate"), "{line}");
+    }
+}

@@ -1,0 +1,10 @@
+//! The commands: each turns its flags into work of the library crates, and tells what came out.
+
+pub mod demo;
+pub mod eval;
+pub mod fetch;
+pub mod generate;
+pub mod inspect;
+pub mod lint;
+pub mod merge;
+pub mod train;

@@ -1,0 +1,93 @@
+//! The loss curve as SVG.
+
+use anyhow::{Result, anyhow};
+use engobe_train::StepMetrics;
+use plotters::prelude::*;
+
+const SIZE: (u32, u32) = (900, 420);
+/// colours that differ in lightness too
+const TRAIN: RGBColor = RGBColor(170, 120, 80);
+const CALM: RGBColor = RGBColor(120, 60, 20);
+const EVAL: RGBColor = RGBColor(20, 90, 160);
+
+/// Loss of each step, its running mean, and the validation loss where it was taken.
+pub fn loss_svg(history: &[StepMetrics]) -> Result<String> {
+    let mut svg = String::new();
+    draw(&mut svg, history).map_err(|e| anyhow!("drawing the loss: {e}"))?;
+    Ok(svg)
+}
+
+fn draw(svg: &mut String, history: &[StepMetrics]) -> Result<(), Box<dyn std::error::Error>> {
+    let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    root.fill(&WHITE)?;
+    let losses: Vec<(f64, f64)> = history.iter().map(|m| (m.step as f64, m.loss)).collect();
+    let evals: Vec<(f64, f64)> = history.iter().filter_map(|m| Some((m.step as f64, m.eval_loss?))).collect();
+    let (low, high) = range(losses.iter().chain(&evals).map(|p| p.1));
+    let last = losses.last().map_or(1.0, |p| p.0).max(2.0);
+    let mut chart = ChartBuilder::on(&root)
+        .margin(12)
+        .x_label_area_size(40)
+        .y_label_area_size(56)
+        .build_cartesian_2d(1.0..last, low..high)?;
+    chart
+        .configure_mesh()
+        .light_line_style(WHITE)
+        .x_desc("step")
+        .y_desc("loss (nats per label token)")
+        .draw()?;
+    chart.draw_series(LineSeries::new(losses.iter().copied(), TRAIN.mix(0.45)))?;
+    chart
+        .draw_series(LineSeries::new(calm(&losses), CALM.stroke_width(2)))?
+        .label("training (running mean)")
+        .legend(|(x, y)| PathElement::new([(x, y), (x + 18, y)], CALM.stroke_width(2)));
+    if !evals.is_empty() {
+        chart
+            .draw_series(LineSeries::new(evals.iter().copied(), EVAL.stroke_width(2)).point_size(3))?
+            .label("validation")
+            .legend(|(x, y)| PathElement::new([(x, y), (x + 18, y)], EVAL.stroke_width(2)));
+    }
+    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK.mix(0.2)).draw()?;
+    root.present()?;
+    Ok(())
+}
+
+/// Exponential running mean over about a twentieth of the run.
+fn calm(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let keep = 1.0 - 1.0 / (points.len() as f64 / 20.0).max(1.0);
+    let mut mean = None;
+    let step = |&(x, y): &(f64, f64)| {
+        let m = mean.map_or(y, |m: f64| keep * m + (1.0 - keep) * y);
+        mean = Some(m);
+        (x, m)
+    };
+    points.iter().map(step).collect()
+}
+
+/// The range of the values with a margin; something that can be drawn for none and for equal ones.
+fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+    if !(low.is_finite() && high.is_finite()) {
+        return (0.0, 1.0);
+    }
+    let margin = ((high - low) * 0.05).max(1e-3);
+    ((low - margin).max(0.0), high + margin)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(step: usize, loss: f64, eval_loss: Option<f64>) -> StepMetrics {
+        let (lr, grad_norm, seconds, epoch) = (0.0, 0.0, 0.0, 0.0);
+        StepMetrics { step, loss, lr, grad_norm, tokens: 1, label_tokens: 1, seconds, epoch, eval_loss }
+    }
+
+    #[test]
+    fn every_history_can_be_drawn() {
+        for history in [vec![], vec![step(1, 2.0, None)], vec![step(1, 2.0, None), step(2, 2.0, Some(2.5))]] {
+            let svg = loss_svg(&history).unwrap();
+            assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
+            assert_eq!(svg.contains("validation"), history.iter().any(|m| m.eval_loss.is_some()));
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! A training run, from settings to files: what `train` and `demo` share.
+
+use crate::args::Common;
+use crate::dataset::{self, RowSettings};
+use crate::report::{self, RunReport, Shown};
+use crate::settings::Given;
+use crate::terminal::{Note, Progress, seconds_text, since_start};
+use crate::workbench::{self, Bench};
+use crate::{Usage, memory, scoring};
+use anyhow::{Context, Result, bail};
+use engobe_adapters::{Adapter, Start};
+use engobe_data::{Encoder, Loader, LoaderOptions, Prompt, Sample};
+use engobe_formats::atomic::write_atomic;
+use engobe_train::{Evaluation, Observer, Outcome, Plan, StepMetrics, Trainer, metrics};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// What a run left.
+pub struct Summary {
+    /// how the loop ended
+    pub outcome: Outcome,
+    /// the directory with the adapter and all else
+    pub out: PathBuf,
+    /// from the start of the process to the first step
+    pub startup_seconds: f64,
+    /// most memory held, before samples were made
+    pub peak_rss_bytes: Option<u64>,
+    /// trained elements
+    pub trainable_parameters: usize,
+    /// all steps of the run, those before a resume included
+    pub history: Vec<StepMetrics>,
+}
+
+impl Summary {
+    /// Tokens a second, over all steps.
+    pub fn tokens_per_second(&self) -> f64 {
+        self.outcome.tokens as f64 / self.outcome.seconds.max(1e-9)
+    }
+
+    /// Labels a second, over all steps.
+    pub fn label_tokens_per_second(&self) -> f64 {
+        self.outcome.label_tokens as f64 / self.outcome.seconds.max(1e-9)
+    }
+}
+
+/// Rows ready for a run.
+struct Rows {
+    train: Arc<Vec<Sample>>,
+    val: Vec<Sample>,
+    /// a few prompts to show what the model does with them
+    shown: Vec<Prompt>,
+}
+
+/// Trains as `given` says.
+pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
+    let mut note = Note::new(common);
+    let plan = given.plan()?;
+    let needed = |name: &str| {
+        let why = format!("--{} is missing", name.replace('_', "-"));
+        given.text(name).map(str::to_string).ok_or(Usage(why))
+    };
+    let (model, out) = (needed("model")?, PathBuf::from(needed("out")?));
+    if given.paths("data").is_empty() {
+        bail!(Usage("--data is missing: a file of rows to train on".to_string()));
+    }
+    workbench::set_threads(given.whole("threads"))?;
+    let device = workbench::device(given.text("device").unwrap_or("cpu"))?;
+    let dtype = workbench::weight_dtype(given.text("dtype").unwrap_or("stored"))?;
+    prepare_out(&out, resume)?;
+    let path = workbench::resolve(&model, common, &mut note)?;
+    let mut bench = Bench::load(&path, None, dtype, device.clone())?;
+    let init = given.path("init_adapter");
+    let adapter = match &init {
+        Some(dir) => {
+            let adapter = Adapter::load(bench.model.as_mut(), dir, &device)?;
+            given.check_against(adapter.config(), dir)?;
+            adapter
+        }
+        None => {
+            let start = Start { seed: plan.schedule.seed };
+            Adapter::attach(bench.model.as_mut(), &given.lora(&model)?, start, &device)?
+        }
+    };
+    for name in adapter.unmatched_targets() {
+        note.line(&format!("target_modules: {name:?} matches no module of this model"));
+    }
+    note.line(&workbench::trainable_line(bench.model.as_mut(), &adapter));
+    let rows = read_rows(given, &plan, &bench, &mut note)?;
+    let table = given.resolved(&plan, adapter.config())?;
+    write_atomic(&out.join("run.toml"), toml::to_string(&table)?.as_bytes())?;
+    let fingerprint = fingerprint(&table, &path, &rows.train)?;
+    let loader = Loader::new(rows.train.clone(), loader_options(&plan));
+    let eval = scoring::eval_batches(&rows.val);
+    let mut trainer = Trainer::new(bench.model.as_ref(), &adapter, &plan, loader, eval, &out, fingerprint)?;
+    if resume {
+        match trainer.resume()? {
+            true => {
+                note.line(&format!("going on after step {} of {}", trainer.step(), trainer.total_steps()))
+            }
+            false => note.line("no checkpoint yet: starting from the beginning"),
+        }
+    }
+    let startup_seconds = since_start().as_secs_f64();
+    let mut watcher = Watcher::new(&trainer, &note);
+    let outcome = trainer.run(&mut watcher)?;
+    drop(watcher);
+    let summary = Summary {
+        outcome,
+        startup_seconds,
+        peak_rss_bytes: memory::peak_resident_bytes(),
+        trainable_parameters: adapter.num_parameters(),
+        history: metrics::read(&out.join("metrics.jsonl"))?,
+        out,
+    };
+    tell(&summary, &mut note);
+    let shown = show(&bench, &path, init.as_deref(), rows.shown)?;
+    let settings = toml::to_string(&table)?;
+    report::write(&summary.out, &RunReport { title: model, summary: &summary, settings, shown })?;
+    Ok(summary)
+}
+
+/// Makes the output directory; another run's results are never overwritten.
+fn prepare_out(out: &Path, resume: bool) -> Result<()> {
+    let taken = ["adapter_config.json", "metrics.jsonl", "checkpoints"].iter().any(|f| out.join(f).exists());
+    if taken && !resume {
+        return Err(engobe_train::Error::OutExists { path: out.to_path_buf() }.into());
+    }
+    std::fs::create_dir_all(out).with_context(|| out.display().to_string())
+}
+
+fn loader_options(plan: &Plan) -> LoaderOptions {
+    let s = &plan.schedule;
+    LoaderOptions {
+        batch_size: s.batch_size,
+        max_seq_len: s.max_seq_len,
+        packing: s.packing,
+        shuffle: s.shuffle,
+        seed: s.seed,
+    }
+}
+
+/// Reads, encodes, splits and checks the rows.
+fn read_rows(given: &Given, plan: &Plan, bench: &Bench, note: &mut Note) -> Result<Rows> {
+    let tokenizer = bench.tokenizer.as_ref();
+    let max_seq_len = plan.schedule.max_seq_len;
+    let settings = RowSettings {
+        train_on: given.text("train_on").unwrap_or("completions"),
+        template: given.text("template").unwrap_or("auto"),
+        max_seq_len,
+    };
+    let encoder = settings.encoder(tokenizer, bench.model.info().vocab_size)?;
+    let allow = dataset::allowed(&given.names("allow"))?;
+    let mut train = dataset::load(&given.paths("data"), &encoder, note)?;
+    let val_paths = given.paths("val_data");
+    let share = given.number("val_split").unwrap_or(0.0);
+    let mut val = dataset::Dataset::default();
+    if !val_paths.is_empty() {
+        val = dataset::load(&val_paths, &encoder, note)?;
+    } else if share != 0.0 {
+        val = split(&mut train, share, plan.schedule.seed)?;
+    }
+    let report = dataset::check(&train, &val.samples, &encoder, tokenizer, max_seq_len);
+    dataset::enforce(&report, &allow, note)?;
+    let from = if val.samples.is_empty() { &train } else { &val };
+    let shown = shown_prompts(from, &encoder)?;
+    Ok(Rows { train: Arc::new(train.samples), val: val.samples, shown })
+}
+
+/// Takes a share of the rows, chosen by the seed, out of the training rows.
+fn split(train: &mut dataset::Dataset, share: f64, seed: u64) -> Result<dataset::Dataset> {
+    if !(share > 0.0 && share < 1.0) {
+        bail!("val_split = {share}: must lie between 0 and 1");
+    }
+    let n = train.samples.len();
+    let count = ((n as f64 * share).round() as usize).clamp(1, n.max(2) - 1);
+    if n < 2 {
+        bail!("val_split = {share}: there is but one row");
+    }
+    let mut order: Vec<usize> = (0..n).collect();
+    order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+    let mut chosen = vec![false; n];
+    order[..count].iter().for_each(|i| chosen[*i] = true);
+    Ok(train.take(&chosen))
+}
+
+/// Prompts of the first two rows that have one.
+fn shown_prompts(rows: &dataset::Dataset, encoder: &Encoder<'_>) -> Result<Vec<Prompt>> {
+    const SHOWN: usize = 2;
+    let mut prompts = Vec::new();
+    for row in rows.files.iter().flat_map(|f| &f.rows).take(20) {
+        if prompts.len() < SHOWN {
+            prompts.extend(encoder.prompt(row)?);
+        }
+    }
+    Ok(prompts)
+}
+
+/// What must not change between the parts of a resumed run, a line each. How long the run is, and how often
+/// it is looked at, may change.
+fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<String> {
+    const FREE: [&str; 17] = [
+        "model",
+        "data",
+        "val_data",
+        "device",
+        "allow",
+        "train_on",
+        "template",
+        "epochs",
+        "max_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "early_stopping_patience",
+        "early_stopping_threshold",
+        "load_best",
+        "init_adapter",
+        "activation_checkpointing",
+    ];
+    let mut lines: Vec<String> = table
+        .iter()
+        .filter(|(k, _)| !FREE.contains(&k.as_str()))
+        .map(|(k, v)| format!("{k} = {v}"))
+        .collect();
+    lines.sort();
+    let mut rows = Sha256::new();
+    for sample in samples {
+        for id in &sample.ids {
+            rows.update(id.to_le_bytes());
+        }
+        for label in &sample.labels {
+            rows.update(label.map_or(-1i64, i64::from).to_le_bytes());
+        }
+        rows.update((sample.ids.len() as u64).to_le_bytes());
+    }
+    let mut weights = Sha256::new();
+    for tensor in engobe_formats::checkpoint::Checkpoint::open(model)?.tensors() {
+        weights.update(format!("{} {:?} {}\n", tensor.name, tensor.shape, tensor.dtype));
+        // the ends of each tensor tell models of one shape apart without reading them whole
+        let bytes = tensor.bytes();
+        weights.update(&bytes[..bytes.len().min(64)]);
+        weights.update(&bytes[bytes.len().saturating_sub(64)..]);
+    }
+    let hex = |h: Sha256| h.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect::<String>();
+    lines.push(format!("rows = {}", hex(rows)));
+    lines.push(format!("weights = {}", hex(weights)));
+    Ok(lines.join("\n"))
+}
+
+/// The last lines that a run prints.
+fn tell(summary: &Summary, note: &mut Note) {
+    let o = &summary.outcome;
+    let losses: Vec<f64> = summary.history.iter().map(|m| m.loss).collect();
+    if losses.len() > 1 {
+        note.line(&format!("loss {}", crate::terminal::sparkline(&losses, 60)));
+    }
+    let first = losses.first().copied().unwrap_or(f64::NAN);
+    let mut line = format!("{} steps in {}", o.steps, seconds_text(o.seconds));
+    if let Some(last) = o.final_loss {
+        line += &format!(" · loss {first:.4} -> {last:.4}");
+    }
+    if let Some(best) = o.best_eval_loss {
+        line += &format!(" · best validation loss {best:.4}");
+    }
+    line += &format!(" · {:.0} tokens/s", summary.tokens_per_second());
+    if let Some(bytes) = summary.peak_rss_bytes {
+        line += &format!(" · peak {}", memory::bytes_text(bytes));
+    }
+    note.line(&line);
+    if o.stopped_early {
+        note.line("stopped early: evaluations no longer get better");
+    }
+    if o.interrupted {
+        note.line(&format!("stopped by you after step {} of {}: --resume goes on", o.steps, o.total_steps));
+    }
+    note.line(&format!("adapter, report.html, loss.svg, metrics.jsonl, run.toml: {}", summary.out.display()));
+}
+
+/// What the model says to the first prompts without what was learned, and with it.
+fn show(bench: &Bench, path: &Path, init: Option<&Path>, prompts: Vec<Prompt>) -> Result<Vec<Shown>> {
+    const TOKENS: usize = 64;
+    let Some(tokenizer) = bench.tokenizer.as_ref().filter(|_| !prompts.is_empty()) else {
+        return Ok(Vec::new());
+    };
+    let after = scoring::complete(bench, &prompts, TOKENS, &mut |_| ())?;
+    // weights stay as stored: mapping them once more costs next to nothing
+    let base = Bench::load(path, init, engobe_models::WeightDtype::Stored, bench.model.device().clone())?;
+    let before = scoring::complete(&base, &prompts, TOKENS, &mut |_| ())?;
+    let shown = prompts.into_iter().zip(before).zip(after).map(|((prompt, before), after)| {
+        Ok(Shown { prompt: tokenizer.decode(&prompt.ids, true)?, expected: prompt.completion, before, after })
+    });
+    shown.collect()
+}
+
+/// Shows the run and listens for Ctrl-C.
+struct Watcher {
+    progress: Progress,
+    stop: Arc<AtomicBool>,
+    /// means over the last steps, for a calm display
+    loss: f64,
+    rate: f64,
+    eval_loss: Option<f64>,
+}
+
+impl Watcher {
+    fn new(trainer: &Trainer<'_>, note: &Note) -> Self {
+        let progress = Progress::new("steps", trainer.total_steps(), trainer.step(), note);
+        Self { progress, stop: stop_flag(), loss: f64::NAN, rate: f64::NAN, eval_loss: None }
+    }
+}
+
+impl Observer for Watcher {
+    fn step(&mut self, metrics: &StepMetrics, _total: usize) {
+        let calm = |old: f64, new: f64| if old.is_nan() { new } else { 0.9 * old + 0.1 * new };
+        self.loss = calm(self.loss, metrics.loss);
+        self.rate = calm(self.rate, metrics.tokens as f64 / metrics.seconds.max(1e-9));
+        let (loss, rate, eval) = (self.loss, self.rate, self.eval_loss);
+        self.progress.update(metrics.step, || {
+            let eval = eval.map_or(String::new(), |e| format!(" · validation {e:.4}"));
+            format!("loss {loss:.4}{eval} · {rate:.0} tokens/s")
+        });
+    }
+
+    fn evaluated(&mut self, step: usize, evaluation: &Evaluation, best: bool) {
+        self.eval_loss = Some(evaluation.loss);
+        let mark = if best { " (best)" } else { "" };
+        self.progress.remark(&format!(
+            "step {step}: validation loss {:.4}, token accuracy {:.1} %{mark}",
+            evaluation.loss,
+            100.0 * evaluation.token_accuracy
+        ));
+    }
+
+    fn saved(&mut self, _: &Path) {}
+
+    fn stop_requested(&mut self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// Set by the first Ctrl-C; the second one ends the process at once.
+fn stop_flag() -> Arc<AtomicBool> {
+    static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+    let install = || {
+        let flag = Arc::new(AtomicBool::new(false));
+        let seen = flag.clone();
+        // without a handler Ctrl-C ends the process, and checkpoints are whole all the same
+        let _ = ctrlc::set_handler(move || {
+            if seen.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+            eprintln!("\nfinishing this step and saving; Ctrl-C again ends at once");
+        });
+        flag
+    };
+    FLAG.get_or_init(install).clone()
+}

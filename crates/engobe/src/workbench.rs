@@ -1,0 +1,191 @@
+//! A model on the bench: resolved, loaded, with its tokenizer and adapter.
+
+use crate::args::{Common, ModelArgs};
+use crate::terminal::Note;
+use crate::{Usage, fetch, hub};
+use anyhow::{Context, Result, bail};
+use candle_core::Device;
+use engobe_adapters::Adapter;
+use engobe_data::TextTokenizer;
+use engobe_formats::gguf::Gguf;
+use engobe_models::{LoadOptions, WeightDtype, load_causal_lm};
+use engobe_nn::{CausalLm, ModuleMut};
+use std::path::{Path, PathBuf};
+
+/// A model and what belongs to it.
+pub struct Bench {
+    /// directory or GGUF file
+    pub path: PathBuf,
+    /// the decoder
+    pub model: Box<dyn CausalLm>,
+    /// its tokenizer; token ids need none
+    pub tokenizer: Option<TextTokenizer>,
+    /// the adapter, if one was asked for
+    pub adapter: Option<Adapter>,
+}
+
+/// Uses `threads` threads from here on.
+pub fn set_threads(threads: Option<usize>) -> Result<()> {
+    if threads == Some(0) {
+        bail!(Usage("--threads 0: give a number above 0, or leave it out for all cores".to_string()));
+    }
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    // a second call finds the pool built: the first one counts
+    let _ = builder.build_global();
+    Ok(())
+}
+
+/// The device of `--device`.
+pub fn device(name: &str) -> Result<Device> {
+    let (kind, index) = match name.split_once(':') {
+        Some((kind, index)) => {
+            (kind, index.parse().with_context(|| format!("--device {name}: expected cuda:N"))?)
+        }
+        None => (name, 0),
+    };
+    match kind {
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => {
+            Device::new_cuda(index).with_context(|| format!("--device {name}: not available in this build"))
+        }
+        "metal" => {
+            Device::new_metal(index).with_context(|| format!("--device {name}: not available in this build"))
+        }
+        _ => bail!(Usage(format!("--device {name}: expected cpu, cuda[:N] or metal"))),
+    }
+}
+
+/// The storage of `--dtype`.
+pub fn weight_dtype(name: &str) -> Result<WeightDtype> {
+    Ok(match name {
+        "stored" => WeightDtype::Stored,
+        "f32" => WeightDtype::F32,
+        "bf16" => WeightDtype::Bf16,
+        "f16" => WeightDtype::F16,
+        _ => bail!(Usage(format!("--dtype {name}: expected stored, f32, bf16 or f16"))),
+    })
+}
+
+/// The directory or file that a model's name stands for; fetched if it must be.
+pub fn resolve(spec: &str, common: &Common, note: &mut Note) -> Result<PathBuf> {
+    let path = Path::new(spec);
+    if path.exists() {
+        return Ok(path.to_path_buf());
+    }
+    if let Some(known) = fetch::known(spec) {
+        let cache = fetch::cache_dir(common.cache_dir.as_deref())?;
+        return fetch::fetch(known, &cache, common.offline, &mut |line| note.line(line));
+    }
+    if hub::is_hub_id(spec) {
+        return hub::download(spec, &hub::HubOptions { offline: common.offline });
+    }
+    bail!(
+        "{spec}: no such directory or .gguf file, no known model (smollm2-135m), and not a hub id (org/name)"
+    )
+}
+
+/// The tokenizer of a model; `None` if a directory has no tokenizer.json.
+pub fn tokenizer(path: &Path) -> Result<Option<TextTokenizer>> {
+    if path.is_dir() {
+        if !path.join("tokenizer.json").exists() {
+            return Ok(None);
+        }
+        return Ok(Some(TextTokenizer::from_hf_dir(path)?));
+    }
+    let gguf = Gguf::open(path)?;
+    if gguf.opt_str("tokenizer.ggml.model")?.is_none() {
+        return Ok(None);
+    }
+    Ok(Some(TextTokenizer::from_gguf_file(&gguf)?))
+}
+
+impl Bench {
+    /// Loads a model by what was typed, with at most one adapter.
+    pub fn open(args: &ModelArgs, common: &Common, note: &mut Note) -> Result<Self> {
+        set_threads(args.threads)?;
+        let device = device(&args.device)?;
+        let dtype = weight_dtype(&args.dtype)?;
+        let path = resolve(&args.model, common, note)?;
+        let adapter = match args.adapter.as_slice() {
+            [] => None,
+            [one] => Some(PathBuf::from(one.split_once('=').map_or(one.as_str(), |(_, dir)| dir))),
+            more => bail!(Usage(format!("--adapter was given {} times: one at a time here", more.len()))),
+        };
+        Self::load(&path, adapter.as_deref(), dtype, device)
+    }
+
+    /// Loads a model from a directory or GGUF file.
+    pub fn load(path: &Path, adapter: Option<&Path>, dtype: WeightDtype, device: Device) -> Result<Self> {
+        let (model, tokenizer) = rayon::join(
+            || load_causal_lm(path, &LoadOptions { dtype, device: device.clone() }),
+            || tokenizer(path),
+        );
+        let mut model = model?;
+        let adapter = adapter.map(|dir| Adapter::load(model.as_mut(), dir, &device)).transpose()?;
+        Ok(Self { path: path.to_path_buf(), model, tokenizer: tokenizer?, adapter })
+    }
+
+    /// The tokenizer, or an error that says what is missing.
+    pub fn need_tokenizer(&self) -> Result<&TextTokenizer> {
+        self.tokenizer
+            .as_ref()
+            .with_context(|| format!("{}: has no tokenizer.json: text needs one", self.path.display()))
+    }
+
+    /// Tokens at which generation ends.
+    pub fn end_ids(&self) -> Result<Vec<u32>> {
+        match &self.tokenizer {
+            Some(t) => Ok(t.end_ids().to_vec()),
+            None if self.path.is_dir() => Ok(engobe_formats::hf_config::eos_token_ids(&self.path)?),
+            None => Ok(Vec::new()),
+        }
+    }
+}
+
+/// What is trained and what is there, as PEFT's `print_trainable_parameters` says it.
+pub fn trainable_line(model: &mut dyn CausalLm, adapter: &Adapter) -> String {
+    let (trainable, all) = (adapter.num_parameters(), adapter.num_added() + base_parameters(model));
+    let share = 100.0 * trainable as f64 / all.max(1) as f64;
+    format!(
+        "trainable params: {} || all params: {} || trainable%: {share:.4}",
+        thousands(trainable),
+        thousands(all)
+    )
+}
+
+/// Elements of the base model; a head that shares the embedding's matrix counts once.
+pub fn base_parameters(model: &mut dyn CausalLm) -> usize {
+    let mut total = 0;
+    let tied = model.info().tied_head;
+    model.visit_modules(&mut |module| {
+        total += match module {
+            ModuleMut::Linear(m) => {
+                m.in_features() * m.out_features() + m.bias().map_or(0, |b| b.elem_count())
+            }
+            ModuleMut::Embedding(m) => m.weight().dims().0 * m.weight().dims().1,
+            ModuleMut::RmsNorm(m) => m.weight().elem_count(),
+        }
+    });
+    let shared = if tied { model.info().vocab_size * model.info().hidden_size } else { 0 };
+    total - shared
+}
+
+/// `1,234,567`
+pub fn thousands(n: usize) -> String {
+    let digits = n.to_string();
+    let parts: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().filter_map(|c| std::str::from_utf8(c).ok()).collect();
+    parts.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thousands_are_set_off() {
+        for (n, text) in [(0, "0"), (999, "999"), (1000, "1,000"), (134_515_008, "134,515,008")] {
+            assert_eq!(thousands(n), text);
+        }
+    }
+}
