@@ -66,6 +66,9 @@ pub enum Error {
     /// A file could not be read or written.
     #[error(transparent)]
     Format(#[from] engobe_formats::Error),
+    /// A weight could not be encoded.
+    #[error(transparent)]
+    Encode(#[from] engobe_kernels::codec::EncodeError),
     /// An op failed.
     #[error(transparent)]
     Op(#[from] engobe_autograd::Error),

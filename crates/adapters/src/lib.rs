@@ -8,6 +8,7 @@
 mod adapter;
 mod error;
 mod lora;
+pub mod merge;
 mod saved;
 mod target;
 

@@ -7,6 +7,7 @@
 
 pub mod gguf;
 mod hf;
+mod save;
 mod stream;
 
 pub use stream::DecodeStream;
@@ -237,6 +238,12 @@ impl TextTokenizer {
     /// File it was read from.
     pub fn origin(&self) -> &str {
         &self.origin
+    }
+
+    /// Writes `tokenizer.json`, `tokenizer_config.json` and, if there is a template, `chat_template.jinja` into
+    /// `dir`, as transformers reads them.
+    pub fn save(&self, dir: &std::path::Path) -> Result<()> {
+        save::write(self, dir)
     }
 
     /// Source of the model's chat template, if it has one.

@@ -51,11 +51,6 @@ impl Note {
             eprintln!("{text}");
         }
     }
-
-    /// True if nothing shall be said.
-    pub fn is_quiet(&self) -> bool {
-        self.quiet
-    }
 }
 
 /// Between plain lines, where there is no terminal.
@@ -111,6 +106,15 @@ impl Progress {
             }
             None => {}
         }
+    }
+
+    /// As [`Self::update`], for work whose size is known only on the way.
+    pub fn of(&mut self, done: usize, total: usize, detail: impl FnOnce() -> String) {
+        self.total = total as u64;
+        if let Some(bar) = &self.bar {
+            bar.set_length(self.total);
+        }
+        self.update(done, detail);
     }
 
     /// A remark that must not tear the bar.

@@ -115,6 +115,14 @@ pub fn load_causal_lm(path: &Path, options: &LoadOptions) -> Result<Box<dyn Caus
     }
 }
 
+/// The `config.json` that transformers needs to load the weights of a GGUF file from a Hugging Face directory.
+///
+/// # Errors
+/// The file is of another architecture, or has settings that transformers cannot express.
+pub fn hf_config_of(gguf: &engobe_formats::gguf::Gguf) -> Result<serde_json::Value> {
+    llama_config::to_hf(&LlamaConfig::from_gguf(gguf)?, gguf)
+}
+
 /// Rows of a model's embedding, from its configuration alone.
 pub fn vocab_size(path: &Path) -> Result<usize> {
     if path.is_dir() {

@@ -4,7 +4,7 @@ use crate::{Error, Result};
 use engobe_formats::gguf::Gguf;
 use engobe_formats::hf_config::HfConfig;
 use engobe_nn::rope::{RopeScaling, yarn_mscale};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// What `LlamaConfig` of transformers holds, as far as the arithmetic needs it.
 #[derive(Clone, Debug, PartialEq)]
@@ -282,5 +282,67 @@ fn rope_from_gguf(gguf: &Gguf, max_positions: usize) -> Result<RopeScaling> {
             found: other.to_string(),
             expected: "none, linear or yarn".to_string(),
         }),
+    }
+}
+
+/// The configuration of a GGUF file as `config.json` (transformers 4's keys, which 5 reads too).
+pub(crate) fn to_hf(config: &LlamaConfig, gguf: &Gguf) -> Result<Value> {
+    let mut json = json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps.to_string().parse::<f64>().unwrap_or_default(),
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+    });
+    json["rope_scaling"] = rope_to_hf(&config.rope_scaling, config, gguf);
+    for (key, name) in [("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id")] {
+        if let Some(id) = gguf.opt_u32(&format!("tokenizer.ggml.{name}"))? {
+            json[key] = json!(id);
+        }
+    }
+    Ok(json)
+}
+
+fn rope_to_hf(scaling: &RopeScaling, config: &LlamaConfig, gguf: &Gguf) -> Value {
+    match scaling {
+        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+        RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor, truncate } => json!({
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "beta_fast": beta_fast,
+            "beta_slow": beta_slow,
+            "attention_factor": attention_factor,
+            "truncate": truncate,
+        }),
+        // transformers has no plain list of factors, but longrope is one if both of its lists are the same
+        RopeScaling::Factors(factors) => {
+            let original = gguf.opt_u32("llama.rope.scaling.original_context_length").ok().flatten();
+            json!({
+                "rope_type": "longrope",
+                "factor": 1.0,
+                "attention_factor": 1.0,
+                "short_factor": factors,
+                "long_factor": factors,
+                "original_max_position_embeddings":
+                    original.map_or(config.max_position_embeddings, |n| n as usize),
+            })
+        }
+        // the others never come from a GGUF file
+        RopeScaling::None
+        | RopeScaling::Dynamic { .. }
+        | RopeScaling::Llama3 { .. }
+        | RopeScaling::LongRope { .. } => Value::Null,
     }
 }

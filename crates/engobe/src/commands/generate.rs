@@ -131,7 +131,7 @@ impl<'a> Talk<'a> {
         let mut decoder = self.bench.tokenizer.as_ref().map(|t| t.decode_stream(true));
         let mut failed = None;
         let mut first_token_seconds = None;
-        let mut show = |piece: &str, text: &mut String| -> Result<()> {
+        let show = |piece: &str, text: &mut String| -> Result<()> {
             text.push_str(piece);
             if stream { print(piece) } else { Ok(()) }
         };

@@ -1,6 +1,161 @@
-//! todo
-use anyhow::Result;
-#[allow(missing_docs)]
-pub fn run<T>(_: &T) -> Result<()> {
-    Ok(())
+//! `engobe merge`
+
+use crate::Usage;
+use crate::args::MergeArgs;
+use crate::terminal::{Note, Progress, print, print_json};
+use crate::workbench::{self, Bench};
+use anyhow::{Context, Result, bail};
+use candle_core::Device;
+use engobe_adapters::merge::{MergeOptions, Merged, merge};
+use engobe_formats::atomic::write_atomic;
+use engobe_formats::checkpoint::Checkpoint;
+use engobe_formats::hf_config::HfConfig;
+use engobe_kernels::storage::StorageType;
+use engobe_models::WeightDtype;
+use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
+
+/// Bakes an adapter into its model.
+pub fn run(args: &MergeArgs) -> Result<()> {
+    let mut note = Note::new(&args.common);
+    let dtype = args.dtype.as_deref().map(storage).transpose()?;
+    if !(args.max_shard_size.is_finite() && args.max_shard_size > 0.0) {
+        bail!(Usage(format!("--max-shard-size {}: expected a number of GB above 0", args.max_shard_size)));
+    }
+    let model = workbench::resolve(&args.model, &args.common, &mut note)?;
+    prepare(&args.out)?;
+    let done = write(args, &model, dtype, &note);
+    if done.is_err() {
+        // nothing but what was begun here lies in it
+        let _ = fs::remove_dir_all(&args.out);
+    }
+    let (merged, written) = done?;
+    let types = written.join(", ");
+    if args.common.json {
+        return print_json(&json!({
+            "out": args.out,
+            "tensors": merged.tensors,
+            "changed": merged.changed,
+            "dtype": types,
+            "tie_word_embeddings": merged.tied_head,
+        }));
+    }
+    print(&format!(
+        "{}: {} tensors, {} of them changed by the adapter, as {types}\n",
+        args.out.display(),
+        merged.tensors,
+        merged.changed
+    ))
+}
+
+fn storage(name: &str) -> Result<StorageType> {
+    Ok(match name {
+        "f32" => StorageType::F32,
+        "bf16" => StorageType::BF16,
+        "f16" => StorageType::F16,
+        _ => bail!(Usage(format!("--dtype {name}: expected f32, bf16 or f16"))),
+    })
+}
+
+/// Makes the directory, or takes an empty one.
+fn prepare(out: &Path) -> Result<()> {
+    match fs::read_dir(out) {
+        Ok(mut entries) => match entries.next() {
+            None => Ok(()),
+            Some(_) => bail!("{}: is not empty; choose a new directory for --out", out.display()),
+        },
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            fs::create_dir_all(out).with_context(|| out.display().to_string())
+        }
+        Err(e) => Err(e).with_context(|| out.display().to_string()),
+    }
+}
+
+fn write(
+    args: &MergeArgs,
+    model: &Path,
+    dtype: Option<StorageType>,
+    note: &Note,
+) -> Result<(Merged, Vec<String>)> {
+    let mut bench = Bench::load(model, Some(&args.adapter), WeightDtype::Stored, Device::Cpu)?;
+    let checkpoint = Checkpoint::open(model)?;
+    // a tensor keeps its float type; quantized ones become f32
+    let stored = |name: &str| match checkpoint.get(name).and_then(|view| view.storage()) {
+        Ok(storage) if !storage.is_quantized() => storage,
+        _ => StorageType::F32,
+    };
+    let types = std::cell::RefCell::new(std::collections::HashSet::new());
+    let storage = |name: &str| {
+        let chosen = dtype.unwrap_or_else(|| stored(name));
+        types.borrow_mut().insert(chosen);
+        chosen
+    };
+    let options = MergeOptions {
+        storage: &storage,
+        max_shard_bytes: (args.max_shard_size * 1e9) as usize,
+        tied_head: bench.model.info().tied_head,
+    };
+    let adapter = bench.adapter.take().context("no adapter")?;
+    let mut progress = Progress::new("tensors", 1, 0, note);
+    let mut tell = |done, of| progress.of(done, of, || "merged".to_string());
+    let merged = merge(bench.model.as_mut(), &adapter, &args.out, &options, &mut tell)?;
+    drop(progress);
+    let mut types: Vec<StorageType> = types.into_inner().into_iter().collect();
+    types.sort_by_key(|t| t.to_string());
+    copy_companions(&bench, model, &args.out, &merged, &types)?;
+    Ok((merged, types.iter().map(|t| t.to_string().to_lowercase()).collect()))
+}
+
+/// Files beside the weights that travel with a model.
+const COMPANIONS: [&str; 9] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+];
+
+/// Tokenizer and configuration; `config.json` comes last, for without it nothing takes the directory for a model.
+fn copy_companions(
+    bench: &Bench,
+    model: &Path,
+    out: &Path,
+    merged: &Merged,
+    types: &[StorageType],
+) -> Result<()> {
+    let mut config = if model.is_dir() {
+        for name in COMPANIONS {
+            let from = model.join(name);
+            if from.exists() {
+                let bytes = fs::read(&from).with_context(|| from.display().to_string())?;
+                write_atomic(&out.join(name), &bytes)?;
+            }
+        }
+        Value::Object(HfConfig::open(model)?.raw().clone())
+    } else {
+        if let Some(tokenizer) = &bench.tokenizer {
+            tokenizer.save(out)?;
+        }
+        let gguf = engobe_formats::gguf::Gguf::open(model)?;
+        let ends = json!({ "eos_token_id": bench.end_ids()? });
+        write_atomic(&out.join("generation_config.json"), &serde_json::to_vec_pretty(&ends)?)?;
+        engobe_models::hf_config_of(&gguf)?
+    };
+    config["tie_word_embeddings"] = json!(merged.tied_head);
+    // the widest type loses nothing
+    let widest =
+        [("float32", StorageType::F32), ("bfloat16", StorageType::BF16), ("float16", StorageType::F16)];
+    if let Some((name, _)) = widest.iter().find(|(_, t)| types.contains(t)) {
+        for key in ["torch_dtype", "dtype"] {
+            if config.get(key).is_some() || key == "torch_dtype" {
+                config[key] = json!(name);
+            }
+        }
+    }
+    Ok(write_atomic(&out.join("config.json"), &serde_json::to_vec_pretty(&config)?)?)
 }
