@@ -1,5 +1,6 @@
 //! An adapter on a model: attached, with its parameters, from a configuration or from files.
 
+use crate::base_copies;
 use crate::lora::LoraLayer;
 use crate::saved;
 use crate::target::Targets;
@@ -82,8 +83,10 @@ impl Adapter {
     /// # Errors
     /// A tensor that finds no module, a module that finds no tensor, another shape: all are listed.
     pub fn load(model: &mut dyn ModuleTree, dir: &Path, device: &Device) -> Result<Self> {
-        let file = PeftAdapter::load(dir)?;
+        let mut file = PeftAdapter::load(dir)?;
         let adapter = Self::attach(model, &file.config, Start { seed: 0 }, device)?;
+        let trained = adapter.params().into_iter().map(Param::name).collect();
+        base_copies::take(model, &mut file.tensors, &trained, dir)?;
         adapter.fill(dir, &file.tensors)?;
         Ok(adapter)
     }

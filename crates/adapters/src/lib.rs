@@ -6,6 +6,7 @@
 //! Must not know: names of models, the training loop.
 
 mod adapter;
+mod base_copies;
 mod error;
 mod lora;
 pub mod merge;

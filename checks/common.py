@@ -1,0 +1,143 @@
+"""What the checks share: models, rows, and the engobe binary."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import warnings
+
+import torch
+
+from transformers.utils import logging
+
+warnings.filterwarnings("ignore")
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGOBE = os.environ.get("ENGOBE", str(ROOT / "target" / "release" / "engobe"))
+torch.set_num_threads(int(os.environ.get("THREADS", "2")))
+
+
+def engobe(*args, ok=True, env=None):
+    """Runs engobe with --json and returns the object; with ok=False, the finished process."""
+    command = [ENGOBE, *map(str, args)]
+    if ok:
+        command += ["--json", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
+    if not ok:
+        return done
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+SIZES = dict(
+    vocab_size=160,
+    hidden_size=64,
+    intermediate_size=112,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+)
+
+# name -> what differs from SIZES
+CONFIGS = {
+    "plain": dict(num_key_value_heads=4, tie_word_embeddings=False),
+    "gqa_tied": dict(num_key_value_heads=2, tie_word_embeddings=True),
+    "mqa_theta": dict(num_key_value_heads=1, rope_theta=5e5, rms_norm_eps=1e-5),
+    "head_dim_bias": dict(num_key_value_heads=2, head_dim=24, attention_bias=True, mlp_bias=True),
+    "linear": dict(num_key_value_heads=2, rope_scaling=dict(rope_type="linear", factor=4.0)),
+    "dynamic": dict(num_key_value_heads=2, max_position_embeddings=16, rope_scaling=dict(rope_type="dynamic", factor=2.0)),
+    "llama3": dict(
+        num_key_value_heads=2,
+        rope_theta=5e5,
+        rope_scaling=dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    ),
+    "yarn": dict(
+        num_key_value_heads=2,
+        rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32),
+    ),
+    "longrope": dict(
+        num_key_value_heads=2,
+        original_max_position_embeddings=32,
+        rope_scaling=dict(
+            rope_type="longrope",
+            short_factor=[1.0 + 0.05 * i for i in range(8)],
+            long_factor=[1.0 + 0.5 * i for i in range(8)],
+            factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    ),
+}
+
+
+def make_model(directory, seed, dtype=torch.float32, shard=None, **changes):
+    """A random model whose logits are far from flat, saved; returns it in f32."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**SIZES, **changes})
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            scale = 0.5 if "norm" in name else 0.15
+            p.copy_(torch.randn_like(p) * scale + (1.0 if "norm" in name else 0.0))
+    model.to(dtype).save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))
+    return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def make_rows(path, seed, count, lengths=(5, 40), vocab=160, masked=0.4):
+    """Rows of random token ids whose first part is masked."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        n = rng.randint(*lengths)
+        ids = [rng.randrange(vocab) for _ in range(n)]
+        cut = int(n * masked * rng.random())
+        rows.append({"input_ids": ids, "labels": [-100] * cut + ids[cut:]})
+    Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return rows
+
+
+def label_loss(model, rows):
+    """Summed cross entropy and number of labels, row by row without padding."""
+    total, count = 0.0, 0
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].float()
+        labels = torch.tensor(row["labels"][1:])
+        total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        count += int((labels != -100).sum())
+    return total, count
+
+
+def greedy_logits(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].float()
+
+
+class Report:
+    """Counts what held and what did not."""
+
+    def __init__(self):
+        self.failed = 0
+
+    def __call__(self, name, value, limit):
+        good = value <= limit
+        self.failed += not good
+        print(f"{'ok  ' if good else 'FAIL'} {name}: {value:.3g} (limit {limit:g})", flush=True)
+
+    def true(self, name, good, detail=""):
+        self.failed += not good
+        print(f"{'ok  ' if good else 'FAIL'} {name} {detail}", flush=True)
+
+    def exit(self):
+        sys.exit(f"{self.failed} failed" if self.failed else 0)

@@ -1,0 +1,177 @@
+"""engobe beside transformers and PEFT: losses of models, curves of training, adapters there and back, merges.
+
+    python checks/parity.py [--seed N]
+
+Logits are compared through losses and greedy tokens (eval, generate), and, for adapters and merges, in PEFT itself.
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from common import CONFIGS, Report, engobe, greedy_logits, label_loss, make_model, make_rows
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from transformers import LlamaForCausalLM
+
+
+def relative(a, b):
+    return abs(a - b) / max(abs(b), 1e-12)
+
+
+def models(report, work, seed):
+    """Point 2: eval's loss and greedy tokens, for every configuration and storage."""
+    kinds = [(name, changes, torch.float32, None) for name, changes in CONFIGS.items()]
+    kinds += [
+        ("bf16", CONFIGS["gqa_tied"], torch.bfloat16, None),
+        ("f16_sharded", CONFIGS["plain"], torch.float16, "60KB"),
+    ]
+    for i, (name, changes, dtype, shard) in enumerate(kinds):
+        directory = work / f"model-{name}"
+        model = make_model(directory, seed + i, dtype, shard, **changes)
+        rows = make_rows(work / "rows.jsonl", seed + i, 12, (5, 60))
+        if name in ("dynamic", "longrope"):
+            rows = make_rows(work / "rows.jsonl", seed + i, 6, (60, 60))  # rope depends on the longest row of a batch
+        with torch.no_grad():
+            total, count = label_loss(model, rows)
+        found = engobe("eval", "--model", directory, "--data", work / "rows.jsonl")
+        report(f"eval {name}", relative(found["loss"], total.item() / count), 1e-4)
+        report.true(f"labels {name}", found["label_tokens"] == count)
+        if name not in ("dynamic", "longrope"):
+            prompt = rows[0]["input_ids"][:5]
+            with torch.no_grad():
+                out = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+            ids = ",".join(map(str, prompt))
+            text = engobe("generate", "--model", directory, "--prompt-ids", ids, "--max-new-tokens", 24)
+            mine, theirs = text["token_ids"], out[0, len(prompt) :].tolist()
+            report.true(f"greedy {name}", mine == theirs[: len(mine)] and len(mine) > 0, f"{len(mine)} tokens")
+
+
+LORAS = {
+    "default": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+    "all_linear": dict(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True),
+    "patterns": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "down_proj", "k_proj"],
+        rank_pattern={"down_proj": 2, r"layers\.0\.self_attn\.q_proj": 6},
+        alpha_pattern={"q_proj": 3},
+        exclude_modules=["layers.1.self_attn.k_proj"],
+    ),
+    "regex": dict(r=2, lora_alpha=4, target_modules=r".*\.(up|gate)_proj"),
+    "layers": dict(r=4, lora_alpha=8, target_modules=["o_proj", "up_proj"], layers_to_transform=[0, 2]),
+    "saved": dict(r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]),
+    "saved_embed": dict(r=4, lora_alpha=8, target_modules=["v_proj"], modules_to_save=["embed_tokens"]),
+    "head": dict(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"]),
+    "bias_all": dict(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], bias="all"),
+    "bias_lora": dict(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], bias="lora_only"),
+}
+
+
+def perturb(model, seed):
+    """Makes a new adapter's B (and what else trains) random: an adapter of zeros proves little."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.03)
+
+
+def train_peft(model, rows, steps, batch, accumulation, lr=1e-3):
+    """What engobe does: loss normalised by the labels of the window, AdamW, linear schedule, clipping."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=lr)
+    lines, at = [], 0
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (steps - step) / steps
+        optimizer.zero_grad()
+        window = []
+        for _ in range(accumulation):
+            window.append(rows[at : at + batch])
+            at += batch
+            if at >= len(rows):
+                at = 0
+                break  # an epoch's last window may be short
+        labels = sum(sum(l != -100 for l in r["labels"][1:]) for b in window for r in b)
+        total = 0.0
+        for b in window:
+            loss, _ = label_loss(model, b)
+            (loss / labels).backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        optimizer.step()
+        lines.append((total / labels, norm))
+    return lines
+
+
+def training(report, work, seed):
+    """Points 3 and 4: curves from the same start, and both sides' files in the other."""
+    for i, (name, lora) in enumerate(LORAS.items()):
+        kind = "head_dim_bias" if name.startswith("bias") else ("plain" if i % 2 else "gqa_tied")
+        if name in ("saved", "head"):
+            kind = "plain"
+        directory = work / f"base-{name}"
+        base = make_model(directory, seed + 50 + i, **CONFIGS[kind])
+        data = work / f"train-{name}.jsonl"
+        accumulation = 4 if i % 2 else 1
+        rows = make_rows(data, seed + i, 30, (4, 40))
+        theirs = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **lora))
+        perturb(theirs, seed + i)
+        start = work / f"start-{name}"
+        theirs.save_pretrained(start)
+        out = work / f"out-{name}"
+        engobe(
+            "train", "--model", directory, "--data", data, "--init-adapter", start, "--out", out, "--no-shuffle",
+            "--no-packing", "--max-steps", 20, "--batch-size", 2, "--gradient-accumulation", accumulation,
+            "--learning-rate", 1e-3, "--lr-scheduler", "linear", "--allow", "eot-never-label",
+        )
+        mine = [json.loads(l) for l in (out / "metrics.jsonl").read_text().splitlines()]
+        curve = train_peft(theirs, rows, 20, 2, accumulation)
+        report.true(f"{name}: 20 steps", len(mine) == 20)
+        report(f"{name}: losses", max(relative(m["loss"], c[0]) for m, c in zip(mine, curve)), 1e-3)
+        report(f"{name}: norms", max(relative(m["grad_norm"], c[1]) for m, c in zip(mine, curve)), 1e-2)
+        exchange(report, work, name, base, directory, out, theirs, rows)
+
+
+def exchange(report, work, name, base, directory, out, theirs, rows):
+    """engobe's adapter in PEFT, PEFT's in engobe, and the merged directory in transformers."""
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), out).eval()
+    keys = set_peft_model_state_dict(loaded, load_peft_weights(out, device="cpu"))
+    missing = [k for k in keys.missing_keys if any(p in k for p in ("lora_", "modules_to_save"))]
+    report.true(f"{name}: keys", not missing and not keys.unexpected_keys, f"{missing} {keys.unexpected_keys}")
+    with torch.no_grad():
+        total, count = label_loss(loaded, rows)
+        mine = engobe("eval", "--model", directory, "--adapter", out, "--data", work / f"train-{name}.jsonl")
+        report(f"{name}: engobe's adapter in PEFT", relative(mine["loss"], total.item() / count), 1e-4)
+        saved = work / f"peft-{name}"
+        theirs.eval().save_pretrained(saved)
+        total, count = label_loss(theirs, rows)
+        mine = engobe("eval", "--model", directory, "--adapter", saved, "--data", work / f"train-{name}.jsonl")
+        report(f"{name}: PEFT's adapter in engobe", relative(mine["loss"], total.item() / count), 1e-4)
+    merged = work / f"merged-{name}"
+    engobe("merge", "--model", directory, "--adapter", out, "--out", merged)
+    whole, info = LlamaForCausalLM.from_pretrained(merged, dtype=torch.float32, output_loading_info=True)
+    report.true(f"{name}: merged keys", not info["missing_keys"] and not info["unexpected_keys"], str(info)[:120])
+    a, b = greedy_logits(whole.eval(), rows[0]["input_ids"]), greedy_logits(loaded, rows[0]["input_ids"])
+    report(f"{name}: merged logits", ((a - b).abs().max() / b.abs().max()).item(), 1e-4)
+    mine = engobe("eval", "--model", merged, "--data", work / f"train-{name}.jsonl")
+    with torch.no_grad():
+        total, count = label_loss(loaded, rows)
+    report(f"{name}: merged in engobe", relative(mine["loss"], total.item() / count), 1e-4)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    report = Report()
+    with tempfile.TemporaryDirectory() as work:
+        for part in (models, training):
+            if args.only in part.__name__:
+                part(report, Path(work), args.seed)
+    report.exit()
