@@ -271,19 +271,43 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_new_tokens: usize,
     /// 0 takes the likeliest token; higher is more varied
-    #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Sampling")]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        help_heading = "Sampling",
+        allow_negative_numbers = true
+    )]
     pub temperature: f32,
     /// Choose among the K likeliest; 0: all
     #[arg(long, value_name = "K", default_value_t = 0, help_heading = "Sampling")]
     pub top_k: usize,
     /// Choose among the likeliest that together reach P
-    #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Sampling")]
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 1.0,
+        help_heading = "Sampling",
+        allow_negative_numbers = true
+    )]
     pub top_p: f32,
     /// Choose among those at least P times as likely as the likeliest
-    #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Sampling")]
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.0,
+        help_heading = "Sampling",
+        allow_negative_numbers = true
+    )]
     pub min_p: f32,
     /// Above 1: push down what was said already
-    #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Sampling")]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 1.0,
+        help_heading = "Sampling",
+        allow_negative_numbers = true
+    )]
     pub repetition_penalty: f32,
     /// Seed of the draws
     #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Sampling")]
@@ -315,7 +339,7 @@ pub struct MergeArgs {
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<String>,
     /// Most bytes in one file, in GB
-    #[arg(long, value_name = "GB", default_value_t = 5.0)]
+    #[arg(long, value_name = "GB", default_value_t = 5.0, allow_negative_numbers = true)]
     pub max_shard_size: f64,
     #[command(flatten)]
     #[allow(missing_docs)]

@@ -72,12 +72,11 @@ pub fn save(
         fs::remove_dir_all(&partial).map_err(Error::io(&partial))?;
     }
     fs::create_dir(&partial).map_err(Error::io(&partial))?;
-    write_tensors(&partial.join("adapter.safetensors"), adapter)?;
-    write_tensors(&partial.join("optimizer.safetensors"), optimizer)?;
-    let path = partial.join("state.json");
-    let json = serde_json::to_vec_pretty(state)
-        .map_err(|e| Error::BadFile { path: path.clone(), what: e.to_string() })?;
-    engobe_formats::atomic::write_atomic(&path, &json)?;
+    if let Err(error) = write_files(&partial, state, adapter, optimizer) {
+        // a full disk: what is half written only takes room
+        let _ = fs::remove_dir_all(&partial);
+        return Err(error);
+    }
     let done = dir.join(format!("{PREFIX}{:08}", state.step));
     if done.exists() {
         // the same step of the same run, written before a kill: identical, and already whole
@@ -88,6 +87,20 @@ pub fn save(
     }
     prune(&dir, keep)?;
     Ok(done)
+}
+
+fn write_files(
+    dir: &Path,
+    state: &RunState,
+    adapter: &BTreeMap<String, Tensor>,
+    optimizer: &BTreeMap<String, Tensor>,
+) -> Result<()> {
+    write_tensors(&dir.join("adapter.safetensors"), adapter)?;
+    write_tensors(&dir.join("optimizer.safetensors"), optimizer)?;
+    let path = dir.join("state.json");
+    let json = serde_json::to_vec_pretty(state)
+        .map_err(|e| Error::BadFile { path: path.clone(), what: e.to_string() })?;
+    Ok(engobe_formats::atomic::write_atomic(&path, &json)?)
 }
 
 /// The newest checkpoint of the run in `out`, if there is one.
