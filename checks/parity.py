@@ -43,7 +43,7 @@ def models(report, work, seed):
         if name not in ("dynamic", "longrope"):
             prompt = rows[0]["input_ids"][:5]
             with torch.no_grad():
-                out = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+                out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 5, dtype=torch.long), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
             ids = ",".join(map(str, prompt))
             text = engobe("generate", "--model", directory, "--prompt-ids", ids, "--max-new-tokens", 24)
             mine, theirs = text["token_ids"], out[0, len(prompt) :].tolist()

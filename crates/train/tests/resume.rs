@@ -1,0 +1,124 @@
+//! A run in pieces is the run in one piece, bit for bit; checkpoints survive what kills leave behind.
+
+use engobe_adapters::{Adapter, Start};
+use engobe_data::{EncodeOptions, Encoder, Loader, LoaderOptions, MicroBatch, PromptStyle, TrainOn, reader};
+use engobe_formats::peft::{LoraConfig, TargetModules};
+use engobe_models::{LoadOptions, load_causal_lm};
+use engobe_testkit::golden;
+use engobe_train::plan::Plan;
+use engobe_train::{Error, Evaluation, Observer, Outcome, StepMetrics, Trainer, checkpoint, metrics};
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Asks to stop after a step.
+struct StopAfter(usize);
+
+impl Observer for StopAfter {
+    fn step(&mut self, metrics: &StepMetrics, _: usize) {
+        self.0 = self.0.saturating_sub(usize::from(metrics.step > 0));
+    }
+    fn evaluated(&mut self, _: usize, _: &Evaluation, _: bool) {}
+    fn saved(&mut self, _: &Path) {}
+    fn stop_requested(&mut self) -> bool {
+        self.0 == 0
+    }
+}
+
+fn plan() -> Plan {
+    let mut plan = Plan::default();
+    plan.schedule.max_steps = Some(14);
+    plan.schedule.batch_size = 2;
+    plan.schedule.gradient_accumulation = 2;
+    plan.schedule.max_seq_len = 48;
+    plan.optimization.learning_rate = 3e-3;
+    plan.optimization.warmup_steps = 3;
+    plan.upkeep.save_steps = 3;
+    plan.upkeep.eval_steps = 4;
+    plan.upkeep.load_best = true;
+    plan
+}
+
+/// Up to `steps` steps in a fresh process, as it were.
+fn part(out: &Path, plan: &Plan, steps: usize, fingerprint: &str) -> Result<Outcome, Error> {
+    let device = candle_core::Device::Cpu;
+    let mut model = load_causal_lm(&golden("llama/gqa_tied"), &LoadOptions::default()).unwrap();
+    let config = LoraConfig {
+        r: 4,
+        lora_dropout: 0.2,
+        target_modules: Some(TargetModules::AllLinear),
+        ..Default::default()
+    };
+    let adapter = Adapter::attach(model.as_mut(), &config, Start { seed: 1 }, &device).unwrap();
+    let files = reader::read(&[golden("peft/rows.jsonl")]).unwrap();
+    let encode = EncodeOptions { train_on: TrainOn::All, style: PromptStyle::Auto, max_seq_len: 48 };
+    let samples = Encoder::new(None, model.info().vocab_size, encode).unwrap().encode(&files).unwrap();
+    let eval = vec![MicroBatch::of(&samples, &[0, 3, 5])];
+    let s = &plan.schedule;
+    let order = LoaderOptions { batch_size: 2, max_seq_len: 48, packing: s.packing, shuffle: true, seed: 9 };
+    let loader = Loader::new(Arc::new(samples), order);
+    let mut trainer =
+        Trainer::new(model.as_ref(), &adapter, plan, loader, eval, out, fingerprint.to_string())?;
+    trainer.resume()?;
+    trainer.run(&mut StopAfter(steps))
+}
+
+fn files(out: &Path) -> (Vec<u8>, Vec<(usize, u64, u64)>) {
+    let lines = metrics::read(&out.join("metrics.jsonl")).unwrap();
+    let numbers = lines.iter().map(|m| (m.step, m.loss.to_bits(), m.grad_norm.to_bits())).collect();
+    (fs::read(out.join("adapter_model.safetensors")).unwrap(), numbers)
+}
+
+#[test]
+fn pieces_make_the_whole() {
+    for packing in [true, false] {
+        let mut plan = plan();
+        plan.schedule.packing = packing;
+        let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        part(whole.path(), &plan, 99, "f").unwrap();
+        for steps in [1, 4, 2, 99] {
+            let outcome = part(pieces.path(), &plan, steps, "f").unwrap();
+            assert_eq!(outcome.interrupted, outcome.steps < 14);
+        }
+        assert_eq!(files(whole.path()), files(pieces.path()), "packing {packing}");
+    }
+}
+
+#[test]
+fn what_a_kill_leaves_is_passed_over() {
+    let (whole, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    part(whole.path(), &plan(), 99, "f").unwrap();
+    part(killed.path(), &plan(), 7, "f").unwrap();
+    let checkpoints = killed.path().join("checkpoints");
+    // steps were done after the checkpoint, and a checkpoint was being written
+    let newest = checkpoint::latest(killed.path()).unwrap().unwrap();
+    fs::remove_dir_all(newest).unwrap();
+    let partial = checkpoints.join("partial-00000009");
+    fs::create_dir(&partial).unwrap();
+    fs::write(partial.join("adapter.safetensors"), b"half").unwrap();
+    let metrics = killed.path().join("metrics.jsonl");
+    let mut text = fs::read_to_string(&metrics).unwrap();
+    text.push_str("{\"step\": 8, \"lo");
+    fs::write(&metrics, text).unwrap();
+    part(killed.path(), &plan(), 99, "f").unwrap();
+    assert_eq!(files(whole.path()), files(killed.path()));
+    assert!(!partial.exists());
+}
+
+#[test]
+fn old_checkpoints_go_and_the_newest_stay() {
+    let out = tempfile::tempdir().unwrap();
+    part(out.path(), &plan(), 99, "f").unwrap();
+    let mut names: Vec<_> =
+        fs::read_dir(out.path().join("checkpoints")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["step-00000012", "step-00000014"]);
+}
+
+#[test]
+fn another_run_cannot_be_resumed() {
+    let out = tempfile::tempdir().unwrap();
+    part(out.path(), &plan(), 2, "r = 4\nseed = 1").unwrap();
+    let error = part(out.path(), &plan(), 2, "r = 4\nseed = 2").unwrap_err().to_string();
+    assert!(error.contains("seed = 1 then, seed = 2 now"), "{error}");
+}
