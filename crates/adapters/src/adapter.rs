@@ -7,11 +7,11 @@ use crate::target::Targets;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use engobe_autograd::{Param, host, tensor_of};
-use engobe_formats::peft::{BiasMode, LoraConfig, PeftAdapter};
+use engobe_formats::peft::{BiasMode, LoraConfig, PeftAdapter, TargetModules};
 use engobe_formats::tensor::TensorView;
 use engobe_kernels::codec;
 use engobe_nn::{Linear, ModuleMut, ModuleTree};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,6 +33,8 @@ pub struct Adapter {
     unmatched: Vec<String>,
     /// trained elements that are the base's own (biases)
     base_elements: usize,
+    /// what `all-linear` stands for in this model
+    linear_names: BTreeSet<String>,
 }
 
 impl Adapter {
@@ -58,6 +60,7 @@ impl Adapter {
             layers: vec![],
             others: vec![],
             base_elements: 0,
+            linear_names: BTreeSet::new(),
         };
         let mut result = Ok(());
         model.visit_modules(&mut |mut module| {
@@ -66,7 +69,7 @@ impl Adapter {
             }
         });
         result?;
-        let Attach { layers, others, base_elements, .. } = attached;
+        let Attach { layers, others, base_elements, linear_names, .. } = attached;
         if layers.is_empty() {
             return Err(nothing("target_modules", format!("{:?}", config.target_modules), &paths));
         }
@@ -75,7 +78,12 @@ impl Adapter {
             return Err(nothing("modules_to_save", (*name).to_string(), &paths));
         }
         let unmatched = unmatched.into_iter().map(str::to_string).collect();
-        Ok(Self { config: config.clone(), layers, others, unmatched, base_elements })
+        let mut config = config.clone();
+        if config.target_modules == Some(TargetModules::AllLinear) {
+            // files name the layers, as PEFT's do: other readers need not know the shorthand
+            config.target_modules = Some(TargetModules::List(linear_names.iter().cloned().collect()));
+        }
+        Ok(Self { config, layers, others, unmatched, base_elements, linear_names })
     }
 
     /// Attaches the adapter of a PEFT directory.
@@ -145,6 +153,11 @@ impl Adapter {
         &self.unmatched
     }
 
+    /// What `all-linear` stands for in this model: last names of its linear layers without the heads.
+    pub fn linear_names(&self) -> &BTreeSet<String> {
+        &self.linear_names
+    }
+
     /// Everything that is trained, in a fixed order.
     pub fn params(&self) -> Vec<&Param> {
         self.layers.iter().flat_map(|l| l.params()).chain(&self.others).collect()
@@ -195,6 +208,7 @@ struct Attach<'a> {
     layers: Vec<Arc<LoraLayer>>,
     others: Vec<Param>,
     base_elements: usize,
+    linear_names: BTreeSet<String>,
 }
 
 impl Attach<'_> {
@@ -206,6 +220,10 @@ impl Attach<'_> {
         let kind = match module {
             ModuleMut::Linear(linear) => {
                 let plain = !heads.iter().any(|h| h == linear.path());
+                if plain {
+                    let name = linear.path().rsplit('.').next().unwrap_or_default();
+                    self.linear_names.insert(name.to_string());
+                }
                 let adapted = self.targets.adapts(linear.path(), plain);
                 if adapted {
                     self.linear(linear)?;

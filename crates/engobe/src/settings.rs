@@ -2,10 +2,11 @@
 
 use crate::keys::{self, Kind};
 use anyhow::{Context, Result, bail};
-use engobe_formats::peft::LoraConfig;
+use engobe_formats::peft::{LoraConfig, TargetModules};
 use engobe_train::Plan;
 use engobe_train::plan::{Compute, Optimization, Schedule, Upkeep};
 use serde_json::{Value as Json, json};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
@@ -184,8 +185,12 @@ impl Given {
     }
 
     /// Settings of the adapter that contradict one that was loaded. Dropout may differ: it only trains.
-    pub fn check_against(&self, loaded: &LoraConfig, from: &Path) -> Result<()> {
-        let asked = self.lora("")?;
+    /// `linear` is what `all-linear` stands for.
+    pub fn check_against(&self, loaded: &LoraConfig, linear: &BTreeSet<String>, from: &Path) -> Result<()> {
+        let mut asked = self.lora("")?;
+        if asked.target_modules == Some(TargetModules::AllLinear) {
+            asked.target_modules = Some(TargetModules::List(linear.iter().cloned().collect()));
+        }
         let mine = serde_json::from_str::<Json>(&asked.to_json())?;
         let theirs = serde_json::from_str::<Json>(&loaded.to_json())?;
         for name in
@@ -289,7 +294,6 @@ fn from_json(value: &Json) -> Option<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use engobe_formats::peft::TargetModules;
 
     fn given(flags: &[(&str, &str)], sets: &[&str]) -> Result<Given> {
         let flags: Vec<_> = flags.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect();

@@ -78,7 +78,7 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let adapter = match &init {
         Some(dir) => {
             let adapter = Adapter::load(bench.model.as_mut(), dir, &device)?;
-            given.check_against(adapter.config(), dir)?;
+            given.check_against(adapter.config(), adapter.linear_names(), dir)?;
             adapter
         }
         None => {

@@ -1,0 +1,204 @@
+//! Every file is hostile: whatever its bytes, a parser answers with tensors that lie within it, or with an error.
+
+use engobe_formats::gguf::{self, Gguf, GgufValue, write_gguf};
+use engobe_formats::peft::LoraConfig;
+use engobe_formats::safetensors_file::{self, SafetensorsFile, write_safetensors};
+use engobe_kernels::storage::StorageType;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+type Owned = (String, Vec<usize>, Vec<u8>);
+
+/// Tensors with distinct names and small shapes.
+fn tensors() -> impl Strategy<Value = Vec<Owned>> {
+    let shape = prop::collection::vec(0usize..5, 0..4);
+    prop::collection::btree_map("[a-z.]{1,12}", shape, 0..6).prop_map(|map| {
+        let fill = |(name, shape): (String, Vec<usize>)| {
+            let bytes = (0..shape.iter().product::<usize>() * 4).map(|i| i as u8).collect();
+            (name, shape, bytes)
+        };
+        map.into_iter().map(fill).collect()
+    })
+}
+
+fn safetensors_bytes(tensors: &[Owned]) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    write_safetensors(&path, tensors, &BTreeMap::new()).unwrap();
+    std::fs::read(path).unwrap()
+}
+
+fn values() -> Vec<(String, GgufValue)> {
+    vec![
+        ("general.architecture".into(), GgufValue::String("llama".into())),
+        ("a.count".into(), GgufValue::Unsigned(3)),
+        ("a.below".into(), GgufValue::Signed(-3)),
+        ("a.scale".into(), GgufValue::Float(0.5)),
+        ("a.on".into(), GgufValue::Bool(true)),
+        (
+            "a.words".into(),
+            GgufValue::Array(vec![GgufValue::String("x".into()), GgufValue::String("é".into())]),
+        ),
+    ]
+}
+
+fn gguf_bytes() -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.gguf");
+    let floats: Vec<u8> = (0..64 * 4).map(|i| i as u8).collect();
+    let tensors = [
+        ("a".to_string(), StorageType::F32, vec![2, 32], floats.clone()),
+        ("b".to_string(), StorageType::Q4_0, vec![1, 32], floats[..18].to_vec()),
+    ];
+    write_gguf(&path, &values(), &tensors).unwrap();
+    std::fs::read(path).unwrap()
+}
+
+/// All ranges lie within the file.
+fn check_safetensors(bytes: &[u8]) {
+    if let Ok((entries, _)) = safetensors_file::parse(bytes) {
+        assert!(entries.iter().all(|(_, _, _, range)| range.end <= bytes.len()));
+    }
+}
+
+fn check_gguf(bytes: &[u8]) {
+    if let Ok(header) = gguf::parse(bytes) {
+        assert!(header.tensors.iter().all(|t| t.range.end <= bytes.len()));
+    }
+}
+
+/// A change to a file: a byte, or its end.
+#[derive(Clone, Debug)]
+enum Damage {
+    Byte(prop::sample::Index, u8),
+    Cut(prop::sample::Index),
+    Number(prop::sample::Index, u64),
+}
+
+fn damage() -> impl Strategy<Value = Damage> {
+    let at = any::<prop::sample::Index>;
+    let large = prop_oneof![any::<u64>(), Just(u64::MAX), Just(1 << 60), Just(1 << 31)];
+    prop_oneof![
+        (at(), any::<u8>()).prop_map(|(i, b)| Damage::Byte(i, b)),
+        at().prop_map(Damage::Cut),
+        (at(), large).prop_map(|(i, n)| Damage::Number(i, n)),
+    ]
+}
+
+fn damaged(mut bytes: Vec<u8>, all: &[Damage]) -> Vec<u8> {
+    for damage in all {
+        if bytes.is_empty() {
+            break;
+        }
+        match damage {
+            Damage::Byte(i, b) => *i.get_mut(&mut bytes) = *b,
+            Damage::Cut(i) => bytes.truncate(i.index(bytes.len())),
+            Damage::Number(i, n) => {
+                let at = i.index(bytes.len());
+                let end = bytes.len().min(at + 8);
+                bytes[at..end].copy_from_slice(&n.to_le_bytes()[..end - at]);
+            }
+        }
+    }
+    bytes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn any_bytes(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        check_safetensors(&bytes);
+        check_gguf(&bytes);
+        check_gguf(&[&b"GGUF\x03\0\0\0"[..], &bytes].concat());
+        let _ = LoraConfig::parse(Path::new("x"), &bytes);
+    }
+
+    #[test]
+    fn safetensors_with_damage(tensors in tensors(), all in prop::collection::vec(damage(), 1..4)) {
+        check_safetensors(&damaged(safetensors_bytes(&tensors), &all));
+    }
+
+    #[test]
+    fn gguf_with_damage(all in prop::collection::vec(damage(), 1..4)) {
+        check_gguf(&damaged(gguf_bytes(), &all));
+    }
+
+    #[test]
+    fn lora_config_with_damage(all in prop::collection::vec(damage(), 1..4)) {
+        let text = LoraConfig::default().to_json().into_bytes();
+        let _ = LoraConfig::parse(Path::new("x"), &damaged(text, &all));
+    }
+
+    #[test]
+    fn what_is_written_is_read(tensors in tensors()) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.safetensors");
+        write_safetensors(&path, &tensors, &BTreeMap::new()).unwrap();
+        let file = SafetensorsFile::open(&path).unwrap();
+        let found: Vec<Owned> = file.tensors().map(|t| (t.name.clone(), t.shape.clone(), t.bytes().to_vec())).collect();
+        prop_assert_eq!(found, tensors);
+    }
+}
+
+#[test]
+fn every_cut_of_a_file_is_an_error() {
+    let whole = safetensors_bytes(&[("x".into(), vec![3], vec![7; 12])]);
+    assert!(safetensors_file::parse(&whole).is_ok());
+    for cut in 0..whole.len() {
+        assert!(safetensors_file::parse(&whole[..cut]).is_err(), "safetensors cut at {cut}");
+    }
+    let whole = gguf_bytes();
+    let end = gguf::parse(&whole).unwrap().tensors.iter().map(|t| t.range.end).max().unwrap();
+    for cut in 0..end {
+        assert!(gguf::parse(&whole[..cut]).is_err(), "GGUF cut at {cut}");
+    }
+}
+
+#[test]
+fn a_claim_is_not_believed() {
+    let with_header = |json: &str, data: usize| {
+        let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(json.as_bytes());
+        bytes.resize(bytes.len() + data, 0);
+        safetensors_file::parse(&bytes)
+    };
+    for (json, data) in [
+        (r#"{"x":{"dtype":"F32","shape":[1099511627776,1099511627776],"data_offsets":[0,4]}}"#, 4),
+        (r#"{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#, 4),
+        (r#"{"x":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}"#, 4),
+        (
+            r#"{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"y":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}"#,
+            6,
+        ),
+        (r#"{"x":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}"#, 4),
+        (r#"{"x":3}"#, 0),
+        ("[]", 0),
+    ] {
+        assert!(with_header(json, data).is_err(), "{json}");
+    }
+    let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+    for count in [1u64 << 60, u64::MAX] {
+        bytes.truncate(8);
+        bytes.extend(count.to_le_bytes());
+        bytes.extend(count.to_le_bytes());
+        assert!(gguf::parse(&bytes).is_err());
+    }
+}
+
+#[test]
+fn gguf_values_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.gguf");
+    std::fs::write(&path, gguf_bytes()).unwrap();
+    let file = Gguf::open(&path).unwrap();
+    for (key, value) in values() {
+        assert_eq!(file.metadata()[&key], value, "{key}");
+    }
+    assert_eq!(file.tensor("b").unwrap().shape, [1, 32]);
+    let error = file.tensor("bb").unwrap_err().to_string();
+    assert!(error.contains("a.gguf") && error.contains("\"bb\""), "{error}");
+    let error = file.u32("a.cuont").unwrap_err().to_string();
+    assert!(error.contains("did you mean \"a.count\""), "{error}");
+}
