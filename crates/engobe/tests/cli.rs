@@ -1,0 +1,203 @@
+//! The way of a user: train, resume, evaluate, generate, inspect, merge; and what goes wrong on it.
+
+mod support;
+
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+use support::{engobe, error, golden, json};
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+fn train(out: &Path, more: &[&str]) -> Vec<String> {
+    let (model, data) = (text(&golden("llama/gqa_tied")), text(&golden("peft/rows.jsonl")));
+    let out = text(out);
+    let r = if more.contains(&"--r") { vec![] } else { vec!["--r", "4"] };
+    let base = ["train", "--model", &model, "--data", &data, "--out", &out, "--max-steps", "6"];
+    base.iter()
+        .chain(&r)
+        .chain(&["--allow", "eot-never-label", "--learning-rate", "3e-3"])
+        .chain(more)
+        .map(|s| s.to_string())
+        .collect()
+}
+
+#[test]
+fn from_rows_to_a_merged_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, merged) = (dir.path().join("run"), dir.path().join("merged"));
+    let done = json(&mut engobe(&train(&out, &["--val-split", "0.2", "--eval-steps", "2"])));
+    for key in [
+        "steps",
+        "final_loss",
+        "best_eval_loss",
+        "tokens_per_second",
+        "label_tokens_per_second",
+        "peak_rss_bytes",
+        "startup_seconds",
+        "trainable_parameters",
+        "adapter",
+    ] {
+        assert!(!done[key].is_null(), "{key} in {done}");
+    }
+    for file in [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "metrics.jsonl",
+        "run.toml",
+        "loss.svg",
+        "report.html",
+    ] {
+        assert!(out.join(file).exists(), "{file}");
+    }
+    let line: Value =
+        serde_json::from_str(fs::read_to_string(out.join("metrics.jsonl")).unwrap().lines().next().unwrap())
+            .unwrap();
+    for key in ["step", "loss", "lr", "grad_norm", "tokens", "label_tokens", "seconds"] {
+        assert!(line[key].is_number(), "{key} in {line}");
+    }
+    let (model, data, adapter) =
+        (text(&golden("llama/gqa_tied")), text(&golden("peft/rows.jsonl")), text(&out));
+    let with = json(&mut engobe(&["eval", "--model", &model, "--adapter", &adapter, "--data", &data]));
+    let plain = json(&mut engobe(&["eval", "--model", &model, "--data", &data]));
+    assert!(with["loss"].as_f64().unwrap() < plain["loss"].as_f64().unwrap());
+    assert!(with["exact_match"].is_null() && with["rows"] == 18 && with["label_tokens"].is_u64());
+    json(&mut engobe(&[
+        "merge",
+        "--model",
+        &model,
+        "--adapter",
+        &adapter,
+        "--out",
+        &text(&merged),
+        "--dtype",
+        "f32",
+    ]));
+    let baked = json(&mut engobe(&["eval", "--model", &text(&merged), "--data", &data]));
+    let (a, b) = (baked["loss"].as_f64().unwrap(), with["loss"].as_f64().unwrap());
+    assert!((a - b).abs() < 1e-5 * b, "{a} {b}"); // one rounding of W + sBA to f32
+    let said = json(&mut engobe(&[
+        "generate",
+        "--model",
+        &text(&merged),
+        "--prompt-ids",
+        "3,4,5",
+        "--max-new-tokens",
+        "4",
+    ]));
+    assert!(said["prompt_tokens"] == 3 && said["token_ids"].is_array() && said["prompt_seconds"].is_f64());
+    let found = json(&mut engobe(&["inspect", &adapter, "--model", &model]));
+    assert_eq!(found["config"]["trainable_parameters"], done["trainable_parameters"]);
+}
+
+#[test]
+fn run_toml_repeats_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (dir.path().join("a"), dir.path().join("b"));
+    json(&mut engobe(&train(&first, &["--no-packing", "--set", "rank_pattern={ \"q_proj\" = 2 }"])));
+    let config = text(&first.join("run.toml"));
+    json(&mut engobe(&["train", "--config", &config, "--out", &text(&second)]));
+    let bytes = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(bytes(&first), bytes(&second));
+}
+
+#[test]
+fn a_run_is_not_overwritten_and_can_be_resumed() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    json(&mut engobe(&train(&out, &["--resume"])));
+    let (status, line) = error(&mut engobe(&train(&out, &[])));
+    assert!(status == 1 && line.contains("--resume"), "{line}");
+    json(&mut engobe(&train(&out, &["--resume"])));
+    let (_, line) = error(&mut engobe(&train(&out, &["--resume", "--seed", "7"])));
+    assert!(line.contains("seed = 42 then, seed = 7 now"), "{line}");
+}
+
+#[test]
+fn an_adapter_is_trained_further() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (dir.path().join("a"), dir.path().join("b"));
+    json(&mut engobe(&train(&first, &[])));
+    let start = text(&first);
+    json(&mut engobe(&train(&second, &["--init-adapter", &start, "--target-modules", "all-linear"])));
+    let (status, line) =
+        error(&mut engobe(&train(&dir.path().join("c"), &["--init-adapter", &start, "--lora-alpha", "7"])));
+    assert!(status == 1 && line.contains("lora_alpha = 7"), "{line}");
+}
+
+#[test]
+fn mistakes_end_with_one_line_that_names_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("x");
+    let broken = dir.path().join("broken.jsonl");
+    fs::write(&broken, "{\"input_ids\": [1, 2]}\n{oops\n").unwrap();
+    let (model, data, broken) =
+        (text(&golden("llama/plain")), text(&golden("peft/rows.jsonl")), text(&broken));
+    let with = |more: &[&str]| train(&out, more);
+    let words = |words: &[&str]| words.iter().map(|w| w.to_string()).collect::<Vec<_>>();
+    for (status, args, parts) in [
+        (2, words(&["trian"]), vec!["train"]),
+        (2, words(&["train", "--lerning-rate", "1"]), vec!["--learning-rate"]),
+        (2, words(&["train", "--model", &model, "--out", "x"]), vec!["--data"]),
+        (2, words(&["generate", "--model", &model]), vec!["--prompt"]),
+        (2, words(&["eval", "--model", &model, "--data", &data, "--dtype", "int3"]), vec!["int3", "bf16"]),
+        (1, words(&["eval", "--model", "/no/where", "--data", &data]), vec!["/no/where"]),
+        (1, words(&["eval", "--model", &model, "--data", &broken]), vec!["broken.jsonl", "line 2"]),
+        (1, words(&["eval", "--model", &model, "--data", "/no/rows.jsonl"]), vec!["/no/rows.jsonl"]),
+        (1, with(&["--r", "0"]), vec!["r is 0"]),
+        (1, with(&["--r", "-4"]), vec!["r is", "-4"]),
+        (1, with(&["--lora-alpha", "0"]), vec!["lora_alpha"]),
+        (1, with(&["--target-modules", "query"]), vec!["query", "q_proj"]),
+        (1, with(&["--set", "lora_aplha=3"]), vec!["lora_alpha"]),
+        (1, with(&["--batch-size", "0"]), vec!["batch_size"]),
+        (1, words(&["generate", "--model", &model, "--prompt", "hi"]), vec!["tokenizer"]),
+        (1, words(&["generate", "--model", &model, "--prompt-ids", "1,99999"]), vec!["99999"]),
+        (
+            1,
+            words(&[
+                "eval",
+                "--model",
+                &model,
+                "--adapter",
+                &text(&golden("peft/saved")),
+                "--data",
+                &data,
+                "--exact-match",
+            ]),
+            vec!["--exact-match"],
+        ),
+    ] {
+        let (found, line) = error(&mut engobe(&args));
+        assert!(found == status && parts.iter().all(|p| line.contains(p)), "{args:?}: [{found}] {line}");
+        assert!(!out.join("adapter_config.json").exists());
+    }
+}
+
+#[test]
+fn help_fits_a_person() {
+    for command in ["", "demo", "fetch", "train", "eval", "generate", "merge", "inspect", "lint"] {
+        let args: Vec<&str> = [command, "--help"].into_iter().filter(|a| !a.is_empty()).collect();
+        let done = engobe(&args).output().unwrap();
+        let text = String::from_utf8(done.stdout).unwrap();
+        assert!(done.status.success() && text.contains("engobe "), "{command}");
+        assert!(text.lines().all(|l| l.chars().count() <= 112), "{command}: too wide for a terminal");
+        assert!(text.lines().count() <= 120, "{command}: {} lines", text.lines().count());
+    }
+}
+
+#[test]
+fn lint_finds_and_shows() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = dir.path().join("rows.jsonl");
+    fs::write(&rows, "{\"input_ids\": [1, 2, 3], \"labels\": [-100, 2, 3]}\n{\"input_ids\": [4, 5], \"labels\": [-100, -100]}\n").unwrap();
+    let model = text(&golden("llama/plain"));
+    let (status, line) = error(&mut engobe(&["lint", "--model", &model, "--data", &text(&rows)]));
+    assert!(status == 1 && line.contains("all-masked-rows"), "{line}");
+    let args =
+        ["lint", "--model", &model, "--data", &text(&rows), "--allow", "all-masked-rows", "--show", "1"];
+    let done = engobe(&args).output().unwrap();
+    let shown = String::from_utf8(done.stdout).unwrap();
+    assert!(done.status.success() && shown.contains("[1]⟦[2]|[3]⟧"), "{shown}");
+}
