@@ -71,7 +71,7 @@ pub struct ModelArgs {
     /// How base weights are kept: stored, f32, bf16, f16 (compute is f32)
     #[arg(long, value_name = "DTYPE", default_value = "stored")]
     pub dtype: String,
-    /// cpu, cuda[:N] or metal
+    /// cpu, cuda, `cuda:N` or metal
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
     /// Threads [all cores]

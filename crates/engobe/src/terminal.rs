@@ -101,8 +101,11 @@ impl Progress {
                 self.said = Instant::now();
                 let share = done as f64 / self.total.max(1) as f64;
                 let left = self.started.elapsed().as_secs_f64() * (1.0 - share) / share.max(1e-9);
+                // the first parts say little about the rest
+                let left =
+                    if share < 0.05 { String::new() } else { format!(" · {} left", seconds_text(left)) };
                 let text = [detail(), memory()].concat();
-                eprintln!("{done}/{} {} · {text} · {} left", self.total, self.what, seconds_text(left));
+                eprintln!("{done}/{} {} · {text}{left}", self.total, self.what);
             }
             None => {}
         }

@@ -117,7 +117,6 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
         history: metrics::read(&out.join("metrics.jsonl"))?,
         out,
     };
-    tell(&summary, &mut note);
     let shown = show(&bench, &path, init.as_deref(), rows.shown)?;
     let settings = toml::to_string(&table)?;
     report::write(&summary.out, &RunReport { title: model, summary: &summary, settings, shown })?;
@@ -253,7 +252,7 @@ fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<
 }
 
 /// The last lines that a run prints.
-fn tell(summary: &Summary, note: &mut Note) {
+pub fn tell(summary: &Summary, note: &mut Note) {
     let o = &summary.outcome;
     let losses: Vec<f64> = summary.history.iter().map(|m| m.loss).collect();
     if losses.len() > 1 {

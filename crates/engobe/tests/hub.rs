@@ -11,11 +11,13 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use support::{engobe, error, golden};
 
+/// A commit and its files.
+type Repository = (String, BTreeMap<String, Vec<u8>>);
+
 /// What the hub holds, and what it was asked.
 #[derive(Default)]
 struct Hub {
-    /// repository -> (commit, file -> bytes)
-    repos: Mutex<BTreeMap<String, (String, BTreeMap<String, Vec<u8>>)>>,
+    repos: Mutex<BTreeMap<String, Repository>>,
     asked: Mutex<Vec<String>>,
 }
 

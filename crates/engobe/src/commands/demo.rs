@@ -20,7 +20,7 @@ use std::time::Instant;
 const MODEL: &str = "smollm2-135m";
 /// rows to train on, to validate on, and for the final test
 const ROWS: [usize; 3] = [600, 24, 60];
-const STEPS: usize = 96;
+const STEPS: usize = 80;
 const MAX_SEQ_LEN: usize = 512;
 const SHOWN: usize = 2;
 
@@ -94,7 +94,7 @@ fn settings(args: &DemoArgs, files: &Files) -> Vec<(String, String)> {
         ("max_seq_len", MAX_SEQ_LEN.to_string()),
         ("learning_rate", "1e-3".to_string()),
         ("warmup_steps", "5".to_string()),
-        ("eval_steps", "32".to_string()),
+        ("eval_steps", "40".to_string()),
         ("seed", args.seed.to_string()),
     ];
     if let Some(threads) = args.threads {
@@ -177,7 +177,7 @@ fn score(model: &Path, adapter: Option<&Path>, rows: &Path, note: &Note) -> Resu
     }
     let mut progress = Progress::new("rows", prompts.len(), 0, note);
     let only: Vec<Prompt> = prompts.iter().map(|(_, p)| p.clone()).collect();
-    let mut tell = |done| progress.update(done, || "answers".to_string());
+    let mut tell = |done| progress.update(done, || "answering".to_string());
     let (texts, hits) = scoring::exact_matches(&bench, &only, 128, &mut tell)?;
     Ok(Score { hits, prompts, texts })
 }

@@ -23,8 +23,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let rows = dataset::load(&args.rows.data, &encoder, &mut note)?;
     let batches = scoring::eval_batches(&rows.samples);
     let mut progress = Progress::new("batches", batches.len(), 0, &note);
-    let found =
-        evaluate(bench.model.as_ref(), &batches, &mut |done| progress.update(done, || "loss".to_string()))?;
+    let found = evaluate(bench.model.as_ref(), &batches, &mut |done| {
+        progress.update(done, || "measuring the loss".to_string())
+    })?;
     drop(progress);
     let exact = match args.exact_match {
         true => {
@@ -36,7 +37,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
                 bail!("--exact-match needs rows with a prompt and a completion; these have none");
             }
             let mut progress = Progress::new("rows", prompts.len(), 0, &note);
-            let mut tell = |done| progress.update(done, || "exact match".to_string());
+            let mut tell = |done| progress.update(done, || "completing".to_string());
             let (_, hits) = scoring::exact_matches(&bench, &prompts, args.max_new_tokens, &mut tell)?;
             Some((hits, prompts.len()))
         }

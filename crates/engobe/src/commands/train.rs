@@ -2,7 +2,7 @@
 
 use crate::args::TrainArgs;
 use crate::settings::Given;
-use crate::terminal::print_json;
+use crate::terminal::{Note, print_json};
 use crate::training::{self, Summary};
 use anyhow::Result;
 use serde_json::json;
@@ -11,6 +11,7 @@ use serde_json::json;
 pub fn run(args: &TrainArgs) -> Result<()> {
     let given = Given::collect(args.config.as_deref(), &args.settings.given, &args.set)?;
     let summary = training::run(&given, args.resume, &args.common)?;
+    training::tell(&summary, &mut Note::new(&args.common));
     if args.common.json {
         print_json(&to_json(&summary))?;
     }
