@@ -176,7 +176,7 @@ impl Given {
             "target_modules": "all-linear",
             "base_model_name_or_path": base,
         });
-        for name in LORA_KEYS {
+        for name in LoraConfig::SETTINGS {
             if let Some(value) = self.table.get(name) {
                 json[name] = to_json(value);
             }
@@ -193,8 +193,9 @@ impl Given {
         }
         let mine = serde_json::from_str::<Json>(&asked.to_json())?;
         let theirs = serde_json::from_str::<Json>(&loaded.to_json())?;
-        for name in
-            LORA_KEYS.into_iter().filter(|n| self.has(n) && *n != "lora_dropout" && *n != "init_lora_weights")
+        for name in LoraConfig::SETTINGS
+            .into_iter()
+            .filter(|n| self.has(n) && *n != "lora_dropout" && *n != "init_lora_weights")
         {
             if mine[name] != theirs[name] {
                 bail!("{name} = {} contradicts {}, which has {}", mine[name], from.display(), theirs[name]);
@@ -223,7 +224,7 @@ impl Given {
             }
         }
         let lora: Json = serde_json::from_str(&lora.to_json())?;
-        for name in LORA_KEYS {
+        for name in LoraConfig::SETTINGS {
             if let Some(value) = from_json(&lora[name]) {
                 table.insert(name.to_string(), value);
             }
@@ -244,23 +245,6 @@ impl Given {
         Ok(plain.into_iter().chain(tables).collect())
     }
 }
-
-/// Settings that belong to the adapter.
-const LORA_KEYS: [&str; 13] = [
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-    "modules_to_save",
-    "init_lora_weights",
-];
 
 fn to_json(value: &Value) -> Json {
     match value {

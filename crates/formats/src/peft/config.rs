@@ -135,24 +135,8 @@ const NOT_YET: [&str; 21] = [
     "peft_task_config",
 ];
 
-const KNOWN: [&str; 16] = [
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-    "modules_to_save",
-    "init_lora_weights",
-    "base_model_name_or_path",
-    "task_type",
-    "peft_type",
-];
+/// Keys beside [`LoraConfig::SETTINGS`].
+const LABELS: [&str; 3] = ["base_model_name_or_path", "task_type", "peft_type"];
 
 /// True for values that mean "not used".
 fn is_off(value: &Value) -> bool {
@@ -165,6 +149,23 @@ fn is_off(value: &Value) -> bool {
 }
 
 impl LoraConfig {
+    /// Keys that say what the adapter is, as users set them.
+    pub const SETTINGS: [&str; 13] = [
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+        "modules_to_save",
+        "init_lora_weights",
+    ];
+
     /// Reads a file.
     pub fn load(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).map_err(Error::io(path))?;
@@ -305,7 +306,11 @@ impl Reader {
         }
         for (key, value) in &self.map {
             let key = key.as_str();
-            if KNOWN.contains(&key) || NOTES.contains(&key) || is_off(value) {
+            if LoraConfig::SETTINGS.contains(&key)
+                || LABELS.contains(&key)
+                || NOTES.contains(&key)
+                || is_off(value)
+            {
                 continue;
             }
             if NOT_YET.contains(&key) {
@@ -315,7 +320,7 @@ impl Reader {
                     "this feature to be off: engobe does not have it yet",
                 ));
             }
-            let near = nearest(key, KNOWN.into_iter());
+            let near = nearest(key, LoraConfig::SETTINGS.into_iter().chain(LABELS));
             return Err(self.bad(key, &value.to_string(), &format!("only known keys to be set{near}")));
         }
         Ok(())
