@@ -16,7 +16,7 @@ mod dense;
 mod disjoint;
 mod few_rows;
 pub(crate) mod micro;
-mod pack;
+pub(crate) mod pack;
 mod product;
 
 use crate::mat::{MatMut, MatRef};

@@ -55,7 +55,7 @@ const STRIP: usize = 16;
 
 /// Fills panels with `scale · b[inner, columns]`; the panels of `columns` lie behind each other, each
 /// `inner.len() * NR` long. `rows` is scratch of at least [`scratch_len`].
-pub(super) fn pack(
+pub(crate) fn pack(
     isa: Isa,
     b: &Right,
     scale: f32,
