@@ -136,7 +136,7 @@ impl Layer {
         drop(normed);
         let gated = ops::silu_mul(tape, &gate, &up)?;
         drop((gate, up));
-        self.down_proj.forward_residual(tape, &gated, &x)
+        self.down_proj.forward_residual_last(tape, &gated, &x)
     }
 
     fn linears(&mut self) -> [&mut Linear; 7] {

@@ -132,6 +132,13 @@ fn straight(m: &MatRef, scale: f32, inner: &Range<usize>, columns: Range<usize>,
 /// `out = scale · piece`, filled up with zeros.
 #[inline]
 fn put_row(piece: &[f32], scale: f32, out: &mut [f32]) {
+    if let (Some(piece), Some(out), true) =
+        (piece.first_chunk::<NR>(), out.first_chunk_mut::<NR>(), scale == 1.0)
+    {
+        // known lengths: moved in registers, not by a call
+        *out = *piece;
+        return;
+    }
     let (head, rest) = out.split_at_mut(piece.len());
     match scale == 1.0 {
         true => head.copy_from_slice(piece),

@@ -57,8 +57,7 @@ impl Group {
             let x = host(x)?;
             let x = MatRef::new(&x, n, self.width);
             let (u, b) = (hosts(&us)?, hosts(self.deltas.iter().map(|d| d.low_rank.b.tensor()))?);
-            let weights =
-                self.specs.iter().map(|s| Borrowed::of(&s.weight)).collect::<Result<Vec<_>>>()?;
+            let weights = self.specs.iter().map(|s| Borrowed::of(&s.weight)).collect::<Result<Vec<_>>>()?;
             let mut ys: Vec<MatMut> =
                 outs.iter_mut().zip(&weights).map(|(y, w)| MatMut::new(y, n, w.view().rows())).collect();
             let deltas = |layer: usize| {
@@ -125,7 +124,7 @@ impl Group {
     }
 
     /// The u of every delta.
-    fn project(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+    pub(super) fn project(&self, x: &Tensor) -> Result<Vec<Tensor>> {
         let inputs = self.deltas.iter().map(|d| d.input(x)).collect::<Result<Vec<_>>>()?;
         let mut us: Vec<Vec<f32>> = self.deltas.iter().map(|d| uninit(self.n * d.rank())).collect();
         {
