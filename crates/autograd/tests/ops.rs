@@ -8,6 +8,7 @@
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, RopeSpec};
 use engobe_autograd::{FrozenWeight, Gradients, Param, Result, Tape, Var};
+use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::{AttentionShape, Segment};
 use engobe_kernels::rope::RopeTable;
 use std::sync::Arc;
@@ -137,13 +138,16 @@ fn rms_norm() {
 }
 
 #[test]
-fn silu_mul() {
+fn activations_alone_and_gated() {
     let (g, u) = (param("gate", 5, &[3, 5]), param("up", 6, &[3, 5]));
-    check(&[&g, &u], &|tape| {
-        let (g, u) = (tape.param(&g), tape.param(&u));
-        let y = ops::silu_mul(tape, &g, &u)?;
-        weigh(tape, &[y])
-    });
+    for f in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Tanh] {
+        check(&[&g, &u], &|tape| {
+            let (g, u) = (tape.param(&g), tape.param(&u));
+            let y = ops::gated(tape, f, &g, &u)?;
+            let z = ops::activate(tape, f, &u)?;
+            weigh(tape, &[y, z])
+        });
+    }
 }
 
 #[test]
@@ -263,7 +267,7 @@ fn linear_residual_behind_recomputed_inputs() {
             LowRank { a: tape.param(&a), b: tape.param(&b), b_bias: None, scale: 0.5, dropout: 0.0 };
         let spec =
             LinearSpec { weight: frozen(45, 4, 6), bias: Some(tape.param(&bias)), low_rank: vec![low_rank] };
-        let gated = ops::silu_mul(tape, &g, &u)?;
+        let gated = ops::gated(tape, Activation::Silu, &g, &u)?;
         let first = ops::linear_residual(tape, &gated, spec.clone(), &r)?;
         let normed = ops::rms_norm(tape, &g, &w, 1e-5)?;
         let second = ops::linear_residual(tape, &normed, spec, &first)?;
@@ -373,7 +377,7 @@ fn untracked_inputs_record_nothing() {
     let mut tape = Tape::new();
     let x = Var::constant(tensor(70, &[2, 4]));
     let y = ops::linear(&mut tape, &x, LinearSpec::plain(frozen(71, 3, 4))).unwrap();
-    let z = ops::silu_mul(&mut tape, &y, &y).unwrap();
+    let z = ops::gated(&mut tape, Activation::Silu, &y, &y).unwrap();
     assert!(!z.is_tracked());
 }
 
@@ -383,7 +387,7 @@ fn shapes_that_do_not_fit_are_errors() {
     let x = Var::constant(tensor(80, &[2, 4]));
     let y = Var::constant(tensor(81, &[2, 5]));
     assert!(ops::add(&mut tape, &x, &y).is_err());
-    assert!(ops::silu_mul(&mut tape, &x, &y).is_err());
+    assert!(ops::gated(&mut tape, Activation::Silu, &x, &y).is_err());
     assert!(ops::rms_norm(&mut tape, &x, &y, 1e-5).is_err());
     assert!(ops::linear(&mut tape, &y, LinearSpec::plain(frozen(82, 3, 4))).is_err());
     assert!(ops::select_rows(&mut tape, &x, Arc::from([1u32, 0])).is_err());
