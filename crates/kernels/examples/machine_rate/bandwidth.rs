@@ -21,7 +21,10 @@ pub fn gb_per_second(pool: &ThreadPool) -> (f64, f64) {
             black_box(source.par_chunks(CHUNK).map(sum).sum::<f32>());
         });
         let copy = median_seconds(RUNS, || {
-            target.par_chunks_mut(CHUNK).zip(source.par_chunks(CHUNK)).for_each(|(t, s)| t.copy_from_slice(s));
+            target
+                .par_chunks_mut(CHUNK)
+                .zip(source.par_chunks(CHUNK))
+                .for_each(|(t, s)| t.copy_from_slice(s));
             black_box(&mut target);
         });
         (gb / read, 2.0 * gb / copy)

@@ -38,8 +38,20 @@ macro_rules! chains {
 mod x86 {
     use super::{CHAINS, LENGTH, black_box};
     use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_set1_ps, _mm512_fmadd_ps, _mm512_set1_ps};
-    chains!(#[target_feature(enable = "avx512f")] avx512, 16, _mm512_set1_ps, _mm512_fmadd_ps);
-    chains!(#[target_feature(enable = "avx2,fma")] avx2, 8, _mm256_set1_ps, _mm256_fmadd_ps);
+    chains!(
+        #[target_feature(enable = "avx512f")]
+        avx512,
+        16,
+        _mm512_set1_ps,
+        _mm512_fmadd_ps
+    );
+    chains!(
+        #[target_feature(enable = "avx2,fma")]
+        avx2,
+        8,
+        _mm256_set1_ps,
+        _mm256_fmadd_ps
+    );
 
     /// The widest that the CPU has.
     pub fn best() -> Option<(&'static str, super::Run)> {
@@ -64,7 +76,13 @@ mod arm {
     fn fma(x: float32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t {
         vfmaq_f32(b, x, a)
     }
-    chains!(#[target_feature(enable = "neon")] neon, 4, vdupq_n_f32, fma);
+    chains!(
+        #[target_feature(enable = "neon")]
+        neon,
+        4,
+        vdupq_n_f32,
+        fma
+    );
 
     /// NEON, which every 64-bit ARM has.
     pub fn best() -> Option<(&'static str, super::Run)> {

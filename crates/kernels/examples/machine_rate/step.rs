@@ -122,7 +122,8 @@ pub fn gflops(tokens: usize, labels: usize) -> Rates {
             for (o, i) in LINEARS {
                 let (w, after) = rest.split_at(o * i);
                 rest = after;
-                forward.time(|| product(Mat::new(&input, tokens, i), Mat::new(w, o, i).t(), &mut output, false));
+                forward
+                    .time(|| product(Mat::new(&input, tokens, i), Mat::new(w, o, i).t(), &mut output, false));
             }
         }
         head.time(|| {
@@ -140,7 +141,8 @@ pub fn gflops(tokens: usize, labels: usize) -> Rates {
             for (o, i) in LINEARS {
                 let (w, after) = rest.split_at(o * i);
                 rest = after;
-                input_grad.time(|| product(Mat::new(&input, tokens, o), Mat::new(w, o, i), &mut output, false));
+                input_grad
+                    .time(|| product(Mat::new(&input, tokens, o), Mat::new(w, o, i), &mut output, false));
             }
         }
         black_box((&mut output, &mut hidden_grad));
