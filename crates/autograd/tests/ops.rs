@@ -250,6 +250,57 @@ fn linear_group() {
     }
 }
 
+/// A layer behind an op whose output is made again in the backward, with a residual, and enough rows for the tiled
+/// products.
+#[test]
+fn linear_residual_behind_recomputed_inputs() {
+    let (g, u, w) = (param("gate", 33, &[9, 6]), param("up", 34, &[9, 6]), param("norm", 35, &[6]));
+    let (a, b, bias) = (param("a", 36, &[2, 6]), param("b", 37, &[4, 2]), param("bias", 38, &[4]));
+    let r = param("residual", 39, &[9, 4]);
+    check(&[&g, &u, &w, &a, &b, &bias, &r], &|tape| {
+        let (g, u, w, r) = (tape.param(&g), tape.param(&u), tape.param(&w), tape.param(&r));
+        let low_rank =
+            LowRank { a: tape.param(&a), b: tape.param(&b), b_bias: None, scale: 0.5, dropout: 0.0 };
+        let spec =
+            LinearSpec { weight: frozen(45, 4, 6), bias: Some(tape.param(&bias)), low_rank: vec![low_rank] };
+        let gated = ops::silu_mul(tape, &g, &u)?;
+        let first = ops::linear_residual(tape, &gated, spec.clone(), &r)?;
+        let normed = ops::rms_norm(tape, &g, &w, 1e-5)?;
+        let second = ops::linear_residual(tape, &normed, spec, &first)?;
+        weigh(tape, &[second])
+    });
+}
+
+/// The last product of a block is left out when the block runs again; gradients are the same bits.
+#[test]
+fn a_block_may_leave_out_its_output() {
+    let (x, a, b) = (param("x", 62, &[9, 6]), param("a", 63, &[2, 6]), param("b", 64, &[6, 2]));
+    let weight = frozen(65, 6, 6);
+    let build = |checkpointing: bool| {
+        let mut tape = Tape::new().checkpointing(checkpointing);
+        let start = tape.param(&x);
+        let (a, b, weight) = (&a, &b, &weight);
+        let y = tape
+            .block(&[start], move |tape, xs| {
+                let low_rank =
+                    LowRank { a: tape.param(a), b: tape.param(b), b_bias: None, scale: 0.5, dropout: 0.0 };
+                let spec = LinearSpec { weight: weight.clone(), bias: None, low_rank: vec![low_rank] };
+                let y = ops::linear_residual(tape, &xs[0], spec.clone(), &xs[0])?;
+                let z = ops::linear_residual_last(tape, &y, spec, &y)?;
+                let all_zero = values(z.tensor()).iter().all(|v| *v == 0.0);
+                assert_eq!(all_zero, tape.is_second_run(), "left out in the second run only");
+                Ok(z)
+            })
+            .unwrap();
+        let loss = weigh(&mut tape, &[y]).unwrap();
+        let mut grads = Gradients::new();
+        tape.backward(&loss, Tensor::ones(1, candle_core::DType::F32, &Device::Cpu).unwrap(), &mut grads)
+            .unwrap();
+        [&x, a, b].map(|p| values(grads.get(p).unwrap()))
+    };
+    assert_eq!(build(false), build(true));
+}
+
 /// One output of a group may go unused.
 #[test]
 fn linear_group_with_an_unused_output() {

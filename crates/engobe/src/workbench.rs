@@ -29,7 +29,8 @@ pub fn set_threads(threads: Option<usize>) -> Result<()> {
     if threads == Some(0) {
         bail!(Usage("--threads 0: give a number above 0, or leave it out for all cores".to_string()));
     }
-    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    // this thread works in the pool instead of sleeping until others are done: no wake-up at each parallel job
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).use_current_thread();
     // a second call finds the pool built: the first one counts
     let _ = builder.build_global();
     Ok(())

@@ -111,9 +111,9 @@ pub(crate) fn header(
 }
 
 /// Writes f32 tensors (name, shape, little-endian bytes) atomically.
-pub fn write_safetensors(
+pub fn write_safetensors<B: AsRef<[u8]>>(
     path: &Path,
-    tensors: &[(String, Vec<usize>, Vec<u8>)],
+    tensors: &[(String, Vec<usize>, B)],
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
     let listed: Vec<_> =
@@ -121,6 +121,7 @@ pub fn write_safetensors(
     let mut file = AtomicFile::create(path)?;
     file.write(&header(&listed, metadata).map_err(|what| Error::corrupt(path, what))?)?;
     for (name, shape, bytes) in tensors {
+        let bytes = bytes.as_ref();
         if bytes_of(StorageType::F32, shape) != Some(bytes.len()) {
             return Err(Error::corrupt(path, format!("{name}: {} bytes for shape {shape:?}", bytes.len())));
         }

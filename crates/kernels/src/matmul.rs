@@ -15,12 +15,21 @@
 mod dense;
 mod disjoint;
 mod few_rows;
-mod tiled;
+pub(crate) mod micro;
+pub(crate) mod pack;
+mod product;
 
 use crate::mat::{MatMut, MatRef};
 use crate::storage::WeightView;
 
 pub use dense::{sgemm, sgemm_serial};
+pub use pack::Right;
+pub use product::{Job, Term, run, run_serial};
+
+/// True if `x` has so few rows that [`linear`] takes the way that reads the weight once and multiplies at once.
+pub fn few(x: &MatRef) -> bool {
+    few_rows::applies(x)
+}
 
 /// `y[m, rows] = x[m, cols]·wᵀ`, or `y += x·wᵀ` if `accumulate`; otherwise `y` is not read.
 ///
@@ -31,7 +40,7 @@ pub fn linear(x: MatRef, w: WeightView, y: &mut MatMut, accumulate: bool) {
     if few_rows::applies(&x) {
         few_rows::linear(x, w, y, accumulate);
     } else {
-        tiled::linear(x, w, y, accumulate);
+        run(&[Job::new(y, accumulate, vec![Term::new(x, Right::WeightT(w))])]);
     }
 }
 
@@ -45,10 +54,5 @@ pub fn linear_input_grad(dy: MatRef, w: WeightView, dx: &mut MatMut, accumulate:
         "linear_input_grad: dy against dx's rows and w's rows"
     );
     assert_eq!(dx.cols, w.cols(), "linear_input_grad: dx's columns against w's columns");
-    if let Some(data) = w.as_f32() {
-        let beta = if accumulate { 1.0 } else { 0.0 };
-        sgemm(1.0, dy, MatRef::new(data, w.rows(), w.cols()), beta, dx);
-    } else {
-        tiled::linear_input_grad(dy, w, dx, accumulate);
-    }
+    run(&[Job::new(dx, accumulate, vec![Term::new(dy, Right::Weight(w))])]);
 }

@@ -34,10 +34,8 @@ pub(super) fn linear(x: MatRef, w: WeightView, y: &mut MatMut, accumulate: bool)
     let plain = w.as_f32();
     (0..rows.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
         let range = task * TASK_ROWS..rows.min((task + 1) * TASK_ROWS);
-        // SAFETY: the tasks' ranges of columns do not overlap.
-        let mut out = unsafe { y.columns(range.clone()) };
         let mut piece = [0f32; PIECE];
-        for (j, r) in range.enumerate() {
+        for r in range {
             let mut sums = [[0f32; LANES]; MAX_ROWS];
             for start in (0..cols).step_by(PIECE) {
                 let end = cols.min(start + PIECE);
@@ -51,7 +49,8 @@ pub(super) fn linear(x: MatRef, w: WeightView, y: &mut MatMut, accumulate: bool)
                 add_products(&x.data[start..], x.row_stride, x.rows, weights, &mut sums);
             }
             for (i, sums) in sums.iter().enumerate().take(x.rows) {
-                out.put(i, j, total(sums), accumulate);
+                // SAFETY: the tasks' ranges of columns do not overlap.
+                unsafe { y.put(i, r, total(sums), accumulate) };
             }
         }
     });
