@@ -61,13 +61,16 @@ def target_dir():
     return Path(json.loads(out.stdout)["target_directory"])
 
 
-def build(given=None):
+def build(given=None, engobe=True):
     """(engobe, machine_rate): the given binary or the one built here, and the program that measures the machine."""
     cargo("build", "--release", "--quiet", "-p", "engobe-kernels", "--example", "machine_rate")
     target = target_dir() / "release"
+    rate = target / "examples" / "machine_rate"
+    if not engobe:
+        return None, rate
     if given is None:
         cargo("build", "--release", "--quiet", "-p", "engobe")
         given = target / "engobe"
     if not Path(given).is_file():
         raise Failed(f"--engobe {given}: no such file")
-    return Path(given).resolve(), target / "examples" / "machine_rate"
+    return Path(given).resolve(), rate
