@@ -127,7 +127,13 @@ struct Task {
 }
 
 impl<'a> Call<'a> {
-    fn new(shape: &'a AttentionShape, segments: &'a [Segment], q: &'a [f32], k: &'a [f32], v: &'a [f32]) -> Self {
+    fn new(
+        shape: &'a AttentionShape,
+        segments: &'a [Segment],
+        q: &'a [f32],
+        k: &'a [f32],
+        v: &'a [f32],
+    ) -> Self {
         let queries = q.len() / (shape.heads * shape.head_dim).max(1);
         assert!(v.len() == k.len());
         Self { isa: Isa::best(), shape, segments, q, k, v, queries }
@@ -179,7 +185,8 @@ impl<'a> Call<'a> {
                 let (s, head) = (&self.segments[i / kv_heads], i % kv_heads);
                 let k = view(self.k, s.kv.clone(), head, kv_heads, hd);
                 let v = view(self.v, s.kv.clone(), head, kv_heads, hd);
-                let only = |wanted: bool, b: MatRef| if wanted { panels(self.isa, b, 1.0) } else { Vec::new() };
+                let only =
+                    |wanted: bool, b: MatRef| if wanted { panels(self.isa, b, 1.0) } else { Vec::new() };
                 Packed {
                     keys_t: panels(self.isa, k.t(), scale),
                     values: only(!backward, v),
@@ -284,7 +291,8 @@ impl<'a> Call<'a> {
                 exp::exp_shifted(&mut scores[..visible], most, &mut sums[row]);
                 scores[visible..].fill(0.0);
                 if let Some(lse) = lse {
-                    let at = task.head * self.queries + self.segments[task.segment].q.start + block.start + row;
+                    let at =
+                        task.head * self.queries + self.segments[task.segment].q.start + block.start + row;
                     // SAFETY: a row of this task.
                     unsafe { *lse.at(at) = most + sums[row].ln() };
                 }
@@ -325,7 +333,8 @@ impl<'a> Call<'a> {
             let rows = p[..n * seen].chunks_exact_mut(seen).zip(ds[..n * seen].chunks_exact_mut(seen));
             for (row, (p, ds)) in rows.enumerate() {
                 let visible = self.visible(&block, row, seen);
-                let lse = x.lse[task.head * self.queries + self.segments[task.segment].q.start + block.start + row];
+                let lse =
+                    x.lse[task.head * self.queries + self.segments[task.segment].q.start + block.start + row];
                 let at = row * out.row_stride;
                 let d = dot(&out.data[at..at + hd], &dout.data[at..at + hd]);
                 exp::probabilities_and_gradient(&mut p[..visible], &mut ds[..visible], lse, d, s);
@@ -415,11 +424,8 @@ pub fn attention_backward(
     let packed = call.packed(true);
     let tasks = call.tasks();
     let (given, dq) = (Given { out, lse, dout }, Shared::new(dq));
-    let parts: Vec<_> = tasks
-        .par_iter()
-        .with_max_len(1)
-        .map(|t| call.backward(t, call.of(&packed, t), &given, dq))
-        .collect();
+    let parts: Vec<_> =
+        tasks.par_iter().with_max_len(1).map(|t| call.backward(t, call.of(&packed, t), &given, dq)).collect();
     dk.fill(0.0);
     dv.fill(0.0);
     // some rows of a key/value head are one worker's, who adds what the tasks have for them in order (segments may

@@ -145,12 +145,7 @@ impl Tile {
     unsafe fn columns_from(&self, start: usize, width: usize) -> Self {
         // SAFETY: inside the tile, as the caller promises.
         unsafe {
-            Self {
-                b: self.b.add(start),
-                c: self.c.add(start),
-                width: width.min(self.width - start),
-                ..*self
-            }
+            Self { b: self.b.add(start), c: self.c.add(start), width: width.min(self.width - start), ..*self }
         }
     }
 }
