@@ -1,6 +1,7 @@
 //! How the numbers of a frozen weight lie in memory.
 
 use crate::codec::{self, BlockScales, F32s, FourBit, FourBitView, Int8View};
+use rayon::prelude::*;
 use std::fmt;
 use std::ops::Range;
 
@@ -299,6 +300,17 @@ impl<'a> WeightView<'a> {
                 }
             }
         }
+    }
+
+    /// All elements into `out`, on rayon's current pool. Panics if it has another size.
+    pub fn decode_parallel(&self, out: &mut [f32]) {
+        /// elements of a task
+        const CHUNK: usize = 1 << 16;
+        assert_eq!(out.len(), self.rows * self.cols);
+        let height = (CHUNK / self.cols.max(1)).max(1);
+        out.par_chunks_mut((height * self.cols).max(1)).enumerate().for_each(|(i, out)| {
+            self.decode_rows(i * height..self.rows.min((i + 1) * height), out);
+        });
     }
 
     /// The elements as f32 if they are stored so and the bytes are aligned.

@@ -112,12 +112,7 @@ pub fn linear_group<'m>(tape: &mut Tape<'m>, x: &Var, specs: Vec<LinearSpec>) ->
 }
 
 /// `residual + layer(x)`: the end of a sub-layer.
-pub fn linear_residual<'m>(
-    tape: &mut Tape<'m>,
-    x: &Var,
-    spec: LinearSpec,
-    residual: &Var,
-) -> Result<Var> {
+pub fn linear_residual<'m>(tape: &mut Tape<'m>, x: &Var, spec: LinearSpec, residual: &Var) -> Result<Var> {
     one(forward(tape, x, vec![spec], Some(residual))?)
 }
 
