@@ -17,5 +17,6 @@ mod exp;
 pub mod mat;
 pub mod matmul;
 pub mod norm;
+pub mod quantize;
 pub mod rope;
 pub mod storage;

@@ -8,7 +8,7 @@
 //! limit, and so every CPU gives the same bits).
 
 use super::disjoint::SharedMat;
-use crate::codec::{self, simd::multiversion};
+use crate::codec::simd::multiversion;
 use crate::mat::{MatMut, MatRef};
 use crate::storage::WeightView;
 use rayon::prelude::*;
@@ -42,7 +42,7 @@ pub(super) fn linear(x: MatRef, w: WeightView, y: &mut MatMut, accumulate: bool)
                 let weights = match plain {
                     Some(data) => &data[r * cols..][start..end],
                     None => {
-                        codec::decode_range(w.row(r), w.storage(), start, &mut piece[..end - start]);
+                        w.decode_row(r, start, &mut piece[..end - start]);
                         &piece[..end - start]
                     }
                 };
