@@ -8,7 +8,7 @@
 
 mod encode;
 mod floats;
-mod kquants;
+pub(crate) mod kquants;
 mod legacy;
 pub(crate) mod simd;
 

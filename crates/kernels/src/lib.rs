@@ -17,5 +17,7 @@ mod exp;
 pub mod mat;
 pub mod matmul;
 pub mod norm;
+mod qdot;
 pub mod rope;
 pub mod storage;
+mod team;

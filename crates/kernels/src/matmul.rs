@@ -18,9 +18,11 @@ mod few_rows;
 mod tiled;
 
 use crate::mat::{MatMut, MatRef};
+use crate::qdot::{Rounded, Rounding};
 use crate::storage::WeightView;
 
 pub use dense::{sgemm, sgemm_serial};
+pub(crate) use disjoint::{Block, SharedMat};
 
 /// `y[m, rows] = x[m, cols]·wᵀ`, or `y += x·wᵀ` if `accumulate`; otherwise `y` is not read.
 ///
@@ -29,10 +31,44 @@ pub fn linear(x: MatRef, w: WeightView, y: &mut MatMut, accumulate: bool) {
     assert_eq!((x.rows, x.cols), (y.rows, w.cols()), "linear: x against y's rows and w's columns");
     assert_eq!(y.cols, w.rows(), "linear: y's columns against w's rows");
     if few_rows::applies(&x) {
-        few_rows::linear(x, w, y, accumulate);
+        let y = MatMut::strided(y.data, y.rows, y.cols, y.row_stride);
+        few_rows::linear(x, &mut [Part { w, y, accumulate }], &[]);
     } else {
         tiled::linear(x, w, y, accumulate);
     }
+}
+
+/// One product of [`linear_group`].
+#[derive(Debug)]
+pub struct Part<'a, 'b> {
+    /// `[rows, cols]`
+    pub w: WeightView<'a>,
+    /// `[m, rows]`
+    pub y: MatMut<'b>,
+    /// y is added to
+    pub accumulate: bool,
+}
+
+/// [`linear`] of one x with several weights, for inference: x is rounded to 8 bits per block before it meets a
+/// quantized weight (`qdot.rs`), and with few rows of x all products are one parallel region.
+///
+/// Panics if the shapes do not fit.
+pub fn linear_group(x: MatRef, parts: &mut [Part<'_, '_>]) {
+    for part in parts.iter() {
+        assert_eq!((x.rows, x.cols), (part.y.rows, part.w.cols()), "linear_group: x against y and w");
+        assert_eq!(part.y.cols, part.w.rows(), "linear_group: y's columns against w's rows");
+    }
+    let mut rounded: Vec<Rounded> = Vec::new();
+    if x.col_stride == 1 {
+        for part in parts.iter() {
+            if let Some(rounding) = Rounding::beside(part.w.storage())
+                && !rounded.iter().any(|r| r.rounding() == rounding)
+            {
+                rounded.push(Rounded::new(x, rounding));
+            }
+        }
+    }
+    few_rows::linear(x, parts, &rounded);
 }
 
 /// `dx[m, cols] = dy[m, rows]·w`, or `dx += dy·w` if `accumulate`; otherwise `dx` is not read.

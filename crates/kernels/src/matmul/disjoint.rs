@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 /// A [`MatMut`] whose blocks of columns can be written from several threads.
-pub(super) struct SharedMat<'a> {
+pub(crate) struct SharedMat<'a> {
     ptr: *mut f32,
     rows: usize,
     cols: usize,
@@ -53,7 +53,7 @@ impl<'a> SharedMat<'a> {
 }
 
 /// A block of columns of a [`SharedMat`]; nobody else reads or writes it.
-pub(super) struct Block<'a> {
+pub(crate) struct Block<'a> {
     ptr: *mut f32,
     rows: usize,
     cols: usize,

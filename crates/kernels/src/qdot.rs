@@ -1,0 +1,208 @@
+//! Products of quantized weights, as they are stored, with activations rounded to 8 bits per block.
+//!
+//! A block's dot product is one of small integers, which CPUs multiply four (AVX2) to eight times as fast as
+//! floats, and nothing is decoded. It is what llama.cpp computes; the rounding of activations moves a result by
+//! about a thousandth. Only inference asks for it: training and evaluation take activations as they are.
+//!
+//! - `rounded.rs` rounds activations;
+//! - `blocks32.rs` and `blocks256.rs` hold the dot products of each storage, written once over
+//! - `lanes.rs`: 64 codes in one AVX-512 register, two of AVX2, or an array;
+//! - `reference.rs` is the scalar reference, element by element.
+
+mod blocks256;
+mod blocks32;
+mod lanes;
+#[cfg(test)]
+mod reference;
+mod rounded;
+
+use crate::matmul::Block;
+use crate::storage::{StorageType, WeightView};
+use blocks32::Blocks32;
+use blocks256::Blocks256;
+use lanes::Lanes;
+pub use rounded::{Rounded, Rounding};
+use std::ops::Range;
+
+/// What computes the products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backend {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "aarch64")]
+    DotProduct,
+    Portable,
+}
+
+impl Backend {
+    /// All that this CPU has, the best first.
+    pub fn all() -> impl Iterator<Item = Self> {
+        [
+            #[cfg(target_arch = "x86_64")]
+            lanes::Avx512::is_here().then_some(Self::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            lanes::Avx2::is_here().then_some(Self::Avx2),
+            #[cfg(target_arch = "aarch64")]
+            std::arch::is_aarch64_feature_detected!("dotprod").then_some(Self::DotProduct),
+            Some(Self::Portable),
+        ]
+        .into_iter()
+        .flatten()
+    }
+
+    /// The best.
+    pub fn best() -> Self {
+        Self::all().next().unwrap_or(Self::Portable)
+    }
+}
+
+/// Rows of a weight times all rows of `x`, into a block of the output.
+struct Task<'a, 'b> {
+    w: WeightView<'a>,
+    x: &'a Rounded,
+    out: &'a mut Block<'b>,
+    accumulate: bool,
+}
+
+/// `out[i, j - rows.start] (+)= x[i]·w[j]` for the rows j of `w` in `rows`.
+///
+/// Panics if `x` is not rounded as the weight's storage needs it, if shapes do not fit, or if the weight is not
+/// quantized.
+pub(crate) fn rows(
+    backend: Backend,
+    x: &Rounded,
+    w: WeightView<'_>,
+    rows: Range<usize>,
+    out: &mut Block<'_>,
+    accumulate: bool,
+) {
+    assert_eq!(Rounding::beside(w.storage()), Some(x.rounding), "{} weight", w.storage());
+    assert_eq!(x.cols, w.cols(), "columns of activations and weight");
+    assert!(rows.end <= w.rows());
+    let task = Task { w, x, out, accumulate };
+    match backend {
+        // SAFETY: `Backend::all` names what the CPU has.
+        #[cfg(target_arch = "x86_64")]
+        Backend::Avx512 => unsafe { avx512(task, rows) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Backend::Avx2 => unsafe { avx2(task, rows) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Backend::DotProduct => unsafe { dot_product(task, rows) },
+        // SAFETY: needs nothing of the CPU.
+        Backend::Portable => unsafe { run::<lanes::Portable>(task, rows) },
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn avx512(task: Task<'_, '_>, rows: Range<usize>) {
+    // SAFETY: compiled for what `Avx512` needs.
+    unsafe { run::<lanes::Avx512>(task, rows) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn avx2(task: Task<'_, '_>, rows: Range<usize>) {
+    // SAFETY: compiled for what `Avx2` needs.
+    unsafe { run::<lanes::Avx2>(task, rows) }
+}
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "dotprod")]
+fn dot_product(task: Task<'_, '_>, rows: Range<usize>) {
+    // SAFETY: `Portable` needs nothing.
+    unsafe { run::<lanes::Portable>(task, rows) }
+}
+
+/// # Safety
+/// As for [`Lanes`].
+#[inline(always)]
+unsafe fn run<L: Lanes>(mut task: Task<'_, '_>, rows: Range<usize>) {
+    // SAFETY: passed on.
+    unsafe {
+        match task.w.storage() {
+            StorageType::Q4_0 => task.by32::<L, blocks32::Q4_0>(rows),
+            StorageType::Q4_1 => task.by32::<L, blocks32::Q4_1>(rows),
+            StorageType::Q5_0 => task.by32::<L, blocks32::Q5_0>(rows),
+            StorageType::Q5_1 => task.by32::<L, blocks32::Q5_1>(rows),
+            StorageType::Q8_0 => task.by32::<L, blocks32::Q8_0>(rows),
+            StorageType::Q2_K => task.by256::<L, blocks256::Q2K>(rows),
+            StorageType::Q3_K => task.by256::<L, blocks256::Q3K>(rows),
+            StorageType::Q4_K => task.by256::<L, blocks256::Q4K>(rows),
+            StorageType::Q5_K => task.by256::<L, blocks256::Q5K>(rows),
+            StorageType::Q6_K => task.by256::<L, blocks256::Q6K>(rows),
+            StorageType::F32 | StorageType::F16 | StorageType::BF16 => {}
+        }
+    }
+}
+
+/// Calls `$pass::<L, B, M>` for the rows of `x`, four, two or one at a time.
+macro_rules! passes {
+    ($task:expr, $rows:expr, $pass:ident, $l:ty, $b:ty) => {{
+        let mut first = 0;
+        while first < $task.x.rows {
+            let m = match $task.x.rows - first {
+                1 => 1,
+                2 | 3 => 2,
+                _ => 4,
+            };
+            match m {
+                1 => $task.$pass::<$l, $b, 1>($rows.clone(), first),
+                2 => $task.$pass::<$l, $b, 2>($rows.clone(), first),
+                _ => $task.$pass::<$l, $b, 4>($rows.clone(), first),
+            }
+            first += m;
+        }
+    }};
+}
+
+impl Task<'_, '_> {
+    #[inline(always)]
+    unsafe fn by32<L: Lanes, B: Blocks32>(&mut self, rows: Range<usize>) {
+        // SAFETY: passed on.
+        unsafe { passes!(self, rows, pass32, L, B) }
+    }
+
+    #[inline(always)]
+    unsafe fn by256<L: Lanes, B: Blocks256>(&mut self, rows: Range<usize>) {
+        // SAFETY: passed on.
+        unsafe { passes!(self, rows, pass256, L, B) }
+    }
+
+    #[inline(always)]
+    unsafe fn pass32<L: Lanes, B: Blocks32, const M: usize>(&mut self, rows: Range<usize>, first: usize) {
+        debug_assert_eq!(B::BYTES, self.w.storage().block_bytes());
+        let x = blocks32::activations::<B, M>(self.x, first);
+        let (from, blocks) = (rows.start, self.w.cols() / 32);
+        for r in rows {
+            let row = self.w.bytes()[r * blocks * B::BYTES..][..blocks * B::BYTES].as_ptr();
+            // SAFETY: the row and the activations are `blocks` blocks.
+            let sums = unsafe { blocks32::row::<L, B, M>(row, blocks, &x) };
+            for (i, sum) in sums.into_iter().enumerate() {
+                self.out.put(first + i, r - from, sum, self.accumulate);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pass256<L: Lanes, B: Blocks256, const M: usize>(&mut self, rows: Range<usize>, first: usize) {
+        debug_assert_eq!(B::BYTES, self.w.storage().block_bytes());
+        let x = blocks256::activations::<M>(self.x, first);
+        let (from, blocks) = (rows.start, self.w.cols() / 256);
+        for r in rows {
+            let row = self.w.bytes()[r * blocks * B::BYTES..][..blocks * B::BYTES].as_ptr();
+            // SAFETY: the row and the activations are `blocks` blocks.
+            let sums = unsafe { blocks256::row::<L, B, M>(row, blocks, &x) };
+            for (i, sum) in sums.into_iter().enumerate() {
+                self.out.put(first + i, r - from, sum, self.accumulate);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
