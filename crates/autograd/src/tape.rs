@@ -3,6 +3,7 @@
 use crate::param::{Gradients, Param, ParamId};
 use crate::{Result, host};
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
+use engobe_kernels::matmul::Activations;
 use std::collections::HashMap;
 
 /// Where the gradient of a value goes: nowhere if nothing trainable is upstream.
@@ -153,12 +154,13 @@ pub struct Tape<'m> {
     touched_param: bool,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Options {
     recording: bool,
     composed: bool,
     checkpointing: bool,
     dropout_seed: Option<u64>,
+    generating: Option<Activations>,
 }
 
 impl<'m> Tape<'m> {
@@ -175,12 +177,23 @@ impl<'m> Tape<'m> {
 
     /// A tape that records, for training.
     pub fn new() -> Self {
-        Self::with(Options { recording: true, composed: false, checkpointing: false, dropout_seed: None })
+        Self::with(Options { recording: true, ..Options::default() })
     }
 
-    /// A tape that records nothing, for evaluation and generation.
+    /// A tape that records nothing, for evaluation: its numbers are those of training.
     pub fn inference() -> Self {
-        Self::with(Options { recording: false, composed: false, checkpointing: false, dropout_seed: None })
+        Self::with(Options::default())
+    }
+
+    /// A tape that records nothing, for generation. Ops may take forms that are faster for few tokens, and
+    /// products with quantized weights take activations as `activations` says.
+    pub fn generation(activations: Activations) -> Self {
+        Self::with(Options { generating: Some(activations), ..Options::default() })
+    }
+
+    /// How activations go into products, on a tape for generation.
+    pub fn generating(&self) -> Option<Activations> {
+        self.options.generating
     }
 
     /// Turns dropout on; `seed` fixes all masks of this forward pass.

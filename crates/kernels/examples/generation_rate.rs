@@ -4,7 +4,7 @@
 //! `cargo run --release -p engobe-kernels --example generation_rate [rows of x]`
 
 use engobe_kernels::mat::{MatMut, MatRef};
-use engobe_kernels::matmul::{Part, linear, linear_group};
+use engobe_kernels::matmul::{Activations, Part, linear_group};
 use engobe_kernels::storage::{StorageType, WeightView};
 use std::time::Instant;
 
@@ -41,14 +41,15 @@ fn main() {
             let x: Vec<f32> = (0..m * cols).map(|i| (i % 7) as f32 - 3.0).collect();
             let x = MatRef::new(&x, m, cols);
             let mut y = vec![0f32; m * rows];
-            let exact = median(|| {
-                weights.iter().for_each(|w| linear(x, *w, &mut MatMut::new(&mut y, m, rows), false));
-            });
-            let rounded = median(|| {
-                for w in &weights {
-                    linear_group(x, &mut [Part { w: *w, y: MatMut::new(&mut y, m, rows), accumulate: false }]);
-                }
-            });
+            let mut time = |activations| {
+                median(|| {
+                    for w in &weights {
+                        let y = MatMut::new(&mut y, m, rows);
+                        linear_group(x, &mut [Part { w: *w, y, accumulate: false }], activations);
+                    }
+                })
+            };
+            let (exact, rounded) = (time(Activations::Exact), time(Activations::Rounded));
             let (gb, each) = (bytes.len() as f64 / 1e9, 1e6 / copies as f64);
             println!(
                 "[{rows:4}, {cols:4}] {:5}  exact {:5.1} GB/s, {:6.1} µs a product   rounded {:5.1} GB/s, {:6.1} µs",

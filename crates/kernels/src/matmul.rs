@@ -49,17 +49,27 @@ pub struct Part<'a, 'b> {
     pub accumulate: bool,
 }
 
-/// [`linear`] of one x with several weights, for inference: x is rounded to 8 bits per block before it meets a
-/// quantized weight (`qdot.rs`), and with few rows of x all products are one parallel region.
+/// How activations go into products with quantized weights. Plain floats always take them as they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activations {
+    /// rounded to 8 bits per block, as llama.cpp does (`qdot.rs`)
+    #[default]
+    Rounded,
+    /// as they are
+    Exact,
+}
+
+/// [`linear`] of one x with several weights, for inference; with few rows of x all products are one parallel
+/// region.
 ///
 /// Panics if the shapes do not fit.
-pub fn linear_group(x: MatRef, parts: &mut [Part<'_, '_>]) {
+pub fn linear_group(x: MatRef, parts: &mut [Part<'_, '_>], activations: Activations) {
     for part in parts.iter() {
         assert_eq!((x.rows, x.cols), (part.y.rows, part.w.cols()), "linear_group: x against y and w");
         assert_eq!(part.y.cols, part.w.rows(), "linear_group: y's columns against w's rows");
     }
     let mut rounded: Vec<Rounded> = Vec::new();
-    if x.col_stride == 1 {
+    if x.col_stride == 1 && activations == Activations::Rounded {
         for part in parts.iter() {
             if let Some(rounding) = Rounding::beside(part.w.storage())
                 && !rounded.iter().any(|r| r.rounding() == rounding)
@@ -68,7 +78,12 @@ pub fn linear_group(x: MatRef, parts: &mut [Part<'_, '_>]) {
             }
         }
     }
-    few_rows::linear(x, parts, &rounded);
+    if few_rows::applies(&x) {
+        return few_rows::linear(x, parts, &rounded);
+    }
+    for part in parts {
+        tiled::linear(x, part.w, &mut part.y, part.accumulate);
+    }
 }
 
 /// `dx[m, cols] = dy[m, rows]·w`, or `dx += dy·w` if `accumulate`; otherwise `dx` is not read.

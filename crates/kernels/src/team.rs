@@ -125,7 +125,7 @@ pub(crate) fn split(items: usize, least: usize, run: &(dyn Fn(Range<usize>) + Sy
         next: AtomicUsize::new(0),
         items,
         least,
-        share: 2 * threads,
+        share: threads,
         helpers: threads as u64 - 1,
         panic: Mutex::new(None),
     };

@@ -15,7 +15,7 @@
 
 use crate::tape::{OutGrads, Slot};
 use crate::{
-    Error, FrozenWeight, GradSink, Result, Tape, Var, host, ops::dims2, ops::dropout, tensor_of, uninit,
+    Error, FrozenWeight, GradSink, Result, Tape, Var, host, ops::dims2, ops::dropout, ops::generation, tensor_of, uninit,
 };
 use candle_core::{DType, Tensor};
 use engobe_kernels::mat::{MatMut, MatRef};
@@ -125,6 +125,9 @@ pub fn linear_group<'m>(tape: &mut Tape<'m>, x: &Var, specs: Vec<LinearSpec>) ->
     let (n, width) = dims2("linear", x.tensor())?;
     check(&specs, width)?;
     let fast = tape.fast(x.tensor());
+    if let (Some(activations), true) = (tape.generating(), fast) {
+        return generation::linear_group(x.tensor(), &specs, activations);
+    }
     let mut outs = specs
         .iter()
         .map(|spec| if fast { base_fast(x.tensor(), spec, n) } else { base_composed(x.tensor(), spec) })

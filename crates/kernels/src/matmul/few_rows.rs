@@ -23,10 +23,10 @@ const MAX_ROWS: usize = 4;
 const LANES: usize = 64;
 /// Elements decoded at a time; a multiple of every block length and of [`LANES`].
 const PIECE: usize = 1024;
-/// Bytes of W below which a part of the work is not worth another thread: 0.2 µs of reading.
-const PART_BYTES: usize = 8 << 10;
+/// Least bytes of W in a part: about a microsecond of reading. Smaller parts start the memory's streams too often.
+const PART_BYTES: usize = 32 << 10;
 /// Bytes of all W below which one thread does it.
-const SERIAL_BYTES: usize = 32 << 10;
+const SERIAL_BYTES: usize = 64 << 10;
 
 /// True if x has few rows, without gaps between columns.
 pub(super) fn applies(x: &MatRef) -> bool {
