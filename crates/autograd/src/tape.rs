@@ -5,6 +5,7 @@ use crate::{Result, host};
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 use engobe_kernels::matmul::Activations;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// Where the gradient of a value goes: nowhere if nothing trainable is upstream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,16 +19,57 @@ impl Slot {
 }
 
 /// A tensor and its place on the tape.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Var {
     tensor: Tensor,
     slot: Slot,
+    recipe: Option<Recipe>,
+}
+
+/// Makes a value again from tensors that are kept anyway.
+pub type Recipe = Arc<dyn Fn() -> Result<Tensor> + Send + Sync>;
+
+/// A value that an op keeps for its backward: the tensor, or how to make it again.
+pub(crate) enum Kept {
+    Tensor(Tensor),
+    Again(Recipe),
+}
+
+impl Kept {
+    /// The value.
+    pub fn get(self) -> Result<Tensor> {
+        match self {
+            Self::Tensor(tensor) => Ok(tensor),
+            Self::Again(recipe) => recipe(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Var {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Var {:?} {:?}", self.tensor.dims(), self.slot)
+    }
 }
 
 impl Var {
     /// A value with nothing trainable upstream.
     pub fn constant(tensor: Tensor) -> Self {
-        Self { tensor, slot: Slot(None) }
+        Self { tensor, slot: Slot(None), recipe: None }
+    }
+
+    /// Says that the value is cheap to make again from what is kept anyway: ops that need it in their backward then
+    /// keep `recipe` instead of the tensor.
+    pub fn made_by(mut self, recipe: impl Fn() -> Result<Tensor> + Send + Sync + 'static) -> Self {
+        self.recipe = Some(Arc::new(recipe));
+        self
+    }
+
+    /// The value, for an op's backward.
+    pub(crate) fn keep(&self) -> Kept {
+        match &self.recipe {
+            Some(recipe) => Kept::Again(recipe.clone()),
+            None => Kept::Tensor(self.tensor.clone()),
+        }
     }
 
     /// The value.
@@ -104,7 +146,7 @@ impl GradSink<'_> {
 }
 
 /// `sum += term`, for tensors of one shape.
-fn add_in_place(sum: &Tensor, term: &Tensor) -> Result<()> {
+pub(crate) fn add_in_place(sum: &Tensor, term: &Tensor) -> Result<()> {
     struct AddAssign;
     impl InplaceOp2 for AddAssign {
         fn name(&self) -> &'static str {
@@ -234,17 +276,17 @@ impl<'m> Tape<'m> {
             return Var::constant(tensor);
         }
         if let Some(slot) = self.params.get(&param.id()) {
-            return Var { tensor, slot: *slot };
+            return Var { tensor, slot: *slot, recipe: None };
         }
         let slot = self.push(Node::Param(param.id()), 1);
         self.params.insert(param.id(), slot);
-        Var { tensor, slot }
+        Var { tensor, slot, recipe: None }
     }
 
     /// A value whose gradient [`Tape::backward_to`] hands out.
     pub fn leaf(&mut self, tensor: Tensor) -> Var {
         let slot = if self.options.recording { self.push(Node::Leaf, 1) } else { Slot(None) };
-        Var { tensor, slot }
+        Var { tensor, slot, recipe: None }
     }
 
     fn push(&mut self, node: Node<'m>, outputs: usize) -> Slot {
@@ -270,7 +312,7 @@ impl<'m> Tape<'m> {
         outputs
             .into_iter()
             .enumerate()
-            .map(|(i, tensor)| Var { tensor, slot: Slot(Some((node, i))) })
+            .map(|(i, tensor)| Var { tensor, slot: Slot(Some((node, i))), recipe: None })
             .collect()
     }
 

@@ -25,8 +25,18 @@ use std::process::ExitCode;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Makes the allocator keep what is freed. By default it returns pages after 10 ms, and each training step takes the
+/// same buffers again: a million page faults in ten steps, a tenth of their time.
+fn keep_freed_pages() {
+    /// place of `mi_option_purge_delay` in `mi_option_t`, the same in mimalloc 2 and 3
+    const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+    // SAFETY: sets a number; called before other threads exist.
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
+}
+
 fn main() -> ExitCode {
     terminal::start_clock();
+    keep_freed_pages();
     std::panic::set_hook(Box::new(|info| {
         let place = info.location().map(|l| format!("{}:{}", l.file(), l.line())).unwrap_or_default();
         eprintln!("engobe: a mistake of ours at {place}: please report it with the command that you ran");

@@ -63,6 +63,20 @@ fn exp_shifted_body(x: &mut [f32], shift: f32, sum: &mut f32) {
 }
 
 multiversion!(
+    /// Of scores `p` and the gradients `ds` of their probabilities: `p = e^(p - lse)`, `ds = s·p·(ds - d)`.
+    pub(crate) fn probabilities_and_gradient(p: &mut [f32], ds: &mut [f32], lse: f32, d: f32, s: f32)
+        = probabilities_and_gradient_body
+);
+
+#[inline(always)]
+fn probabilities_and_gradient_body(p: &mut [f32], ds: &mut [f32], lse: f32, d: f32, s: f32) {
+    for (p, ds) in p.iter_mut().zip(ds) {
+        *p = exp(*p - lse);
+        *ds = s * *p * (*ds - d);
+    }
+}
+
+multiversion!(
     /// The largest element, joined with `best`.
     pub(crate) fn max(x: &[f32], best: &mut f32) = max_body
 );

@@ -15,14 +15,23 @@
 mod dense;
 mod disjoint;
 mod few_rows;
-mod tiled;
+pub(crate) mod micro;
+pub(crate) mod pack;
+mod product;
 
 use crate::mat::{MatMut, MatRef};
 use crate::qdot::{Rounded, Rounding};
 use crate::storage::WeightView;
 
 pub use dense::{sgemm, sgemm_serial};
-pub(crate) use disjoint::{Block, SharedMat};
+pub(crate) use disjoint::SharedMat;
+pub use pack::Right;
+pub use product::{Job, Term, run, run_serial};
+
+/// True if `x` has so few rows that [`linear`] takes the way that reads the weight once and multiplies at once.
+pub fn few(x: &MatRef) -> bool {
+    few_rows::applies(x)
+}
 
 /// `y[m, rows] = x[m, cols]·wᵀ`, or `y += x·wᵀ` if `accumulate`; otherwise `y` is not read.
 ///
@@ -34,7 +43,7 @@ pub fn linear(x: MatRef, w: WeightView, y: &mut MatMut, accumulate: bool) {
         let y = MatMut::strided(y.data, y.rows, y.cols, y.row_stride);
         few_rows::linear(x, &mut [Part { w, y, accumulate }], &[]);
     } else {
-        tiled::linear(x, w, y, accumulate);
+        run(&[Job::new(y, accumulate, vec![Term::new(x, Right::WeightT(w))])]);
     }
 }
 
@@ -81,9 +90,11 @@ pub fn linear_group(x: MatRef, parts: &mut [Part<'_, '_>], activations: Activati
     if few_rows::applies(&x) {
         return few_rows::linear(x, parts, &rounded);
     }
-    for part in parts {
-        tiled::linear(x, part.w, &mut part.y, part.accumulate);
-    }
+    let jobs: Vec<Job<'_>> = parts
+        .iter_mut()
+        .map(|p| Job::new(&mut p.y, p.accumulate, vec![Term::new(x, Right::WeightT(p.w))]))
+        .collect();
+    run(&jobs);
 }
 
 /// `dx[m, cols] = dy[m, rows]·w`, or `dx += dy·w` if `accumulate`; otherwise `dx` is not read.
@@ -96,10 +107,5 @@ pub fn linear_input_grad(dy: MatRef, w: WeightView, dx: &mut MatMut, accumulate:
         "linear_input_grad: dy against dx's rows and w's rows"
     );
     assert_eq!(dx.cols, w.cols(), "linear_input_grad: dx's columns against w's columns");
-    if let Some(data) = w.as_f32() {
-        let beta = if accumulate { 1.0 } else { 0.0 };
-        sgemm(1.0, dy, MatRef::new(data, w.rows(), w.cols()), beta, dx);
-    } else {
-        tiled::linear_input_grad(dy, w, dx, accumulate);
-    }
+    run(&[Job::new(dx, accumulate, vec![Term::new(dy, Right::Weight(w))])]);
 }

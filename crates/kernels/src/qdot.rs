@@ -16,7 +16,7 @@ mod lanes;
 mod reference;
 mod rounded;
 
-use crate::matmul::Block;
+use crate::matmul::SharedMat;
 use crate::storage::{StorageType, WeightView};
 use blocks32::Blocks32;
 use blocks256::Blocks256;
@@ -58,30 +58,34 @@ impl Backend {
     }
 }
 
-/// Rows of a weight times all rows of `x`, into a block of the output.
+/// Rows of a weight times all rows of `x`, into columns of the output.
 struct Task<'a, 'b> {
     w: WeightView<'a>,
     x: &'a Rounded,
-    out: &'a mut Block<'b>,
+    y: &'a SharedMat<'b>,
     accumulate: bool,
 }
 
-/// `out[i, j - rows.start] (+)= x[i]·w[j]` for the rows j of `w` in `rows`.
+/// `y[i, j] (+)= x[i]·w[j]` for the rows j of `w` in `rows`.
 ///
-/// Panics if `x` is not rounded as the weight's storage needs it, if shapes do not fit, or if the weight is not
+/// # Safety
+/// Nobody else may use these columns of `y` meanwhile.
+///
+/// # Panics
+/// If `x` is not rounded as the weight's storage needs it, if shapes do not fit, or if the weight is not
 /// quantized.
-pub(crate) fn rows(
+pub(crate) unsafe fn rows(
     backend: Backend,
     x: &Rounded,
     w: WeightView<'_>,
     rows: Range<usize>,
-    out: &mut Block<'_>,
+    y: &SharedMat<'_>,
     accumulate: bool,
 ) {
     assert_eq!(Rounding::beside(w.storage()), Some(x.rounding), "{} weight", w.storage());
     assert_eq!(x.cols, w.cols(), "columns of activations and weight");
-    assert!(rows.end <= w.rows());
-    let task = Task { w, x, out, accumulate };
+    assert!(rows.end <= w.rows() && y.dims() == (x.rows, w.rows()));
+    let task = Task { w, x, y, accumulate };
     match backend {
         // SAFETY: `Backend::all` names what the CPU has.
         #[cfg(target_arch = "x86_64")]
@@ -99,29 +103,35 @@ pub(crate) fn rows(
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn avx512(task: Task<'_, '_>, rows: Range<usize>) {
-    // SAFETY: compiled for what `Avx512` needs.
+/// # Safety
+/// As for [`rows`].
+unsafe fn avx512(task: Task<'_, '_>, rows: Range<usize>) {
+    // SAFETY: passed on; compiled for what `Avx512` needs.
     unsafe { run::<lanes::Avx512>(task, rows) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn avx2(task: Task<'_, '_>, rows: Range<usize>) {
-    // SAFETY: compiled for what `Avx2` needs.
+/// # Safety
+/// As for [`rows`].
+unsafe fn avx2(task: Task<'_, '_>, rows: Range<usize>) {
+    // SAFETY: passed on; compiled for what `Avx2` needs.
     unsafe { run::<lanes::Avx2>(task, rows) }
 }
 
 #[cfg(target_arch = "aarch64")]
 #[target_feature(enable = "dotprod")]
-fn dot_product(task: Task<'_, '_>, rows: Range<usize>) {
-    // SAFETY: `Portable` needs nothing.
+/// # Safety
+/// As for [`rows`].
+unsafe fn dot_product(task: Task<'_, '_>, rows: Range<usize>) {
+    // SAFETY: passed on; `Portable` needs nothing.
     unsafe { run::<lanes::Portable>(task, rows) }
 }
 
 /// # Safety
-/// As for [`Lanes`].
+/// As for [`Lanes`] and [`rows`].
 #[inline(always)]
-unsafe fn run<L: Lanes>(mut task: Task<'_, '_>, rows: Range<usize>) {
+unsafe fn run<L: Lanes>(task: Task<'_, '_>, rows: Range<usize>) {
     // SAFETY: passed on.
     unsafe {
         match task.w.storage() {
@@ -162,43 +172,45 @@ macro_rules! passes {
 
 impl Task<'_, '_> {
     #[inline(always)]
-    unsafe fn by32<L: Lanes, B: Blocks32>(&mut self, rows: Range<usize>) {
+    unsafe fn by32<L: Lanes, B: Blocks32>(&self, rows: Range<usize>) {
         // SAFETY: passed on.
         unsafe { passes!(self, rows, pass32, L, B) }
     }
 
     #[inline(always)]
-    unsafe fn by256<L: Lanes, B: Blocks256>(&mut self, rows: Range<usize>) {
+    unsafe fn by256<L: Lanes, B: Blocks256>(&self, rows: Range<usize>) {
         // SAFETY: passed on.
         unsafe { passes!(self, rows, pass256, L, B) }
     }
 
     #[inline(always)]
-    unsafe fn pass32<L: Lanes, B: Blocks32, const M: usize>(&mut self, rows: Range<usize>, first: usize) {
+    unsafe fn pass32<L: Lanes, B: Blocks32, const M: usize>(&self, rows: Range<usize>, first: usize) {
         debug_assert_eq!(B::BYTES, self.w.storage().block_bytes());
         let x = blocks32::activations::<B, M>(self.x, first);
-        let (from, blocks) = (rows.start, self.w.cols() / 32);
+        let blocks = self.w.cols() / 32;
         for r in rows {
             let row = self.w.bytes()[r * blocks * B::BYTES..][..blocks * B::BYTES].as_ptr();
             // SAFETY: the row and the activations are `blocks` blocks.
             let sums = unsafe { blocks32::row::<L, B, M>(row, blocks, &x) };
             for (i, sum) in sums.into_iter().enumerate() {
-                self.out.put(first + i, r - from, sum, self.accumulate);
+                // SAFETY: column r of y is ours.
+                unsafe { self.y.put(first + i, r, sum, self.accumulate) };
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn pass256<L: Lanes, B: Blocks256, const M: usize>(&mut self, rows: Range<usize>, first: usize) {
+    unsafe fn pass256<L: Lanes, B: Blocks256, const M: usize>(&self, rows: Range<usize>, first: usize) {
         debug_assert_eq!(B::BYTES, self.w.storage().block_bytes());
         let x = blocks256::activations::<M>(self.x, first);
-        let (from, blocks) = (rows.start, self.w.cols() / 256);
+        let blocks = self.w.cols() / 256;
         for r in rows {
             let row = self.w.bytes()[r * blocks * B::BYTES..][..blocks * B::BYTES].as_ptr();
             // SAFETY: the row and the activations are `blocks` blocks.
             let sums = unsafe { blocks256::row::<L, B, M>(row, blocks, &x) };
             for (i, sum) in sums.into_iter().enumerate() {
-                self.out.put(first + i, r - from, sum, self.accumulate);
+                // SAFETY: column r of y is ours.
+                unsafe { self.y.put(first + i, r, sum, self.accumulate) };
             }
         }
     }

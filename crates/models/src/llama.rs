@@ -129,16 +129,14 @@ impl Layer {
         }
         let attended = ops::attention(tape, &q, &k, &v, self.shape, context.segments.clone())?;
         drop((q, k, v));
-        let out = self.o_proj.forward(tape, &attended)?;
-        let x = ops::add(tape, x, &out)?;
-        drop((attended, out));
+        let x = self.o_proj.forward_residual(tape, &attended, x)?;
+        drop(attended);
         let normed = self.post_attention_layernorm.forward(tape, &x)?;
         let [gate, up] = linear_group(tape, &normed, [&self.gate_proj, &self.up_proj])?;
         drop(normed);
         let gated = ops::silu_mul(tape, &gate, &up)?;
         drop((gate, up));
-        let out = self.down_proj.forward(tape, &gated)?;
-        ops::add(tape, &x, &out)
+        self.down_proj.forward_residual(tape, &gated, &x)
     }
 
     fn linears(&mut self) -> [&mut Linear; 7] {

@@ -99,6 +99,12 @@ impl Linear {
         let spec = self.spec(tape);
         ops::linear(tape, x, spec)
     }
+
+    /// `residual + layer(x)`, as one op.
+    pub fn forward_residual<'m>(&'m self, tape: &mut Tape<'m>, x: &Var, residual: &Var) -> Result<Var> {
+        let spec = self.spec(tape);
+        ops::linear_residual(tape, x, spec, residual)
+    }
 }
 
 /// Layers that share their input, as one op.

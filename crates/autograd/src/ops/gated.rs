@@ -1,4 +1,5 @@
-//! Gated activation of an MLP: `silu(gate) ⊙ up` (SwiGLU, Shazeer 2020). silu is recomputed in the backward.
+//! Gated activation of an MLP: `silu(gate) ⊙ up` (SwiGLU, Shazeer 2020). Its own backward recomputes silu, and
+//! the product is cheap enough to be made again by the op that reads it.
 
 use crate::{Error, Result, Tape, Var, host, tensor_of, uninit};
 use candle_core::Tensor;
@@ -11,19 +12,23 @@ pub fn silu_mul<'m>(tape: &mut Tape<'m>, gate: &Var, up: &Var) -> Result<Var> {
         return Err(Error::shape("silu_mul", format!("gate {:?}, up {:?}", g.dims(), u.dims())));
     }
     let fast = tape.fast(&g);
-    let y = if fast {
+    let forward = move |g: &Tensor, u: &Tensor| -> Result<Tensor> {
+        if !fast {
+            return Ok((g.silu()? * u)?);
+        }
         let mut out = uninit(g.elem_count());
-        activation::silu_mul(&host(&g)?, &host(&u)?, &mut out);
-        tensor_of(out, g.shape().clone())?
-    } else {
-        (g.silu()? * &u)?
+        activation::silu_mul(&host(g)?, &host(u)?, &mut out);
+        tensor_of(out, g.shape().clone())
     };
+    let y = forward(&g, &u)?;
     let slots = [gate.slot(), up.slot()];
-    Ok(tape.record1(&slots, y, move |dy, sink| {
+    let again = (g.clone(), u.clone());
+    let y = tape.record1(&slots, y, move |dy, sink| {
         let (dg, du) = if fast { backward_fast(&g, &u, &dy)? } else { backward_composed(&g, &u, &dy)? };
         sink.add(slots[0], dg)?;
         sink.add(slots[1], du)
-    }))
+    });
+    Ok(y.made_by(move || forward(&again.0, &again.1)))
 }
 
 fn backward_fast(g: &Tensor, u: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {

@@ -37,7 +37,12 @@ impl<'a> Held<'a> {
 }
 
 /// `ops::linear_group` without a record. Shapes were checked.
-pub(super) fn linear_group(x: &Tensor, specs: &[LinearSpec], activations: Activations) -> Result<Vec<Var>> {
+pub(super) fn linear_group(
+    x: &Tensor,
+    specs: &[LinearSpec],
+    residual: Option<&Tensor>,
+    activations: Activations,
+) -> Result<Vec<Var>> {
     let (n, width) = x.dims2()?;
     let xs = host(x)?;
     let x = MatRef::new(&xs, n, width);
@@ -46,9 +51,17 @@ pub(super) fn linear_group(x: &Tensor, specs: &[LinearSpec], activations: Activa
     for (spec, weight) in specs.iter().zip(&weights) {
         let out = weight.view().rows();
         let mut y = uninit(n * out);
+        if let Some(residual) = residual {
+            y.copy_from_slice(&host(residual)?);
+        }
         if let Some(bias) = &spec.bias {
             let bias = host(bias.tensor())?;
-            y.chunks_exact_mut(out).for_each(|row| row.copy_from_slice(&bias));
+            for row in y.chunks_exact_mut(out) {
+                match residual {
+                    Some(_) => elementwise::add_assign(row, &bias),
+                    None => row.copy_from_slice(&bias),
+                }
+            }
         }
         outs.push(y);
     }
@@ -56,7 +69,7 @@ pub(super) fn linear_group(x: &Tensor, specs: &[LinearSpec], activations: Activa
     let mut parts: Vec<Part<'_, '_>> = parts
         .map(|((spec, weight), y)| {
             let w = weight.view();
-            Part { w, y: MatMut::new(y, n, w.rows()), accumulate: spec.bias.is_some() }
+            Part { w, y: MatMut::new(y, n, w.rows()), accumulate: residual.is_some() || spec.bias.is_some() }
         })
         .collect();
     matmul::linear_group(x, &mut parts, activations);

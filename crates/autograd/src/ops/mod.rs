@@ -19,7 +19,7 @@ pub use dropout::dropout as drop_out;
 pub use embedding::embedding;
 pub use gated::silu_mul;
 pub use head_loss::{Head, HeadLoss, head_loss};
-pub use linear::{LinearSpec, LowRank, Matrix, linear, linear_group};
+pub use linear::{LinearSpec, LowRank, Matrix, linear, linear_group, linear_residual};
 pub use norm::rms_norm;
 pub use rope::{RopeSpec, rope};
 pub use rows::select_rows;

@@ -9,7 +9,7 @@
 //! limit, and so every CPU gives the same bits).
 
 use super::Part;
-use super::disjoint::{Block, SharedMat};
+use super::disjoint::SharedMat;
 use crate::codec::{self, simd::multiversion};
 use crate::mat::MatRef;
 use crate::qdot::{self, Backend, Rounded, Rounding};
@@ -71,20 +71,25 @@ pub(super) fn linear(x: MatRef, parts: &mut [Part<'_, '_>], rounded: &[Rounded])
 
 impl Job<'_, '_> {
     fn rows(&self, x: MatRef, backend: Backend, range: Range<usize>) {
-        // SAFETY: the regions' ranges of rows of W, columns of y, do not overlap.
-        let mut out = unsafe { self.y.columns(range.clone()) };
         match self.rounded {
-            Some(rounded) => qdot::rows(backend, rounded, self.w, range, &mut out, self.accumulate),
-            None => decoded(x, self.w, range, &mut out, self.accumulate),
+            // SAFETY: the parts' ranges of rows of W, columns of y, do not overlap.
+            Some(rounded) => unsafe {
+                qdot::rows(backend, rounded, self.w, range, &self.y, self.accumulate);
+            },
+            // SAFETY: as above.
+            None => unsafe { decoded(x, self.w, range, &self.y, self.accumulate) },
         }
     }
 }
 
 /// Rows `range` of W, decoded piece by piece, times x.
-fn decoded(x: MatRef, w: WeightView, range: Range<usize>, out: &mut Block<'_>, accumulate: bool) {
+///
+/// # Safety
+/// Nobody else may use the columns `range` of `y` meanwhile.
+unsafe fn decoded(x: MatRef, w: WeightView, range: Range<usize>, y: &SharedMat<'_>, accumulate: bool) {
     let (cols, plain) = (w.cols(), w.as_f32());
     let mut piece = [0f32; PIECE];
-    for (j, r) in range.enumerate() {
+    for r in range {
         let mut sums = [[0f32; LANES]; MAX_ROWS];
         for start in (0..cols).step_by(PIECE) {
             let end = cols.min(start + PIECE);
@@ -98,7 +103,8 @@ fn decoded(x: MatRef, w: WeightView, range: Range<usize>, out: &mut Block<'_>, a
             add_products(&x.data[start..], x.row_stride, x.rows, weights, &mut sums);
         }
         for (i, sums) in sums.iter().enumerate().take(x.rows) {
-            out.put(i, j, total(sums), accumulate);
+            // SAFETY: column r of y is ours.
+            unsafe { y.put(i, r, total(sums), accumulate) };
         }
     }
 }

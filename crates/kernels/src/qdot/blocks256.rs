@@ -98,7 +98,10 @@ unsafe fn two_bits<L: Lanes, const J: usize>(qs: *const u8) -> L::Bytes {
 
 /// `codes`, plus VALUE where bit 2·J (first half) or 2·J + 1 of the 32 bytes at `p` is set.
 #[inline(always)]
-unsafe fn with_high_bits<L: Lanes, const VALUE: i8, const J: usize>(codes: L::Bytes, p: *const u8) -> L::Bytes {
+unsafe fn with_high_bits<L: Lanes, const VALUE: i8, const J: usize>(
+    codes: L::Bytes,
+    p: *const u8,
+) -> L::Bytes {
     // SAFETY: 32 readable bytes.
     unsafe {
         match J {
@@ -251,7 +254,10 @@ pub(super) unsafe fn row<L: Lanes, B: Blocks256, const M: usize>(
         for block in 0..blocks {
             let p = row.add(block * B::BYTES);
             let header = B::header(p);
-            let codes = std::array::from_fn(#[inline(always)] |i| x[i].codes.add(block * 256));
+            let codes = std::array::from_fn(
+                #[inline(always)]
+                |i| x[i].codes.add(block * 256),
+            );
             let mut sums = [L::zero_ints(); M];
             quarter::<L, B, 0, M>(p, &header, codes, &mut sums);
             quarter::<L, B, 1, M>(p, &header, codes, &mut sums);
@@ -267,6 +273,9 @@ pub(super) unsafe fn row<L: Lanes, B: Blocks256, const M: usize>(
                 seconds[i] += header.second_factor * e * second as f32;
             }
         }
-        std::array::from_fn(#[inline(always)] |i| L::total(totals[i]) + seconds[i])
+        std::array::from_fn(
+            #[inline(always)]
+            |i| L::total(totals[i]) + seconds[i],
+        )
     }
 }

@@ -40,7 +40,10 @@ pub(super) trait Blocks32 {
 #[inline(always)]
 unsafe fn dots<L: Lanes, const M: usize>(u: L::Bytes, q: [L::Bytes; M]) -> [L::Ints; M] {
     // SAFETY: as for `Lanes`.
-    q.map(#[inline(always)] |q| unsafe { L::dot(u, q) })
+    q.map(
+        #[inline(always)]
+        |q| unsafe { L::dot(u, q) },
+    )
 }
 
 pub(super) struct Q4_0;
@@ -112,7 +115,10 @@ impl Blocks32 for Q8_0 {
         // SAFETY: codes at bytes 2..34 of each block.
         unsafe {
             let w = L::two(a.add(2), b.add(2));
-            q.map(#[inline(always)] |q| L::dot_signed(w, q))
+            q.map(
+                #[inline(always)]
+                |q| L::dot_signed(w, q),
+            )
         }
     }
 }
@@ -144,7 +150,10 @@ pub(super) unsafe fn row<L: Lanes, B: Blocks32, const M: usize>(
             let a = row.add(block * B::BYTES);
             // an odd last block stands beside itself, times the zeros behind the activations
             let b = if block + 1 < blocks { a.add(B::BYTES) } else { a };
-            let q = std::array::from_fn(#[inline(always)] |i| L::bytes(x[i].codes.add(block * 32).cast()));
+            let q = std::array::from_fn(
+                #[inline(always)]
+                |i| L::bytes(x[i].codes.add(block * 32).cast()),
+            );
             let dots = B::dot::<L, M>(a, b, q);
             for i in 0..M {
                 let y = x[i].scales.add(block).cast();
@@ -155,10 +164,13 @@ pub(super) unsafe fn row<L: Lanes, B: Blocks32, const M: usize>(
                 }
             }
         }
-        std::array::from_fn(#[inline(always)] |i| {
-            let factor = if B::MINIMUM { 1.0 } else { -B::OFFSET };
-            let second = if factor == 0.0 { 0.0 } else { factor * L::odd_sum(seconds[i]) };
-            L::total(sums[i]) + second
-        })
+        std::array::from_fn(
+            #[inline(always)]
+            |i| {
+                let factor = if B::MINIMUM { 1.0 } else { -B::OFFSET };
+                let second = if factor == 0.0 { 0.0 } else { factor * L::odd_sum(seconds[i]) };
+                L::total(sums[i]) + second
+            },
+        )
     }
 }

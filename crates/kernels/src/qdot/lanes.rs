@@ -100,7 +100,11 @@ mod x86 {
 
     /// [`super::Lanes::scales_and_minima`]
     #[inline(always)]
-    pub(in super::super) unsafe fn x86_scales_and_minima(a: *const u8, b: *const u8, y: *const f32) -> __m128 {
+    pub(in super::super) unsafe fn x86_scales_and_minima(
+        a: *const u8,
+        b: *const u8,
+        y: *const f32,
+    ) -> __m128 {
         // SAFETY: as for `Lanes`.
         unsafe {
             let pair = |p: *const u8| _mm_cvtsi32_si128(p.cast::<i32>().read_unaligned());

@@ -85,7 +85,10 @@ impl Rounded {
     ///
     /// Panics if they are not.
     pub fn new(x: MatRef, rounding: Rounding) -> Self {
-        assert!(x.col_stride == 1 && x.cols.is_multiple_of(rounding.block_len()), "whole blocks of whole rows");
+        assert!(
+            x.col_stride == 1 && x.cols.is_multiple_of(rounding.block_len()),
+            "whole blocks of whole rows"
+        );
         let blocks = x.cols / rounding.block_len();
         let stride = x.cols + if rounding == Rounding::By32 { 32 } else { 0 };
         let mut this = Self {

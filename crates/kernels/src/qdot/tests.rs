@@ -26,7 +26,13 @@ fn float(seed: u64, i: usize) -> f32 {
 }
 
 /// A weight of random codes; `scale(i)` gives the f16 scales, the first, second, .. of all blocks.
-fn weight(storage: StorageType, rows: usize, cols: usize, seed: u64, scale: impl Fn(usize) -> f32) -> Vec<u8> {
+fn weight(
+    storage: StorageType,
+    rows: usize,
+    cols: usize,
+    seed: u64,
+    scale: impl Fn(usize) -> f32,
+) -> Vec<u8> {
     let size = storage.row_bytes(cols).unwrap() * rows;
     let mut bytes: Vec<u8> = (0..size).map(|i| mix(seed, i as u64) as u8).collect();
     let places: &[usize] = match storage {
@@ -49,8 +55,9 @@ fn weight(storage: StorageType, rows: usize, cols: usize, seed: u64, scale: impl
 fn product(backend: Backend, x: &Rounded, w: WeightView<'_>) -> Vec<f32> {
     let mut y = vec![f32::NAN; x.rows() * w.rows()];
     let mut mat = MatMut::new(&mut y, x.rows(), w.rows());
-    let mut shared = SharedMat::new(&mut mat);
-    rows(backend, x, w, 0..w.rows(), &mut shared.whole(), false);
+    let shared = SharedMat::new(&mut mat);
+    // SAFETY: nobody else has y.
+    unsafe { rows(backend, x, w, 0..w.rows(), &shared, false) };
     y
 }
 
@@ -70,7 +77,9 @@ fn whole_numbers_are_exact() {
             let mut bytes = weight(storage, n, cols, 1, |i| if i % 3 == 0 { 2.0 } else { 1.0 });
             if storage == StorageType::Q6_K {
                 // full scales would leave 24 bits
-                bytes.chunks_mut(210).for_each(|b| b[192..208].iter_mut().for_each(|s| *s = (*s as i8 / 8) as u8));
+                bytes
+                    .chunks_mut(210)
+                    .for_each(|b| b[192..208].iter_mut().for_each(|s| *s = (*s as i8 / 8) as u8));
             }
             let w = WeightView::new(storage, n, cols, &bytes).unwrap();
             // each block has an extreme of ±127, so its scale is ±1
@@ -148,7 +157,10 @@ fn rounded_activations_cost_half_a_step_each() {
                     allowed += (w.abs() * 2.0 + 0.01) * (0.5 + 127.0 / 2048.0) / 127.0;
                 }
                 let found = f64::from(y[i * n + j]);
-                assert!((found - exact).abs() <= allowed, "{storage} ({i}, {j}): {found} {exact} ± {allowed}");
+                assert!(
+                    (found - exact).abs() <= allowed,
+                    "{storage} ({i}, {j}): {found} {exact} ± {allowed}"
+                );
             }
         }
     }
@@ -164,9 +176,9 @@ fn results_are_added_where_asked() {
     let mut y: Vec<f32> = vec![1.0; 6];
     let mut mat = MatMut::new(&mut y, 2, 3);
     let shared = SharedMat::new(&mut mat);
-    // SAFETY: the only block.
-    let mut out = unsafe { shared.columns(1..3) };
-    rows(Backend::best(), &x, w, 1..3, &mut out, true);
-    let expected: Vec<f32> = set.iter().enumerate().map(|(i, v)| if i % 3 == 0 { 1.0 } else { 1.0 + v }).collect();
+    // SAFETY: nobody else has y.
+    unsafe { rows(Backend::best(), &x, w, 1..3, &shared, true) };
+    let expected: Vec<f32> =
+        set.iter().enumerate().map(|(i, v)| if i % 3 == 0 { 1.0 } else { 1.0 + v }).collect();
     assert_eq!(y, expected);
 }

@@ -9,7 +9,9 @@ pub(in crate::qdot) struct Avx2;
 impl Avx2 {
     /// True if this CPU has what is needed.
     pub fn is_here() -> bool {
-        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
     }
 }
 
@@ -41,12 +43,8 @@ unsafe fn where_set(mask: u32, value: i8) -> __m256i {
     // SAFETY: as for `Lanes`.
     unsafe {
         // byte i takes the mask's byte i / 8, and keeps its bit i % 8
-        let spread = _mm256_set_epi64x(
-            0x0303_0303_0303_0303,
-            0x0202_0202_0202_0202,
-            0x0101_0101_0101_0101,
-            0,
-        );
+        let spread =
+            _mm256_set_epi64x(0x0303_0303_0303_0303, 0x0202_0202_0202_0202, 0x0101_0101_0101_0101, 0);
         let bits = _mm256_set1_epi64x(0x8040_2010_0804_0201u64 as i64);
         let bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(mask as i32), spread);
         let set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bits), bits);
@@ -137,10 +135,7 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn add_where_bits<const VALUE: i8, const BIT: u32>(
-        b: [__m256i; 2],
-        p: *const u8,
-    ) -> [__m256i; 2] {
+    unsafe fn add_where_bits<const VALUE: i8, const BIT: u32>(b: [__m256i; 2], p: *const u8) -> [__m256i; 2] {
         unsafe {
             let x = load(p);
             let add = |b: __m256i, bit: u32| {

@@ -106,7 +106,10 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn add_where_bits<const VALUE: i8, const BIT: u32>(b: __m512i, p: *const u8) -> __m512i {
         unsafe {
-            let (lo, hi) = (_mm256_set1_epi8(1u8.wrapping_shl(BIT) as i8), _mm256_set1_epi8(1u8.wrapping_shl(BIT + 1) as i8));
+            let (lo, hi) = (
+                _mm256_set1_epi8(1u8.wrapping_shl(BIT) as i8),
+                _mm256_set1_epi8(1u8.wrapping_shl(BIT + 1) as i8),
+            );
             let bits = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(lo), hi);
             Self::add_where::<VALUE>(b, _mm512_test_epi8_mask(twice(p), bits))
         }
@@ -195,9 +198,7 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     unsafe fn spread(q: __m128) -> __m512 {
-        unsafe {
-            _mm512_permutexvar_ps(_mm512_loadu_si512(EVEN.as_ptr().cast()), _mm512_castps128_ps512(q))
-        }
+        unsafe { _mm512_permutexvar_ps(_mm512_loadu_si512(EVEN.as_ptr().cast()), _mm512_castps128_ps512(q)) }
     }
 
     #[inline(always)]
