@@ -8,6 +8,7 @@
 pub mod activation;
 pub mod adamw;
 pub mod attention;
+pub mod attention_step;
 pub mod codec;
 pub mod cross_entropy;
 pub mod dropout;
