@@ -20,6 +20,8 @@ pub(crate) mod pack;
 mod product;
 
 use crate::mat::{MatMut, MatRef};
+#[cfg(target_arch = "x86_64")]
+use crate::qdot::tile;
 use crate::qdot::{Rounded, Rounding};
 use crate::storage::WeightView;
 
@@ -90,11 +92,33 @@ pub fn linear_group(x: MatRef, parts: &mut [Part<'_, '_>], activations: Activati
     if few_rows::applies(&x) {
         return few_rows::linear(x, parts, &rounded);
     }
-    let jobs: Vec<Job<'_>> = parts
-        .iter_mut()
-        .map(|p| Job::new(&mut p.y, p.accumulate, vec![Term::new(x, Right::WeightT(p.w))]))
-        .collect();
-    run(&jobs);
+    many_rows(x, parts, &rounded);
+}
+
+/// [`linear_group`] of many rows: integer tiles where the CPU has them, else products in f32 over what the rounded
+/// activations stand for.
+fn many_rows(x: MatRef, parts: &mut [Part<'_, '_>], rounded: &[Rounded]) {
+    let beside =
+        |w: WeightView| rounded.iter().position(|r| Some(r.rounding()) == Rounding::beside(w.storage()));
+    #[cfg(target_arch = "x86_64")]
+    if tile::is_here() {
+        let (whole, plain): (Vec<_>, Vec<_>) = parts.iter_mut().partition(|p| beside(p.w).is_some());
+        let products = whole.into_iter().filter_map(|p| {
+            let x = &rounded[beside(p.w)?];
+            Some(tile::Product { x, w: p.w, y: SharedMat::new(&mut p.y), accumulate: p.accumulate })
+        });
+        tile::run(&products.collect::<Vec<_>>());
+        let jobs = plain
+            .into_iter()
+            .map(|p| Job::new(&mut p.y, p.accumulate, vec![Term::new(x, Right::WeightT(p.w))]));
+        return run(&jobs.collect::<Vec<_>>());
+    }
+    let values: Vec<Vec<f32>> = rounded.iter().map(Rounded::values).collect();
+    let jobs = parts.iter_mut().map(|p| {
+        let x = beside(p.w).map_or(x, |i| MatRef::new(&values[i], x.rows, x.cols));
+        Job::new(&mut p.y, p.accumulate, vec![Term::new(x, Right::WeightT(p.w))])
+    });
+    run(&jobs.collect::<Vec<_>>());
 }
 
 /// `dx[m, cols] = dy[m, rows]·w`, or `dx += dy·w` if `accumulate`; otherwise `dx` is not read.

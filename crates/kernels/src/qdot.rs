@@ -7,6 +7,7 @@
 //! - `rounded.rs` rounds activations;
 //! - `blocks32.rs` and `blocks256.rs` hold the dot products of each storage, written once over
 //! - `lanes.rs`: 64 codes in one AVX-512 register, two of AVX2, or an array;
+//! - `tile.rs` multiplies many rows of activations, with AVX-512;
 //! - `reference.rs` is the scalar reference, element by element.
 
 mod blocks256;
@@ -15,6 +16,8 @@ mod lanes;
 #[cfg(test)]
 mod reference;
 mod rounded;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod tile;
 
 use crate::matmul::SharedMat;
 use crate::storage::{StorageType, WeightView};

@@ -25,13 +25,13 @@ pub(super) struct Activations256 {
 /// What a block says about its sub-blocks.
 pub(super) struct Header {
     /// d
-    d: f32,
+    pub d: f32,
     /// factor of Σ second·p: -dmin, or -o·d
-    second_factor: f32,
+    pub second_factor: f32,
     /// s of each 16 elements
-    scales: [i16; 16],
+    pub scales: [i16; 16],
     /// n (or s again) of each 16 elements
-    seconds: [i16; 16],
+    pub seconds: [i16; 16],
 }
 
 /// One of the storages.
@@ -254,10 +254,10 @@ pub(super) unsafe fn row<L: Lanes, B: Blocks256, const M: usize>(
         for block in 0..blocks {
             let p = row.add(block * B::BYTES);
             let header = B::header(p);
-            let codes = std::array::from_fn(
-                #[inline(always)]
-                |i| x[i].codes.add(block * 256),
-            );
+            let mut codes = [std::ptr::null(); M];
+            for i in 0..M {
+                codes[i] = x[i].codes.add(block * 256);
+            }
             let mut sums = [L::zero_ints(); M];
             quarter::<L, B, 0, M>(p, &header, codes, &mut sums);
             quarter::<L, B, 1, M>(p, &header, codes, &mut sums);
@@ -273,9 +273,10 @@ pub(super) unsafe fn row<L: Lanes, B: Blocks256, const M: usize>(
                 seconds[i] += header.second_factor * e * second as f32;
             }
         }
-        std::array::from_fn(
-            #[inline(always)]
-            |i| L::total(totals[i]) + seconds[i],
-        )
+        let mut out = [0f32; M];
+        for i in 0..M {
+            out[i] = L::total(totals[i]) + seconds[i];
+        }
+        out
     }
 }

@@ -25,25 +25,18 @@ pub(super) trait Blocks32 {
     /// Bytes of a block.
     const BYTES: usize;
     /// o
-    const OFFSET: f32 = 0.0;
+    const OFFSET: i32 = 0;
     /// There is an m behind d.
     const MINIMUM: bool = false;
 
-    /// Codes of the blocks at `a` and `b` times `q`.
+    /// Codes are signed.
+    const SIGNED: bool = false;
+
+    /// Codes of the blocks at `a` and `b`.
     ///
     /// # Safety
     /// Two readable blocks; else as for [`Lanes`].
-    unsafe fn dot<L: Lanes, const M: usize>(a: *const u8, b: *const u8, q: [L::Bytes; M]) -> [L::Ints; M];
-}
-
-/// [`Blocks32::dot`] of unsigned codes.
-#[inline(always)]
-unsafe fn dots<L: Lanes, const M: usize>(u: L::Bytes, q: [L::Bytes; M]) -> [L::Ints; M] {
-    // SAFETY: as for `Lanes`.
-    q.map(
-        #[inline(always)]
-        |q| unsafe { L::dot(u, q) },
-    )
+    unsafe fn codes<L: Lanes>(a: *const u8, b: *const u8) -> L::Bytes;
 }
 
 pub(super) struct Q4_0;
@@ -54,12 +47,12 @@ pub(super) struct Q8_0;
 
 impl Blocks32 for Q4_0 {
     const BYTES: usize = 18;
-    const OFFSET: f32 = 8.0;
+    const OFFSET: i32 = 8;
 
     #[inline(always)]
-    unsafe fn dot<L: Lanes, const M: usize>(a: *const u8, b: *const u8, q: [L::Bytes; M]) -> [L::Ints; M] {
+    unsafe fn codes<L: Lanes>(a: *const u8, b: *const u8) -> L::Bytes {
         // SAFETY: nibbles at bytes 2..18 of each block.
-        unsafe { dots::<L, M>(L::nibbles16(a.add(2), b.add(2)), q) }
+        unsafe { L::nibbles16(a.add(2), b.add(2)) }
     }
 }
 
@@ -68,9 +61,9 @@ impl Blocks32 for Q4_1 {
     const MINIMUM: bool = true;
 
     #[inline(always)]
-    unsafe fn dot<L: Lanes, const M: usize>(a: *const u8, b: *const u8, q: [L::Bytes; M]) -> [L::Ints; M] {
+    unsafe fn codes<L: Lanes>(a: *const u8, b: *const u8) -> L::Bytes {
         // SAFETY: nibbles at bytes 4..20 of each block.
-        unsafe { dots::<L, M>(L::nibbles16(a.add(4), b.add(4)), q) }
+        unsafe { L::nibbles16(a.add(4), b.add(4)) }
     }
 }
 
@@ -87,12 +80,12 @@ unsafe fn five_bits<L: Lanes>(a: *const u8, b: *const u8, at: usize) -> L::Bytes
 
 impl Blocks32 for Q5_0 {
     const BYTES: usize = 22;
-    const OFFSET: f32 = 16.0;
+    const OFFSET: i32 = 16;
 
     #[inline(always)]
-    unsafe fn dot<L: Lanes, const M: usize>(a: *const u8, b: *const u8, q: [L::Bytes; M]) -> [L::Ints; M] {
+    unsafe fn codes<L: Lanes>(a: *const u8, b: *const u8) -> L::Bytes {
         // SAFETY: bits and nibbles at bytes 2..22 of each block.
-        unsafe { dots::<L, M>(five_bits::<L>(a, b, 2), q) }
+        unsafe { five_bits::<L>(a, b, 2) }
     }
 }
 
@@ -101,25 +94,20 @@ impl Blocks32 for Q5_1 {
     const MINIMUM: bool = true;
 
     #[inline(always)]
-    unsafe fn dot<L: Lanes, const M: usize>(a: *const u8, b: *const u8, q: [L::Bytes; M]) -> [L::Ints; M] {
+    unsafe fn codes<L: Lanes>(a: *const u8, b: *const u8) -> L::Bytes {
         // SAFETY: bits and nibbles at bytes 4..24 of each block.
-        unsafe { dots::<L, M>(five_bits::<L>(a, b, 4), q) }
+        unsafe { five_bits::<L>(a, b, 4) }
     }
 }
 
 impl Blocks32 for Q8_0 {
     const BYTES: usize = 34;
+    const SIGNED: bool = true;
 
     #[inline(always)]
-    unsafe fn dot<L: Lanes, const M: usize>(a: *const u8, b: *const u8, q: [L::Bytes; M]) -> [L::Ints; M] {
+    unsafe fn codes<L: Lanes>(a: *const u8, b: *const u8) -> L::Bytes {
         // SAFETY: codes at bytes 2..34 of each block.
-        unsafe {
-            let w = L::two(a.add(2), b.add(2));
-            q.map(
-                #[inline(always)]
-                |q| L::dot_signed(w, q),
-            )
-        }
+        unsafe { L::two(a.add(2), b.add(2)) }
     }
 }
 
@@ -150,27 +138,27 @@ pub(super) unsafe fn row<L: Lanes, B: Blocks32, const M: usize>(
             let a = row.add(block * B::BYTES);
             // an odd last block stands beside itself, times the zeros behind the activations
             let b = if block + 1 < blocks { a.add(B::BYTES) } else { a };
-            let q = std::array::from_fn(
-                #[inline(always)]
-                |i| L::bytes(x[i].codes.add(block * 32).cast()),
-            );
-            let dots = B::dot::<L, M>(a, b, q);
+            let w = B::codes::<L>(a, b);
             for i in 0..M {
+                let q = L::bytes(x[i].codes.add(block * 32).cast());
+                let dot = if B::SIGNED { L::dot_signed(w, q) } else { L::dot(w, q) };
                 let y = x[i].scales.add(block).cast();
                 let scales = if B::MINIMUM { L::scales_and_minima(a, b, y) } else { L::scales(a, b, y) };
-                sums[i] = L::add_scaled(sums[i], dots[i], L::spread(scales));
-                if B::MINIMUM || B::OFFSET != 0.0 {
+                sums[i] = L::add_scaled(sums[i], dot, L::spread(scales));
+                if B::MINIMUM || B::OFFSET != 0 {
                     seconds[i] = L::add_quads(seconds[i], scales);
                 }
             }
         }
-        std::array::from_fn(
-            #[inline(always)]
-            |i| {
-                let factor = if B::MINIMUM { 1.0 } else { -B::OFFSET };
-                let second = if factor == 0.0 { 0.0 } else { factor * L::odd_sum(seconds[i]) };
-                L::total(sums[i]) + second
-            },
-        )
+        let mut out = [0f32; M];
+        for i in 0..M {
+            out[i] = L::total(sums[i]);
+            if B::MINIMUM {
+                out[i] += L::odd_sum(seconds[i]);
+            } else if B::OFFSET != 0 {
+                out[i] -= B::OFFSET as f32 * L::odd_sum(seconds[i]);
+            }
+        }
+        out
     }
 }

@@ -20,6 +20,7 @@ use crate::codec::simd::multiversion;
 use crate::mat::MatRef;
 use crate::storage::StorageType;
 use half::f16;
+use rayon::prelude::*;
 
 /// The blocks in which activations are rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +77,7 @@ pub struct Rounded {
     pub(super) minimum_scales: Vec<Scale32>,
     /// By256: d of each block
     pub(super) block_scales: Vec<f32>,
-    /// By256: sums of 16 codes
+    /// sums of 32 codes (By32), or of 16 (By256)
     pub(super) sums: Vec<i16>,
 }
 
@@ -102,18 +103,39 @@ impl Rounded {
             block_scales: Vec::new(),
             sums: Vec::new(),
         };
+        if x.cols == 0 || x.rows == 0 {
+            return this;
+        }
+        let row = |i: usize| &x.data[i * x.row_stride..][..x.cols];
+        // below this many rows other threads are not woken
+        const MIN_ROWS: usize = 32;
         match rounding {
             Rounding::By32 => {
                 this.offset_scales = vec![Scale32::default(); x.rows * (blocks + 1)];
                 this.minimum_scales = this.offset_scales.clone();
+                this.sums = vec![0; x.rows * blocks];
+                this.codes
+                    .par_chunks_mut(stride)
+                    .zip(this.offset_scales.par_chunks_mut(blocks + 1))
+                    .zip(this.minimum_scales.par_chunks_mut(blocks + 1))
+                    .zip(this.sums.par_chunks_mut(blocks))
+                    .enumerate()
+                    .with_min_len(MIN_ROWS)
+                    .for_each(|(i, (((codes, offset), minimum), sums))| {
+                        row32(row(i), codes, offset, minimum, sums);
+                    });
             }
             Rounding::By256 => {
                 this.block_scales = vec![0.0; x.rows * blocks];
                 this.sums = vec![0; x.rows * blocks * 16];
+                this.codes
+                    .par_chunks_mut(stride)
+                    .zip(this.block_scales.par_chunks_mut(blocks))
+                    .zip(this.sums.par_chunks_mut(blocks * 16))
+                    .enumerate()
+                    .with_min_len(MIN_ROWS)
+                    .for_each(|(i, ((codes, scales), sums))| row256(row(i), codes, scales, sums));
             }
-        }
-        for i in 0..x.rows {
-            this.row(i, &x.data[i * x.row_stride..][..x.cols]);
         }
         this
     }
@@ -123,48 +145,41 @@ impl Rounded {
         self.rounding
     }
 
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Elements of a row.
-    pub fn cols(&self) -> usize {
-        self.cols
+    /// The values that the codes stand for, row by row.
+    pub fn values(&self) -> Vec<f32> {
+        let mut out = vec![0f32; self.rows * self.cols];
+        if self.cols > 0 {
+            let rows = out.par_chunks_mut(self.cols).enumerate().with_min_len(16);
+            rows.for_each(|(i, row)| row.iter_mut().enumerate().for_each(|(j, v)| *v = self.value(i, j)));
+        }
+        out
     }
 
     /// The value that element (i, j) stands for.
-    pub fn value(&self, i: usize, j: usize) -> f32 {
+    pub(super) fn value(&self, i: usize, j: usize) -> f32 {
         let q = f32::from(self.codes[i * self.stride + j]);
         match self.rounding {
             Rounding::By32 => self.offset_scales[i * (self.cols / 32 + 1) + j / 32].d * q,
             Rounding::By256 => self.block_scales[i * (self.cols / 256) + j / 256] * q,
         }
     }
+}
 
-    fn row(&mut self, i: usize, x: &[f32]) {
-        let codes = &mut self.codes[i * self.stride..][..x.len()];
-        match self.rounding {
-            Rounding::By32 => {
-                let at = i * (x.len() / 32 + 1);
-                let blocks = x.as_chunks::<32>().0.iter().zip(codes.as_chunks_mut::<32>().0);
-                for (b, (x, q)) in blocks.enumerate() {
-                    let (d, sum) = round32(x, q);
-                    let near = f16::from_f32(d).to_f32();
-                    self.offset_scales[at + b] = Scale32 { d: near, sum: near * sum as f32 };
-                    self.minimum_scales[at + b] =
-                        Scale32 { d: near, sum: f16::from_f32(d * sum as f32).to_f32() };
-                }
-            }
-            Rounding::By256 => {
-                let at = i * (x.len() / 256);
-                let blocks = x.as_chunks::<256>().0.iter().zip(codes.as_chunks_mut::<256>().0);
-                for (b, (x, q)) in blocks.enumerate() {
-                    let sums = (&mut self.sums[(at + b) * 16..][..16]).try_into().expect("16");
-                    self.block_scales[at + b] = round256(x, q, sums);
-                }
-            }
-        }
+fn row32(x: &[f32], codes: &mut [i8], offset: &mut [Scale32], minimum: &mut [Scale32], sums: &mut [i16]) {
+    let blocks = x.as_chunks::<32>().0.iter().zip(codes.as_chunks_mut::<32>().0);
+    for (b, (x, q)) in blocks.enumerate() {
+        let (d, sum) = round32(x, q);
+        let near = f16::from_f32(d).to_f32();
+        sums[b] = sum as i16;
+        offset[b] = Scale32 { d: near, sum: near * sum as f32 };
+        minimum[b] = Scale32 { d: near, sum: f16::from_f32(d * sum as f32).to_f32() };
+    }
+}
+
+fn row256(x: &[f32], codes: &mut [i8], scales: &mut [f32], sums: &mut [i16]) {
+    let blocks = x.as_chunks::<256>().0.iter().zip(codes.as_chunks_mut::<256>().0);
+    for ((x, q), (d, sums)) in blocks.zip(scales.iter_mut().zip(sums.as_chunks_mut::<16>().0)) {
+        *d = round256(x, q, sums);
     }
 }
 

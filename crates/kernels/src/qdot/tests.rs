@@ -8,7 +8,7 @@ use crate::mat::{MatMut, MatRef};
 use crate::matmul::SharedMat;
 use half::f16;
 
-const QUANTIZED: [StorageType; 10] = [
+pub(super) const QUANTIZED: [StorageType; 10] = [
     StorageType::Q4_0,
     StorageType::Q4_1,
     StorageType::Q5_0,
@@ -21,12 +21,12 @@ const QUANTIZED: [StorageType; 10] = [
     StorageType::Q6_K,
 ];
 
-fn float(seed: u64, i: usize) -> f32 {
+pub(super) fn float(seed: u64, i: usize) -> f32 {
     (mix(seed, i as u64) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
 }
 
 /// A weight of random codes; `scale(i)` gives the f16 scales, the first, second, .. of all blocks.
-fn weight(
+pub(super) fn weight(
     storage: StorageType,
     rows: usize,
     cols: usize,
@@ -53,8 +53,8 @@ fn weight(
 }
 
 fn product(backend: Backend, x: &Rounded, w: WeightView<'_>) -> Vec<f32> {
-    let mut y = vec![f32::NAN; x.rows() * w.rows()];
-    let mut mat = MatMut::new(&mut y, x.rows(), w.rows());
+    let mut y = vec![f32::NAN; x.rows * w.rows()];
+    let mut mat = MatMut::new(&mut y, x.rows, w.rows());
     let shared = SharedMat::new(&mut mat);
     // SAFETY: nobody else has y.
     unsafe { rows(backend, x, w, 0..w.rows(), &shared, false) };
