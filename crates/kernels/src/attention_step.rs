@@ -12,8 +12,8 @@
 //! 2023, "Flash-Decoding"). The blocks are fixed, so results do not depend on the number of threads.
 
 use crate::attention::{AttentionShape, Segment};
-use crate::codec::simd::multiversion;
 use crate::exp;
+use crate::lanes::{Backend, Lanes, by_backend};
 use crate::mat::MatMut;
 use crate::matmul::SharedMat;
 use crate::team;
@@ -46,8 +46,21 @@ pub fn attend(
     v: &[f32],
     out: &mut [f32],
 ) {
+    attend_on(Backend::best(), shape, segments, q, k, v, out);
+}
+
+fn attend_on(
+    backend: Backend,
+    shape: &AttentionShape,
+    segments: &[Segment],
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    out: &mut [f32],
+) {
     let AttentionShape { heads, kv_heads, head_dim: hd, .. } = *shape;
     assert!(applies(segments) && out.len() == q.len() && v.len() == k.len());
+    assert!(segments.iter().all(|s| s.kv.end * kv_heads * hd <= k.len()), "segments outside the keys");
     let mut tasks = Vec::new();
     for (segment, s) in segments.iter().enumerate() {
         for kv_head in 0..kv_heads {
@@ -73,7 +86,8 @@ pub fn attend(
             let q = &q[(s.q.start * heads + kv_head * group) * hd..][..group * hd];
             // SAFETY: row i is this task's alone, and has `each` elements.
             let into = unsafe { std::slice::from_raw_parts_mut(shared.pointer(i, 0), each) };
-            block_of(q, hd, shape.scale, rows, Rows { data: v, ..rows }, into);
+            // SAFETY: the segment's keys and values are in the buffers, as was checked.
+            unsafe { block_of(backend, q, hd, shape.scale, rows, Rows { data: v, ..rows }, into) };
         }
     });
     let mut parts = partial.chunks_exact(each);
@@ -99,55 +113,161 @@ struct Rows<'a> {
     at: usize,
 }
 
-multiversion!(
-    /// a, l and m of every head in `q` `[group, hd]`.
-    fn block_of(q: &[f32], hd: usize, scale: f32, k: Rows<'_>, v: Rows<'_>, into: &mut [f32]) = block_body
+impl<'a> Rows<'a> {
+    /// The head's elements of row j, and what follows.
+    #[inline(always)]
+    fn row(&self, j: usize) -> &'a [f32] {
+        &self.data[(self.from + j) * self.width + self.at..]
+    }
+}
+
+by_backend!(
+    /// a, l and m of every head in `q` `[group, hd]`, into `[group, hd + 2]`.
+    ///
+    /// # Safety
+    /// `k` and `v` lie in their buffers, with 1 to [`KEYS`] rows.
+    unsafe fn block_of(q: &[f32], hd: usize, scale: f32, k: Rows<'_>, v: Rows<'_>, into: &mut [f32]) = block
 );
 
+/// # Safety
+/// As for [`block_of`] and [`Lanes`].
 #[inline(always)]
-fn block_body(q: &[f32], hd: usize, scale: f32, k: Rows<'_>, v: Rows<'_>, into: &mut [f32]) {
-    let mut scores = [0f32; KEYS];
-    let scores = &mut scores[..k.n];
-    for (q, into) in q.chunks_exact(hd).zip(into.chunks_exact_mut(hd + 2)) {
-        for (j, score) in scores.iter_mut().enumerate() {
-            let key = &k.data[(k.from + j) * k.width + k.at..][..hd];
-            *score = scale * dot(q, key);
-        }
-        let mut most = f32::NEG_INFINITY;
-        exp::max(scores, &mut most);
-        let (sums, ends) = into.split_at_mut(hd);
-        let mut total = 0.0;
-        exp::exp_shifted(scores, most, &mut total);
-        (ends[0], ends[1]) = (total, most);
-        sums.fill(0.0);
-        for (j, p) in scores.iter().enumerate() {
-            let value = &v.data[(v.from + j) * v.width + v.at..][..hd];
-            for (sum, value) in sums.iter_mut().zip(value) {
-                *sum += p * value;
+unsafe fn block<L: Lanes>(q: &[f32], hd: usize, scale: f32, k: Rows<'_>, v: Rows<'_>, into: &mut [f32]) {
+    // two heads share what they read
+    for (q, into) in q.chunks(2 * hd).zip(into.chunks_mut(2 * (hd + 2))) {
+        let mut scores = [[0f32; KEYS]; 2];
+        // SAFETY: passed on.
+        unsafe {
+            match q.len() / hd {
+                1 => heads::<L, 1>([q], hd, scale, k, v, &mut scores, into),
+                _ => heads::<L, 2>([&q[..hd], &q[hd..]], hd, scale, k, v, &mut scores, into),
             }
         }
     }
 }
 
-/// Σ aᵢ·bᵢ over sixteen sums.
+/// Calls `$f::<L, G, C>(.., at)` for columns at..at + 16·C of `$hd`, up to the last whole sixteen; gives the rest's
+/// start.
+macro_rules! by_columns {
+    ($hd:expr, $f:ident::<$l:ident, $g:ident>($($arg:expr),*)) => {{
+        let mut at = 0;
+        while $hd - at >= 16 {
+            at += match ($hd - at) / 16 {
+                8.. => $f::<$l, $g, 8>($($arg,)* at),
+                4..8 => $f::<$l, $g, 4>($($arg,)* at),
+                2..4 => $f::<$l, $g, 2>($($arg,)* at),
+                _ => $f::<$l, $g, 1>($($arg,)* at),
+            };
+        }
+        at
+    }};
+}
+
+/// [`block`] for G heads.
+///
+/// # Safety
+/// As for [`block`].
 #[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0f32; 16];
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..16 {
-            sums[i] += a[i] * b[i];
+unsafe fn heads<L: Lanes, const G: usize>(
+    q: [&[f32]; G],
+    hd: usize,
+    scale: f32,
+    k: Rows<'_>,
+    v: Rows<'_>,
+    scores: &mut [[f32; KEYS]; 2],
+    into: &mut [f32],
+) {
+    // SAFETY: passed on.
+    let rest = unsafe { by_columns!(hd, add_scores::<L, G>(&q, &k, scores)) };
+    for (q, scores) in q.iter().zip(scores.iter_mut()) {
+        let scores = &mut scores[..k.n];
+        for (j, score) in scores.iter_mut().enumerate() {
+            let key = &k.row(j)[rest..hd];
+            *score += q[rest..].iter().zip(key).map(|(q, k)| q * k).sum::<f32>();
+            *score *= scale;
         }
     }
-    for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        sums[i] += a * b;
+    for (scores, into) in scores.iter_mut().zip(into.chunks_exact_mut(hd + 2)) {
+        let (mut most, mut total) = (f32::NEG_INFINITY, 0.0);
+        exp::max(&scores[..k.n], &mut most);
+        exp::exp_shifted(&mut scores[..k.n], most, &mut total);
+        into[hd..].copy_from_slice(&[total, most]);
     }
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            sums[i] += sums[i + half];
+    // SAFETY: passed on.
+    let rest = unsafe { by_columns!(hd, sum_values::<L, G>(scores, &v, into, hd)) };
+    for (scores, into) in scores.iter().zip(into.chunks_exact_mut(hd + 2)) {
+        for (c, sum) in into[..hd].iter_mut().enumerate().skip(rest) {
+            *sum = scores[..v.n].iter().enumerate().map(|(j, p)| p * v.row(j)[c]).sum();
         }
     }
-    sums[0]
+}
+
+/// Adds the products of columns at..at + 16·C to the scores; 16·C.
+///
+/// # Safety
+/// As for [`block`]; the columns are the head's.
+#[inline(always)]
+unsafe fn add_scores<L: Lanes, const G: usize, const C: usize>(
+    q: &[&[f32]; G],
+    k: &Rows<'_>,
+    scores: &mut [[f32; KEYS]; 2],
+    at: usize,
+) -> usize {
+    // SAFETY: as for `Lanes`; columns of the head.
+    unsafe {
+        for j in 0..k.n {
+            let row = k.row(j).as_ptr().add(at);
+            let mut key = [L::zero_floats(); C];
+            for (c, key) in key.iter_mut().enumerate() {
+                *key = L::floats(row.add(16 * c));
+            }
+            for g in 0..G {
+                let mut sum = L::zero_floats();
+                for (c, key) in key.iter().enumerate() {
+                    sum = L::multiply_add(sum, L::floats(q[g].as_ptr().add(at + 16 * c)), *key);
+                }
+                scores[g][j] += L::total(sum);
+            }
+        }
+    }
+    16 * C
+}
+
+/// Columns at..at + 16·C of Σ p_j·v_j; 16·C.
+///
+/// # Safety
+/// As for [`block`]; the columns are the head's.
+#[inline(always)]
+unsafe fn sum_values<L: Lanes, const G: usize, const C: usize>(
+    p: &[[f32; KEYS]; 2],
+    v: &Rows<'_>,
+    into: &mut [f32],
+    hd: usize,
+    at: usize,
+) -> usize {
+    // SAFETY: as for `Lanes`; columns of the head.
+    unsafe {
+        let mut sums = [[L::zero_floats(); C]; G];
+        for j in 0..v.n {
+            let row = v.row(j).as_ptr().add(at);
+            let mut value = [L::zero_floats(); C];
+            for (c, value) in value.iter_mut().enumerate() {
+                *value = L::floats(row.add(16 * c));
+            }
+            for g in 0..G {
+                let p = L::splat(p[g][j]);
+                for c in 0..C {
+                    sums[g][c] = L::multiply_add(sums[g][c], p, value[c]);
+                }
+            }
+        }
+        for (g, sums) in sums.iter().enumerate() {
+            for (c, sum) in sums.iter().enumerate() {
+                L::store(*sum, into[g * (hd + 2) + at + 16 * c..][..16].as_mut_ptr());
+            }
+        }
+    }
+    16 * C
 }
 
 /// The output of one head, whose share of each part begins at `at`.
@@ -178,7 +298,7 @@ mod tests {
         (0..n as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
     }
 
-    fn step(shape: &AttentionShape, lens: &[usize], seed: u64) -> (Vec<f32>, Vec<f32>) {
+    fn step(backend: Backend, shape: &AttentionShape, lens: &[usize], seed: u64) -> (Vec<f32>, Vec<f32>) {
         let AttentionShape { heads, kv_heads, head_dim: hd, .. } = *shape;
         // a gap between the segments' keys, as in a cache
         let mut at = 3;
@@ -190,7 +310,7 @@ mod tests {
         let q = numbers(seed, lens.len() * heads * hd);
         let (k, v) = (numbers(seed + 1, at * kv_heads * hd), numbers(seed + 2, at * kv_heads * hd));
         let (mut found, mut expected) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len()]);
-        attend(shape, &segments, &q, &k, &v, &mut found);
+        attend_on(backend, shape, &segments, &q, &k, &v, &mut found);
         attention(shape, &segments, &q, &k, &v, &mut expected, None);
         (found, expected)
     }
@@ -198,11 +318,15 @@ mod tests {
     /// `attention` is itself tested against the definition.
     #[test]
     fn agrees_with_attention_of_many_queries() {
-        for (heads, kv_heads, hd) in [(1, 1, 8), (4, 2, 20), (9, 3, 64), (6, 1, 33)] {
+        for (heads, kv_heads, hd) in [(1, 1, 8), (4, 2, 20), (9, 3, 64), (6, 1, 33), (2, 1, 256), (8, 8, 112)]
+        {
             let shape = AttentionShape { heads, kv_heads, head_dim: hd, scale: 0.7, causal: true };
-            let (found, expected) = step(&shape, &[1, 2, KEYS - 1, KEYS, KEYS + 1, 3 * KEYS + 7], 5);
-            for (a, b) in found.iter().zip(&expected) {
-                assert!((a - b).abs() < 1e-5, "{a} {b}"); // means of numbers below 1
+            for backend in Backend::all() {
+                let lens = [1, 2, KEYS - 1, KEYS, KEYS + 1, 3 * KEYS + 7];
+                let (found, expected) = step(backend, &shape, &lens, 5);
+                for (a, b) in found.iter().zip(&expected) {
+                    assert!((a - b).abs() < 1e-5, "{backend:?} {hd}: {a} {b}"); // means of numbers below 1
+                }
             }
         }
     }
@@ -212,7 +336,7 @@ mod tests {
         let shape = AttentionShape { heads: 6, kv_heads: 2, head_dim: 32, scale: 0.2, causal: true };
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| step(&shape, &[2000, 30], 9).0)
+            pool.install(|| step(Backend::best(), &shape, &[2000, 30], 9).0)
         };
         assert_eq!(run(1), run(4));
     }

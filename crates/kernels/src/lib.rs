@@ -15,6 +15,7 @@ pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
 mod exp;
+mod lanes;
 pub mod mat;
 pub mod matmul;
 pub mod norm;

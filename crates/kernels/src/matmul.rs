@@ -15,6 +15,7 @@
 mod dense;
 mod disjoint;
 mod few_rows;
+mod float_rows;
 pub(crate) mod micro;
 pub(crate) mod pack;
 mod product;
@@ -43,7 +44,7 @@ pub fn linear(x: MatRef, w: WeightView, y: &mut MatMut, accumulate: bool) {
     assert_eq!(y.cols, w.rows(), "linear: y's columns against w's rows");
     if few_rows::applies(&x) {
         let y = MatMut::strided(y.data, y.rows, y.cols, y.row_stride);
-        few_rows::linear(x, &mut [Part { w, y, accumulate }], &[]);
+        few_rows::linear(x, &mut [Part { w, y, accumulate }], &[], false);
     } else {
         run(&[Job::new(y, accumulate, vec![Term::new(x, Right::WeightT(w))])]);
     }
@@ -90,7 +91,7 @@ pub fn linear_group(x: MatRef, parts: &mut [Part<'_, '_>], activations: Activati
         }
     }
     if few_rows::applies(&x) {
-        return few_rows::linear(x, parts, &rounded);
+        return few_rows::linear(x, parts, &rounded, true);
     }
     many_rows(x, parts, &rounded);
 }

@@ -5,61 +5,25 @@
 //! about a thousandth. Only inference asks for it: training and evaluation take activations as they are.
 //!
 //! - `rounded.rs` rounds activations;
-//! - `blocks32.rs` and `blocks256.rs` hold the dot products of each storage, written once over
-//! - `lanes.rs`: 64 codes in one AVX-512 register, two of AVX2, or an array;
+//! - `blocks32.rs` and `blocks256.rs` hold the dot products of each storage, written once for all CPUs (`lanes.rs`);
 //! - `tile.rs` multiplies many rows of activations, with AVX-512;
 //! - `reference.rs` is the scalar reference, element by element.
 
 mod blocks256;
 mod blocks32;
-mod lanes;
 #[cfg(test)]
 mod reference;
 mod rounded;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod tile;
 
+use crate::lanes::{Backend, Lanes, by_backend};
 use crate::matmul::SharedMat;
 use crate::storage::{StorageType, WeightView};
 use blocks32::Blocks32;
 use blocks256::Blocks256;
-use lanes::Lanes;
 pub use rounded::{Rounded, Rounding};
 use std::ops::Range;
-
-/// What computes the products.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Backend {
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "aarch64")]
-    DotProduct,
-    Portable,
-}
-
-impl Backend {
-    /// All that this CPU has, the best first.
-    pub fn all() -> impl Iterator<Item = Self> {
-        [
-            #[cfg(target_arch = "x86_64")]
-            lanes::Avx512::is_here().then_some(Self::Avx512),
-            #[cfg(target_arch = "x86_64")]
-            lanes::Avx2::is_here().then_some(Self::Avx2),
-            #[cfg(target_arch = "aarch64")]
-            std::arch::is_aarch64_feature_detected!("dotprod").then_some(Self::DotProduct),
-            Some(Self::Portable),
-        ]
-        .into_iter()
-        .flatten()
-    }
-
-    /// The best.
-    pub fn best() -> Self {
-        Self::all().next().unwrap_or(Self::Portable)
-    }
-}
 
 /// Rows of a weight times all rows of `x`, into columns of the output.
 struct Task<'a, 'b> {
@@ -88,48 +52,15 @@ pub(crate) unsafe fn rows(
     assert_eq!(Rounding::beside(w.storage()), Some(x.rounding), "{} weight", w.storage());
     assert_eq!(x.cols, w.cols(), "columns of activations and weight");
     assert!(rows.end <= w.rows() && y.dims() == (x.rows, w.rows()));
-    let task = Task { w, x, y, accumulate };
-    match backend {
-        // SAFETY: `Backend::all` names what the CPU has.
-        #[cfg(target_arch = "x86_64")]
-        Backend::Avx512 => unsafe { avx512(task, rows) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Backend::Avx2 => unsafe { avx2(task, rows) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "aarch64")]
-        Backend::DotProduct => unsafe { dot_product(task, rows) },
-        // SAFETY: needs nothing of the CPU.
-        Backend::Portable => unsafe { run::<lanes::Portable>(task, rows) },
-    }
+    // SAFETY: passed on.
+    unsafe { dispatch(backend, Task { w, x, y, accumulate }, rows) }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-/// # Safety
-/// As for [`rows`].
-unsafe fn avx512(task: Task<'_, '_>, rows: Range<usize>) {
-    // SAFETY: passed on; compiled for what `Avx512` needs.
-    unsafe { run::<lanes::Avx512>(task, rows) }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-/// # Safety
-/// As for [`rows`].
-unsafe fn avx2(task: Task<'_, '_>, rows: Range<usize>) {
-    // SAFETY: passed on; compiled for what `Avx2` needs.
-    unsafe { run::<lanes::Avx2>(task, rows) }
-}
-
-#[cfg(target_arch = "aarch64")]
-#[target_feature(enable = "dotprod")]
-/// # Safety
-/// As for [`rows`].
-unsafe fn dot_product(task: Task<'_, '_>, rows: Range<usize>) {
-    // SAFETY: passed on; `Portable` needs nothing.
-    unsafe { run::<lanes::Portable>(task, rows) }
-}
+by_backend!(
+    /// # Safety
+    /// As for [`rows`].
+    unsafe fn dispatch(task: Task<'_, '_>, rows: Range<usize>) = run
+);
 
 /// # Safety
 /// As for [`Lanes`] and [`rows`].

@@ -10,9 +10,11 @@
 
 use super::Part;
 use super::disjoint::SharedMat;
+use super::float_rows;
 use crate::codec::{self, simd::multiversion};
+use crate::lanes::Backend;
 use crate::mat::MatRef;
-use crate::qdot::{self, Backend, Rounded, Rounding};
+use crate::qdot::{self, Rounded, Rounding};
 use crate::storage::WeightView;
 use crate::team;
 use std::ops::Range;
@@ -39,10 +41,13 @@ struct Job<'a, 'b> {
     y: SharedMat<'b>,
     accumulate: bool,
     rounded: Option<&'a Rounded>,
+    /// plain floats are multiplied as they are loaded, which rounds differently from CPU to CPU
+    fused: bool,
 }
 
-/// `y (+)= x·wᵀ` for all parts, in one parallel region. Parts beside a rounding in `rounded` take that for x.
-pub(super) fn linear(x: MatRef, parts: &mut [Part<'_, '_>], rounded: &[Rounded]) {
+/// `y (+)= x·wᵀ` for all parts, in one parallel region. Parts beside a rounding in `rounded` take that for x; with
+/// `generating`, plain floats are multiplied in fewer instructions.
+pub(super) fn linear(x: MatRef, parts: &mut [Part<'_, '_>], rounded: &[Rounded], generating: bool) {
     let bytes: usize = parts.iter().map(|p| p.w.bytes().len()).sum();
     let rows: usize = parts.iter().map(|p| p.w.rows()).sum();
     let jobs: Vec<Job<'_, '_>> = parts
@@ -52,6 +57,7 @@ pub(super) fn linear(x: MatRef, parts: &mut [Part<'_, '_>], rounded: &[Rounded])
             rounded: rounded.iter().find(|r| Some(r.rounding()) == Rounding::beside(part.w.storage())),
             y: SharedMat::new(&mut part.y),
             accumulate: part.accumulate,
+            fused: generating && !part.w.storage().is_quantized(),
         })
         .collect();
     let least = if bytes < SERIAL_BYTES { rows } else { (PART_BYTES * rows).div_ceil(bytes) };
@@ -75,6 +81,10 @@ impl Job<'_, '_> {
             // SAFETY: the parts' ranges of rows of W, columns of y, do not overlap.
             Some(rounded) => unsafe {
                 qdot::rows(backend, rounded, self.w, range, &self.y, self.accumulate);
+            },
+            // SAFETY: as above.
+            None if self.fused => unsafe {
+                float_rows::rows(backend, x, self.w, range, &self.y, self.accumulate);
             },
             // SAFETY: as above.
             None => unsafe { decoded(x, self.w, range, &self.y, self.accumulate) },

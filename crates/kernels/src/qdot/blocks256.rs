@@ -10,9 +10,9 @@
 //!
 //! All sums inside a block are exact integers: at most 256·63·127·128 < 2²⁸. Layouts: `codec/kquants.rs`.
 
-use super::lanes::Lanes;
 use super::rounded::Rounded;
 use crate::codec::{f16_to_f32, kquants};
+use crate::lanes::Lanes;
 
 /// A row of activations, as the kernels walk along it.
 #[derive(Clone, Copy)]

@@ -10,8 +10,8 @@
 //! The sums of 32 products are exact integers. Two blocks go through at a time; lane k of the sum collects
 //! (d·e)·(sum of four products), and the second terms are kept beside it. Q8_0's codes are signed.
 
-use super::lanes::Lanes;
 use super::rounded::{Rounded, Scale32};
+use crate::lanes::Lanes;
 
 /// A row of activations, as the kernels walk along it.
 #[derive(Clone, Copy)]

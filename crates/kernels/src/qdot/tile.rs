@@ -103,7 +103,7 @@ pub(crate) struct Product<'a, 'b> {
 
 /// True if this CPU has what [`run`] needs.
 pub(crate) fn is_here() -> bool {
-    super::lanes::Avx512::is_here()
+    crate::lanes::Avx512::is_here()
 }
 
 /// `y (+)= x·wᵀ` for all products, as one parallel region.

@@ -2,9 +2,9 @@
 
 use super::super::blocks32::{self, Blocks32};
 use super::super::blocks256::{self, Blocks256};
-use super::super::lanes::Avx512;
 use super::{Product, ROWS, Scales};
 use crate::codec::f16_to_f32;
+use crate::lanes::Avx512;
 use crate::storage::StorageType;
 use std::arch::x86_64::*;
 use std::cell::Cell;

@@ -4,7 +4,7 @@ use super::Lanes;
 use std::arch::x86_64::*;
 
 /// Needs avx2, fma and f16c.
-pub(in crate::qdot) struct Avx2;
+pub(crate) struct Avx2;
 
 impl Avx2 {
     /// True if this CPU has what is needed.
@@ -212,6 +212,42 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn splat(x: f32) -> [__m256; 2] {
         unsafe { [_mm256_set1_ps(x); 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn floats(p: *const f32) -> [__m256; 2] {
+        unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
+    }
+
+    #[inline(always)]
+    unsafe fn floats_of_bf16(p: *const u8) -> [__m256; 2] {
+        unsafe {
+            let half = |p: *const u8| {
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            };
+            [half(p), half(p.add(16))]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn floats_of_f16(p: *const u8) -> [__m256; 2] {
+        unsafe {
+            [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(16).cast()))]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add(sum: [__m256; 2], a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], sum[0]), _mm256_fmadd_ps(a[1], b[1], sum[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn store(x: [__m256; 2], p: *mut f32) {
+        unsafe {
+            _mm256_storeu_ps(p, x[0]);
+            _mm256_storeu_ps(p.add(8), x[1]);
+        }
     }
 
     #[inline(always)]

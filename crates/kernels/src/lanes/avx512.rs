@@ -4,7 +4,7 @@ use super::Lanes;
 use std::arch::x86_64::*;
 
 /// Needs avx512f, avx512bw, avx512vl, avx512vnni, avx2, fma and f16c.
-pub(in crate::qdot) struct Avx512;
+pub(crate) struct Avx512;
 
 impl Avx512 {
     /// True if this CPU has what is needed.
@@ -169,6 +169,34 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
         unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn floats(p: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn floats_of_bf16(p: *const u8) -> __m512 {
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn floats_of_f16(p: *const u8) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add(sum: __m512, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, sum) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(x: __m512, p: *mut f32) {
+        unsafe { _mm512_storeu_ps(p, x) }
     }
 
     #[inline(always)]

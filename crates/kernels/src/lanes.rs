@@ -1,6 +1,6 @@
-//! 64 bytes of codes at a time, on whatever registers the CPU has.
+//! 64 bytes of codes, or sixteen floats, at a time, on whatever registers the CPU has.
 //!
-//! The kernels are written once over [`Lanes`]; a value of `Bytes` is 64 bytes, one of `Ints` sixteen i32, one of
+//! The kernels of generation are written once over [`Lanes`]; a value of `Bytes` is 64 bytes, one of `Ints` sixteen i32, one of
 //! `Floats` sixteen f32, in one AVX-512 register, two of AVX2, or an array. Lane k of a dot product is the sum over
 //! the bytes 4k..4k + 4, in every implementation, so integers agree exactly.
 
@@ -10,7 +10,7 @@
 ///
 /// Every function may be called only on a CPU with the features that the implementation names, inside a function
 /// compiled for them; pointers must be readable for as many bytes as each function says.
-pub(super) trait Lanes {
+pub(crate) trait Lanes {
     type Bytes: Copy;
     type Ints: Copy;
     type Floats: Copy;
@@ -57,6 +57,16 @@ pub(super) trait Lanes {
     /// `sum + ints·factor`.
     unsafe fn add_scaled(sum: Self::Floats, ints: Self::Ints, factor: Self::Floats) -> Self::Floats;
     unsafe fn splat(x: f32) -> Self::Floats;
+    /// Sixteen floats from `p`.
+    unsafe fn floats(p: *const f32) -> Self::Floats;
+    /// Sixteen bf16 from `p`, widened.
+    unsafe fn floats_of_bf16(p: *const u8) -> Self::Floats;
+    /// Sixteen f16 from `p`, widened.
+    unsafe fn floats_of_f16(p: *const u8) -> Self::Floats;
+    /// `sum + a·b`, rounded once where the CPU can.
+    unsafe fn multiply_add(sum: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// Writes sixteen floats to `p`.
+    unsafe fn store(x: Self::Floats, p: *mut f32);
     /// The sum of all lanes.
     unsafe fn total(x: Self::Floats) -> f32;
 
@@ -72,15 +82,94 @@ pub(super) trait Lanes {
     unsafe fn odd_sum(q: Self::Quad) -> f32;
 }
 
+/// An implementation of [`Lanes`], and what the code around it is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backend {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "aarch64")]
+    DotProduct,
+    Portable,
+}
+
+impl Backend {
+    /// All that this CPU has, the best first.
+    pub fn all() -> impl Iterator<Item = Self> {
+        [
+            #[cfg(target_arch = "x86_64")]
+            Avx512::is_here().then_some(Self::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            Avx2::is_here().then_some(Self::Avx2),
+            #[cfg(target_arch = "aarch64")]
+            std::arch::is_aarch64_feature_detected!("dotprod").then_some(Self::DotProduct),
+            Some(Self::Portable),
+        ]
+        .into_iter()
+        .flatten()
+    }
+
+    /// The best.
+    pub fn best() -> Self {
+        Self::all().next().unwrap_or(Self::Portable)
+    }
+}
+
+/// `by_backend!(unsafe fn name(args) = body)`: `name(backend, args)` runs `body::<L>(args)`, an inlined function over
+/// [`Lanes`], compiled for that backend.
+///
+/// # Safety
+/// As for `body`; the backend is one of [`Backend::all`].
+macro_rules! by_backend {
+    ($(#[$meta:meta])* unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident) => {
+        $(#[$meta])*
+        unsafe fn $name(backend: $crate::lanes::Backend, $($arg: $ty),*) {
+            use $crate::lanes::Backend;
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+            unsafe fn avx512($($arg: $ty),*) {
+                // SAFETY: passed on; compiled for what `Avx512` needs.
+                unsafe { $body::<$crate::lanes::Avx512>($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn avx2($($arg: $ty),*) {
+                // SAFETY: passed on; compiled for what `Avx2` needs.
+                unsafe { $body::<$crate::lanes::Avx2>($($arg),*) }
+            }
+            #[cfg(target_arch = "aarch64")]
+            #[target_feature(enable = "dotprod")]
+            unsafe fn dot_product($($arg: $ty),*) {
+                // SAFETY: passed on; `Portable` needs nothing.
+                unsafe { $body::<$crate::lanes::Portable>($($arg),*) }
+            }
+            // SAFETY: passed on; this CPU has what the backend needs.
+            unsafe {
+                match backend {
+                    #[cfg(target_arch = "x86_64")]
+                    Backend::Avx512 => avx512($($arg),*),
+                    #[cfg(target_arch = "x86_64")]
+                    Backend::Avx2 => avx2($($arg),*),
+                    #[cfg(target_arch = "aarch64")]
+                    Backend::DotProduct => dot_product($($arg),*),
+                    Backend::Portable => $body::<$crate::lanes::Portable>($($arg),*),
+                }
+            }
+        }
+    };
+}
+pub(crate) use by_backend;
+
 mod portable;
-pub(super) use portable::Portable;
+pub(crate) use portable::Portable;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
-pub(super) use {avx2::Avx2, avx512::Avx512, x86::*};
+pub(crate) use {avx2::Avx2, avx512::Avx512, x86::*};
 
 /// What AVX2 and AVX-512 share: four scales at once by the CPU's conversion of f16.
 #[cfg(target_arch = "x86_64")]
@@ -89,7 +178,7 @@ mod x86 {
 
     /// [`super::Lanes::scales`]
     #[inline(always)]
-    pub(in super::super) unsafe fn x86_scales(a: *const u8, b: *const u8, y: *const f32) -> __m128 {
+    pub(crate) unsafe fn x86_scales(a: *const u8, b: *const u8, y: *const f32) -> __m128 {
         // SAFETY: as for `Lanes`.
         unsafe {
             let f16_twice = |p: *const u8| _mm_set1_epi16(p.cast::<i16>().read_unaligned());
@@ -100,11 +189,7 @@ mod x86 {
 
     /// [`super::Lanes::scales_and_minima`]
     #[inline(always)]
-    pub(in super::super) unsafe fn x86_scales_and_minima(
-        a: *const u8,
-        b: *const u8,
-        y: *const f32,
-    ) -> __m128 {
+    pub(crate) unsafe fn x86_scales_and_minima(a: *const u8, b: *const u8, y: *const f32) -> __m128 {
         // SAFETY: as for `Lanes`.
         unsafe {
             let pair = |p: *const u8| _mm_cvtsi32_si128(p.cast::<i32>().read_unaligned());
@@ -115,7 +200,7 @@ mod x86 {
 
     /// [`super::Lanes::odd_sum`]
     #[inline(always)]
-    pub(in super::super) unsafe fn x86_odd_sum(q: __m128) -> f32 {
+    pub(crate) unsafe fn x86_odd_sum(q: __m128) -> f32 {
         // SAFETY: as for `Lanes`.
         unsafe {
             let odd = _mm_shuffle_ps::<0b11_01_11_01>(q, q);

@@ -5,7 +5,7 @@ use super::Lanes;
 use crate::codec::f16_to_f32;
 
 /// Needs nothing.
-pub(in crate::qdot) struct Portable;
+pub(crate) struct Portable;
 
 #[inline(always)]
 unsafe fn f16_at(p: *const u8) -> f32 {
@@ -161,6 +161,33 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn splat(x: f32) -> [f32; 16] {
         [x; 16]
+    }
+
+    #[inline(always)]
+    unsafe fn floats(p: *const f32) -> [f32; 16] {
+        unsafe { p.cast::<[f32; 16]>().read() }
+    }
+
+    #[inline(always)]
+    unsafe fn floats_of_bf16(p: *const u8) -> [f32; 16] {
+        let bytes = unsafe { p.cast::<[[u8; 2]; 16]>().read() };
+        bytes.map(|b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16))
+    }
+
+    #[inline(always)]
+    unsafe fn floats_of_f16(p: *const u8) -> [f32; 16] {
+        let bytes = unsafe { p.cast::<[[u8; 2]; 16]>().read() };
+        bytes.map(|b| f16_to_f32(u16::from_le_bytes(b)))
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add(sum: [f32; 16], a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|k| sum[k] + a[k] * b[k])
+    }
+
+    #[inline(always)]
+    unsafe fn store(x: [f32; 16], p: *mut f32) {
+        unsafe { p.cast::<[f32; 16]>().write(x) }
     }
 
     #[inline(always)]
