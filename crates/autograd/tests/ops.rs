@@ -10,7 +10,10 @@ use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, RopeSpec};
 use engobe_autograd::{FrozenWeight, Gradients, Param, Result, Tape, Var};
 use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::{AttentionShape, Segment};
+use engobe_kernels::codec::FourBit;
+use engobe_kernels::quantize::{QuantizedWeight, Scheme};
 use engobe_kernels::rope::RopeTable;
+use engobe_kernels::storage::StorageType;
 use std::sync::Arc;
 
 const STEP: f32 = 1e-2;
@@ -341,6 +344,42 @@ fn head_loss_trained_with_delta() {
         };
         Ok(ops::head_loss(tape, &h, head, Arc::from([0u32, 8, 3, 3]))?.loss)
     });
+}
+
+fn quantized(scheme: Scheme, seed: u64, rows: usize, cols: usize) -> FrozenWeight {
+    let bytes: Vec<u8> = randn(seed, rows * cols).iter().flat_map(|x| x.to_le_bytes()).collect();
+    let weight = QuantizedWeight::new(scheme, StorageType::F32, rows, cols, &bytes, &|_| ()).unwrap();
+    FrozenWeight::quantized(weight).unwrap()
+}
+
+/// Weights with factors beside their codes, as a linear layer, an embedding and a head; 20 columns straddle blocks.
+#[test]
+fn quantized_weights_in_every_place() {
+    let block = |kind, double| Scheme::FourBit { kind, block: 32, double };
+    for (scheme, name) in [
+        (block(FourBit::Nf4, false), "NF4/32"),
+        (block(FourBit::Nf4, true), "NF4/32+dq"),
+        (block(FourBit::Fp4, false), "FP4/32"),
+        (Scheme::Int8, "INT8"),
+    ] {
+        let w = quantized(scheme, 62, 20, 20);
+        assert_eq!(w.storage_name(), name);
+        assert!(w.size_bytes() < 20 * 20 * 4);
+        let head = Matrix::Frozen(quantized(scheme, 63, 9, 20));
+        let (x, a, b) = (param("x", 64, &[7, 20]), param("a", 65, &[2, 20]), param("b", 66, &[20, 2]));
+        check(&[&x, &a, &b], &|tape| {
+            let ids: Arc<[u32]> = Arc::from([3u32, 0, 8, 8, 1, 2, 4]);
+            let rows = ops::embedding(tape, &head, ids.clone(), &Device::Cpu)?;
+            let x = tape.param(&x);
+            let x = ops::add(tape, &x, &rows)?;
+            let low_rank =
+                LowRank { a: tape.param(&a), b: tape.param(&b), b_bias: None, scale: 0.1, dropout: 0.0 };
+            let spec = LinearSpec { weight: Matrix::Frozen(w.clone()), bias: None, low_rank: vec![low_rank] };
+            let y = ops::linear(tape, &x, spec)?;
+            let head = Head { weight: head.clone(), bias: None, low_rank: None };
+            Ok(ops::head_loss(tape, &y, head, ids)?.loss)
+        });
+    }
 }
 
 /// Blocks: parameters inside, an input from outside, dropout masks that must come out the same twice.

@@ -61,7 +61,7 @@ impl Llama {
             false => weights.matrix("lm_head.weight", c.vocab_size, d)?,
         };
         let linear = |path: &str, out: usize, width: usize, bias: bool| -> Result<Linear> {
-            let weight = weights.matrix(&format!("{path}.weight"), out, width)?;
+            let weight = weights.linear(&format!("{path}.weight"), out, width)?;
             let bias = bias.then(|| weights.vector(&format!("{path}.bias"), out)).transpose()?;
             Ok(Linear::new(path, weight, bias))
         };

@@ -2,6 +2,7 @@
 
 use crate::{F, FFN, HEAD_DIM, HEADS, TOKENS, WIDTH, measure, numbers};
 use criterion::Criterion;
+use engobe_kernels::activation::Activation;
 use engobe_kernels::adamw::{AdamWStep, adamw_step};
 use engobe_kernels::rope::{RopeTable, apply};
 use engobe_kernels::{activation, dropout, elementwise, norm};
@@ -48,9 +49,11 @@ fn silu_mul(c: &mut Criterion) {
     let n = TOKENS * FFN;
     let (gate, up, dy) = (numbers(n), numbers(n), numbers(n));
     let (mut out, mut other) = (vec![0f32; n], vec![0f32; n]);
-    measure(c, "silu_mul", (EXP + 4) * n, 3 * n * F, || activation::silu_mul(&gate, &up, &mut out));
+    measure(c, "gated silu", (EXP + 4) * n, 3 * n * F, || {
+        activation::gated(Activation::Silu, &gate, &up, &mut out)
+    });
     measure(c, "silu_mul backward", (EXP + 10) * n, 5 * n * F, || {
-        activation::silu_mul_backward(&gate, &up, &dy, &mut out, &mut other);
+        activation::gated_backward(Activation::Silu, &gate, &up, &dy, &mut out, &mut other);
     });
 }
 
