@@ -98,11 +98,11 @@ class Context:
         command = [str(part) for part in command]
         env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false", **(env or {})}
         out, cost = run(command, env=env, watch=watch)
-        return out, {"command": self.plain(command), **cost}
+        shown = " ".join(part if len(part) < 200 else part[:60] + "…" for part in command)
+        return out, {"command": self.plain(shown), **cost}
 
-    def plain(self, command):
-        """A command line without this machine's paths."""
-        text = " ".join(part if len(part) < 200 else part[:60] + "…" for part in command)
+    def plain(self, text):
+        """Text without this machine's paths."""
         names = {str(self.engobe): "engobe", str(self.rate): "machine_rate", self.python: "python", f"{SCRIPTS}/": ""}
         for path, name in {**names, f"{self.work}/": "", str(Path.home()): "~"}.items():
             text = text.replace(path, name)

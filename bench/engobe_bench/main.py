@@ -74,16 +74,17 @@ def main():
         "peft_attention_trials": ctx.trials,
         "measurements": [],
     }
-    sections = []
+    sections, path = [], report.place(result, args.out)
     for workload in workloads:
         try:
             measured = run_workload(workload, ctx, result["measurements"].append)
             sections.append(workload.section(ctx, measured))
             print(f"\n{sections[-1].title}\n{report.table(sections[-1].header, sections[-1].rows)}", flush=True)
         except Failed as error:
-            result["failures"][workload.key] = ctx.plain([str(error)])
+            result["failures"][workload.key] = ctx.plain(str(error))
             peers.say(f"{workload.key} failed: {error}")
-    result["seconds"] = time.monotonic() - started
-    path = report.write(result, sections, args.out)
+        # as far as it is: what was measured is not lost when the rest is called off
+        result["seconds"] = time.monotonic() - started
+        report.write(path, result, sections)
     peers.say(f"results: {path}, {path.parent / 'latest.md'}")
     return 1 if result["failures"] else 0

@@ -52,8 +52,8 @@ def markdown(result, sections):
     return "\n\n".join([*head, *body, *tail]) + "\n"
 
 
-def write(result, sections, out=None):
-    """Writes a result and the report; returns where."""
+def place(result, out=None):
+    """A new file for a result."""
     folder = Path(out) if out else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     base = f"{result['date']}-{slug(result['machine'])}"
@@ -61,12 +61,16 @@ def write(result, sections, out=None):
     while path.exists():
         n += 1
         path = folder / f"{base}-{n}.json"
+    return path
+
+
+def write(path, result, sections):
+    """Writes a result, and the report beside it."""
     path.write_text(json.dumps(result, indent=1) + "\n")
     for section in sections:
         if section.plot:
-            (folder / section.plot[0]).write_text(section.plot[1])
-    (folder / "latest.md").write_text(markdown(result, sections))
-    return path
+            (path.parent / section.plot[0]).write_text(section.plot[1])
+    (path.parent / "latest.md").write_text(markdown(result, sections))
 
 
 def today():

@@ -8,7 +8,7 @@ from pathlib import Path
 from .peers import SCRIPTS, say
 from .stats import median
 
-LORA = ["--r", "16", "--lora-alpha", "32", "--lora-dropout", "0", "--target-modules", "all-linear"]
+LORA = ["--r", 16, "--lora-alpha", 32, "--target-modules", "all-linear"]
 
 
 def step_values(steps, warmup, started_to_first_step):

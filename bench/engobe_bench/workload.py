@@ -53,12 +53,12 @@ class Workload:
 
 def run_workload(workload, ctx, record):
     """All rounds of a workload. Each measurement goes to `record` as it comes, with nothing left out."""
-    with locked(ctx.lock):
-        workload.prepare(ctx)
-    measured = {}
-    entrants = workload.entrants(ctx)
+    measured, entrants = {}, []
     for turn in range(workload.rounds(ctx)):
         with locked(ctx.lock):
+            if turn == 0:
+                workload.prepare(ctx)
+                entrants = workload.entrants(ctx)
             for entrant in entrants:
                 at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
                 one = entrant.run(ctx)
