@@ -65,16 +65,20 @@ impl<'a> Weights<'a> {
         Ok(self.checkpoint.get(&name)?)
     }
 
+    /// Heads of a tensor whose rows the converter permuted: weights and biases of q and k in a GGUF file.
+    fn permuted_heads(&self, name: &str) -> Option<usize> {
+        let (heads, kv_heads) = self.gguf_heads?;
+        let is = |part: &str| name.contains(part);
+        is("q_proj").then_some(heads).or(is("k_proj").then_some(kv_heads))
+    }
+
     /// A matrix `[rows, cols]`.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
         let view = self.find(name)?;
         check_shape(view, &[rows, cols])?;
         let storage = view.storage()?;
         check_finite(view, storage)?;
-        let permuted = self.gguf_heads.and_then(|(heads, kv_heads)| {
-            let is = |part: &str| name.contains(part);
-            is("q_proj").then_some(heads).or(is("k_proj").then_some(kv_heads))
-        });
+        let permuted = self.permuted_heads(name);
         let wanted = match self.dtype {
             WeightDtype::Stored => storage,
             WeightDtype::F32 => StorageType::F32,
@@ -113,6 +117,10 @@ impl<'a> Weights<'a> {
         check_finite(view, storage)?;
         let mut out = vec![0f32; len];
         codec::decode(storage, view.bytes(), &mut out);
+        if let Some(heads) = self.permuted_heads(name) {
+            let stored = std::mem::take(&mut out);
+            out = (0..len).map(|i| stored[stored_row(i, len / heads.max(1))]).collect();
+        }
         Ok(tensor_of(out, len)?.to_device(&self.device).map_err(engobe_autograd::Error::from)?)
     }
 
@@ -187,14 +195,17 @@ fn all_finite(storage: StorageType, bytes: &[u8]) -> bool {
 pub fn unpermute_rows(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
     let row_bytes = bytes.len() / rows.max(1);
     let head = rows / heads.max(1);
-    let half = head / 2;
     let mut out = vec![0u8; bytes.len()];
     for (i, dst) in out.chunks_exact_mut(row_bytes.max(1)).enumerate() {
-        let (h, within) = (i / head, i % head);
-        let src = h * head + 2 * (within % half) + within / half;
-        dst.copy_from_slice(&bytes[src * row_bytes..][..row_bytes]);
+        dst.copy_from_slice(&bytes[stored_row(i, head) * row_bytes..][..row_bytes]);
     }
     out
+}
+
+/// Where the converter put row `i`, in heads of `head` rows (an even number).
+fn stored_row(i: usize, head: usize) -> usize {
+    let (within, half) = (i % head, head / 2);
+    i - within + 2 * (within % half) + within / half
 }
 
 /// The elements in another storage, in parallel.
