@@ -2,6 +2,7 @@
 
 mod support;
 
+use engobe_formats::safetensors_file::{SafetensorsFile, write_safetensors};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -209,6 +210,24 @@ fn mistakes_end_with_one_line_that_names_them() {
         assert!(found == status && parts.iter().all(|p| line.contains(p)), "{args:?}: [{found}] {line}");
         assert!(!out.join("adapter_config.json").exists());
     }
+}
+
+#[test]
+fn a_loss_that_is_no_number_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    json(&mut engobe(&train(&out, &[])));
+    let path = out.join("adapter_model.safetensors");
+    let file = SafetensorsFile::open(&path).unwrap();
+    // finite, but its products are not
+    let huge = |n: usize| 1e30f32.to_le_bytes().repeat(n);
+    let tensors: Vec<_> =
+        file.tensors().map(|t| (t.name.clone(), t.shape.clone(), huge(t.elements()))).collect();
+    write_safetensors(&path, &tensors, &Default::default()).unwrap();
+    let (model, data) = (text(&golden("llama/gqa_tied")), text(&golden("peft/rows.jsonl")));
+    let args = ["eval", "--model", &model, "--adapter", &text(&out), "--data", &data, "--json"];
+    let (status, line) = error(&mut engobe(&args));
+    assert!(status == 1 && line.contains("the loss over these rows is NaN"), "{line}");
 }
 
 #[test]

@@ -157,13 +157,10 @@ fn check_shape(view: &TensorView, expected: &[usize]) -> Result<()> {
     })
 }
 
-/// Refuses a plain-float tensor that holds an infinity or a NaN: training over it can only end in NaN.
+/// Refuses a tensor that holds an infinity or a NaN: training over it can only end in NaN.
 fn check_finite(view: &TensorView, storage: StorageType) -> Result<()> {
-    if storage.is_quantized() {
-        return Ok(());
-    }
-    const ELEMENTS: usize = 1 << 16;
-    let chunk = ELEMENTS * storage.block_bytes();
+    const BLOCKS: usize = 1 << 14;
+    let chunk = BLOCKS * storage.block_bytes();
     let bad = view.bytes().par_chunks(chunk).position_any(|bytes| !all_finite(storage, bytes));
     match bad {
         None => Ok(()),
@@ -171,8 +168,25 @@ fn check_finite(view: &TensorView, storage: StorageType) -> Result<()> {
     }
 }
 
+/// Where the half-precision numbers of a quantized block stand: what they scale is whole numbers.
+fn scales_at(storage: StorageType) -> &'static [usize] {
+    match storage {
+        StorageType::Q4_0 | StorageType::Q5_0 | StorageType::Q8_0 => &[0],
+        StorageType::Q4_1 | StorageType::Q5_1 | StorageType::Q4_K | StorageType::Q5_K => &[0, 2],
+        StorageType::Q2_K => &[80, 82],
+        StorageType::Q3_K => &[108],
+        StorageType::Q6_K => &[208],
+        _ => &[],
+    }
+}
+
 /// A float is finite unless all bits of its exponent are set.
 fn all_finite(storage: StorageType, bytes: &[u8]) -> bool {
+    if storage.is_quantized() {
+        let finite = |at: &[u8]| u16::from_le_bytes([at[0], at[1]]) & 0x7C00 != 0x7C00;
+        let mut blocks = bytes.chunks_exact(storage.block_bytes());
+        return blocks.all(|block| scales_at(storage).iter().all(|at| finite(&block[*at..])));
+    }
     let all16 = |mask: u16| {
         let (words, _) = bytes.as_chunks::<2>();
         !words.iter().fold(false, |bad, w| bad | (u16::from_le_bytes(*w) & mask == mask))
@@ -241,6 +255,23 @@ mod tests {
         // one byte a row; two heads of four: the converter stores (0,2,1,3) of each head
         let stored = [0u8, 2, 1, 3, 4, 6, 5, 7];
         assert_eq!(unpermute_rows(&stored, 8, 2), [0, 1, 2, 3, 4, 5, 6, 7]);
+    }
+
+    #[test]
+    fn finds_a_broken_scale_in_every_kind_of_block() {
+        for storage in StorageType::ALL.into_iter().filter(|s| s.is_quantized()) {
+            // block after block of zeros is fine; each number that decoding reads as a half must be looked at
+            let good = vec![0u8; 3 * storage.block_bytes()];
+            assert!(all_finite(storage, &good), "{storage}");
+            for at in (0..storage.block_bytes() - 1).step_by(2) {
+                let mut bytes = good.clone();
+                bytes[storage.block_bytes() + at..][..2].copy_from_slice(&half::f16::NAN.to_le_bytes());
+                let mut floats = vec![0f32; 3 * storage.block_len()];
+                codec::decode(storage, &bytes, &mut floats);
+                let is_scale = floats.iter().any(|f| f.is_nan());
+                assert_eq!(all_finite(storage, &bytes), !is_scale, "{storage} at {at}");
+            }
+        }
     }
 
     #[test]
