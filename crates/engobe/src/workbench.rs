@@ -9,6 +9,7 @@ use engobe_adapters::Adapter;
 use engobe_data::TextTokenizer;
 use engobe_data::template::CHATML;
 use engobe_formats::gguf::Gguf;
+use engobe_infer::Activations;
 use engobe_models::{LoadOptions, WeightDtype, load_causal_lm};
 use engobe_nn::{CausalLm, ModuleMut};
 use std::path::{Path, PathBuf};
@@ -23,6 +24,8 @@ pub struct Bench {
     pub tokenizer: Option<TextTokenizer>,
     /// the adapter, if one was asked for
     pub adapter: Option<Adapter>,
+    /// how generation takes activations
+    pub activations: Activations,
 }
 
 /// Uses `threads` threads from here on.
@@ -134,18 +137,21 @@ impl Bench {
             [one] => Some(adapter_dir(one)),
             more => bail!(Usage(format!("--adapter was given {} times: one at a time here", more.len()))),
         };
-        Self::load(&path, adapter.as_deref(), dtype, device)
+        let bench = Self::load(&path, adapter.as_deref(), dtype, device)?;
+        let activations = if args.exact_activations { Activations::Exact } else { Activations::Rounded };
+        Ok(Self { activations, ..bench })
     }
 
     /// Loads a model from a directory or GGUF file.
     pub fn load(path: &Path, adapter: Option<&Path>, dtype: WeightDtype, device: Device) -> Result<Self> {
         let (model, tokenizer) = rayon::join(
-            || load_causal_lm(path, &LoadOptions { dtype, device: device.clone() }),
+            || load_causal_lm(path, &LoadOptions { dtype, quantize: None, device: device.clone() }),
             || tokenizer(path),
         );
         let mut model = model?;
         let adapter = adapter.map(|dir| Adapter::load(model.as_mut(), dir, &device)).transpose()?;
-        Ok(Self { path: path.to_path_buf(), model, tokenizer: tokenizer?, adapter })
+        let (path, tokenizer) = (path.to_path_buf(), tokenizer?);
+        Ok(Self { path, model, tokenizer, adapter, activations: Activations::default() })
     }
 
     /// The tokenizer, or an error that says what is missing.

@@ -17,7 +17,6 @@
 //! [`cross_entropy_backward`] serves heads that are themselves trained: with L known, one more pass gives
 //! every gradient.
 
-use crate::codec;
 use crate::exp;
 use crate::mat::{MatMut, MatRef};
 use crate::matmul::sgemm_serial;
@@ -84,11 +83,9 @@ impl Head<'_> {
         if let Some(all) = self.weight.as_f32() {
             return f(&all[range.start * d..range.end * d]);
         }
-        let bytes = self.weight.bytes();
-        let row = bytes.len() / self.weight.rows();
         TILE.with_borrow_mut(|tile| {
             tile.resize(range.len() * d, 0.0);
-            codec::decode(self.weight.storage(), &bytes[range.start * row..range.end * row], tile);
+            self.weight.decode_rows(range.clone(), tile);
             f(tile)
         })
     }
