@@ -60,7 +60,7 @@ pub fn merge(
         }
     });
     let announced =
-        plan.iter().map(|p| (p.name.clone(), (options.storage)(&p.name), p.shape.clone())).collect();
+        plan.iter().map(|p| (p.name.clone(), (options.storage)(&p.name).into(), p.shape.clone())).collect();
     let mut writer = ShardedWriter::create(dir, announced, options.max_shard_bytes)?;
     let deltas: BTreeMap<&str, Vec<&crate::LoraLayer>> =
         adapter.layers().iter().fold(BTreeMap::new(), |mut map, layer| {

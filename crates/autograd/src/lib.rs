@@ -20,4 +20,4 @@ pub use error::{Error, Result};
 pub use host::{Host, host, tensor_of, uninit, update};
 pub use param::{Gradients, Param, ParamId};
 pub use tape::{GradSink, OutGrads, Slot, Tape, Var};
-pub use weight::{FrozenWeight, HostBytes};
+pub use weight::{FrozenWeight, HostBytes, HostScales};

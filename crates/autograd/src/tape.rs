@@ -202,6 +202,7 @@ struct Options {
     composed: bool,
     checkpointing: bool,
     dropout_seed: Option<u64>,
+    second_run: bool,
     generating: Option<Activations>,
 }
 
@@ -259,6 +260,12 @@ impl<'m> Tape<'m> {
     /// True if ops on `tensor` shall take the kernels' form.
     pub fn fast(&self, tensor: &Tensor) -> bool {
         !self.options.composed && tensor.device().is_cpu()
+    }
+
+    /// True while [`Tape::block`] runs a block again in the backward: nobody will read the block's output, so the op
+    /// that makes it need not compute it.
+    pub fn is_second_run(&self) -> bool {
+        self.options.second_run
     }
 
     /// The seed of the next dropout mask, if dropout is on.
@@ -345,7 +352,7 @@ impl<'m> Tape<'m> {
         let plain: Vec<Var> = inputs.iter().map(|v| Var::constant(v.tensor.clone())).collect();
         let output = f(&mut first, &plain)?.into_tensor();
         let draws_before = std::mem::replace(&mut self.draws, first.draws);
-        let options = Options { checkpointing: false, ..self.options };
+        let options = Options { checkpointing: false, second_run: true, ..self.options };
         let slots: Vec<Slot> = inputs.iter().map(Var::slot).collect();
         let mut upstream = slots.clone();
         if first.touched_param {

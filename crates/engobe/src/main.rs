@@ -3,6 +3,7 @@
 //! This crate is the command line: what was typed ([`args`]), what it means ([`settings`]), and how it is told
 //! ([`terminal`], [`report`]). The work is in the library crates.
 
+mod allocator;
 mod args;
 mod commands;
 mod dataset;
@@ -21,22 +22,12 @@ mod workbench;
 use args::{Cli, Task};
 use std::process::ExitCode;
 
-// glibc gives large buffers back to the system at each free, and page faults are slow on virtual machines
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-/// Makes the allocator keep what is freed. By default it returns pages after 10 ms, and each training step takes the
-/// same buffers again: a million page faults in ten steps, a tenth of their time.
-fn keep_freed_pages() {
-    /// place of `mi_option_purge_delay` in `mi_option_t`, the same in mimalloc 2 and 3
-    const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
-    // SAFETY: sets a number; called before other threads exist.
-    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
-}
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 fn main() -> ExitCode {
     terminal::start_clock();
-    keep_freed_pages();
+    allocator::keep_freed_pages();
     std::panic::set_hook(Box::new(|info| {
         let place = info.location().map(|l| format!("{}:{}", l.file(), l.line())).unwrap_or_default();
         eprintln!("engobe: a mistake of ours at {place}: please report it with the command that you ran");

@@ -123,7 +123,7 @@ impl Bench {
     /// Loads a model from a directory or GGUF file.
     pub fn load(path: &Path, adapter: Option<&Path>, dtype: WeightDtype, device: Device) -> Result<Self> {
         let (model, tokenizer) = rayon::join(
-            || load_causal_lm(path, &LoadOptions { dtype, device: device.clone() }),
+            || load_causal_lm(path, &LoadOptions { dtype, quantize: None, device: device.clone() }),
             || tokenizer(path),
         );
         let mut model = model?;

@@ -20,6 +20,7 @@ pub mod mat;
 pub mod matmul;
 pub mod norm;
 mod qdot;
+pub mod quantize;
 pub mod rope;
 pub mod storage;
 mod team;

@@ -83,7 +83,7 @@ pub fn linear_group(x: MatRef, parts: &mut [Part<'_, '_>], activations: Activati
     let mut rounded: Vec<Rounded> = Vec::new();
     if x.col_stride == 1 && activations == Activations::Rounded {
         for part in parts.iter() {
-            if let Some(rounding) = Rounding::beside(part.w.storage())
+            if let Some(rounding) = part.w.storage().and_then(Rounding::beside)
                 && !rounded.iter().any(|r| r.rounding() == rounding)
             {
                 rounded.push(Rounded::new(x, rounding));
@@ -99,8 +99,9 @@ pub fn linear_group(x: MatRef, parts: &mut [Part<'_, '_>], activations: Activati
 /// [`linear_group`] of many rows: integer tiles where the CPU has them, else products in f32 over what the rounded
 /// activations stand for.
 fn many_rows(x: MatRef, parts: &mut [Part<'_, '_>], rounded: &[Rounded]) {
-    let beside =
-        |w: WeightView| rounded.iter().position(|r| Some(r.rounding()) == Rounding::beside(w.storage()));
+    let beside = |w: WeightView| {
+        rounded.iter().position(|r| Some(r.rounding()) == w.storage().and_then(Rounding::beside))
+    };
     #[cfg(target_arch = "x86_64")]
     if tile::is_here() {
         let (whole, plain): (Vec<_>, Vec<_>) = parts.iter_mut().partition(|p| beside(p.w).is_some());

@@ -49,7 +49,7 @@ pub(crate) unsafe fn rows(
     y: &SharedMat<'_>,
     accumulate: bool,
 ) {
-    assert_eq!(Rounding::beside(w.storage()), Some(x.rounding), "{} weight", w.storage());
+    assert_eq!(Rounding::beside(w.block_storage()), Some(x.rounding), "{} weight", w.block_storage());
     assert_eq!(x.cols, w.cols(), "columns of activations and weight");
     assert!(rows.end <= w.rows() && y.dims() == (x.rows, w.rows()));
     // SAFETY: passed on.
@@ -68,7 +68,7 @@ by_backend!(
 unsafe fn run<L: Lanes>(task: Task<'_, '_>, rows: Range<usize>) {
     // SAFETY: passed on.
     unsafe {
-        match task.w.storage() {
+        match task.w.block_storage() {
             StorageType::Q4_0 => task.by32::<L, blocks32::Q4_0>(rows),
             StorageType::Q4_1 => task.by32::<L, blocks32::Q4_1>(rows),
             StorageType::Q5_0 => task.by32::<L, blocks32::Q5_0>(rows),
@@ -119,7 +119,7 @@ impl Task<'_, '_> {
 
     #[inline(always)]
     unsafe fn pass32<L: Lanes, B: Blocks32, const M: usize>(&self, rows: Range<usize>, first: usize) {
-        debug_assert_eq!(B::BYTES, self.w.storage().block_bytes());
+        debug_assert_eq!(B::BYTES, self.w.block_storage().block_bytes());
         let x = blocks32::activations::<B, M>(self.x, first);
         let blocks = self.w.cols() / 32;
         for r in rows {
@@ -135,7 +135,7 @@ impl Task<'_, '_> {
 
     #[inline(always)]
     unsafe fn pass256<L: Lanes, B: Blocks256, const M: usize>(&self, rows: Range<usize>, first: usize) {
-        debug_assert_eq!(B::BYTES, self.w.storage().block_bytes());
+        debug_assert_eq!(B::BYTES, self.w.block_storage().block_bytes());
         let x = blocks256::activations::<M>(self.x, first);
         let blocks = self.w.cols() / 256;
         for r in rows {

@@ -11,7 +11,7 @@
 use super::Part;
 use super::disjoint::SharedMat;
 use super::float_rows;
-use crate::codec::{self, simd::multiversion};
+use crate::codec::simd::multiversion;
 use crate::lanes::Backend;
 use crate::mat::MatRef;
 use crate::qdot::{self, Rounded, Rounding};
@@ -54,10 +54,12 @@ pub(super) fn linear(x: MatRef, parts: &mut [Part<'_, '_>], rounded: &[Rounded],
         .iter_mut()
         .map(|part| Job {
             w: part.w,
-            rounded: rounded.iter().find(|r| Some(r.rounding()) == Rounding::beside(part.w.storage())),
+            rounded: rounded
+                .iter()
+                .find(|r| Some(r.rounding()) == part.w.storage().and_then(Rounding::beside)),
             y: SharedMat::new(&mut part.y),
             accumulate: part.accumulate,
-            fused: generating && !part.w.storage().is_quantized(),
+            fused: generating && part.w.storage().is_some_and(|s| !s.is_quantized()),
         })
         .collect();
     let least = if bytes < SERIAL_BYTES { rows } else { (PART_BYTES * rows).div_ceil(bytes) };
@@ -106,7 +108,7 @@ unsafe fn decoded(x: MatRef, w: WeightView, range: Range<usize>, y: &SharedMat<'
             let weights = match plain {
                 Some(data) => &data[r * cols..][start..end],
                 None => {
-                    codec::decode_range(w.row(r), w.storage(), start, &mut piece[..end - start]);
+                    w.decode_row(r, start, &mut piece[..end - start]);
                     &piece[..end - start]
                 }
             };

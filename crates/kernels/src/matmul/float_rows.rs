@@ -27,11 +27,11 @@ pub(super) unsafe fn rows(
     y: &SharedMat<'_>,
     accumulate: bool,
 ) {
-    debug_assert!(!w.storage().is_quantized() && x.col_stride == 1 && x.cols == w.cols());
+    debug_assert!(!w.block_storage().is_quantized() && x.col_stride == 1 && x.cols == w.cols());
     let task = Task { x, w, y, accumulate };
     // SAFETY: passed on.
     unsafe {
-        match w.storage() {
+        match w.block_storage() {
             StorageType::BF16 => bf16(backend, &task, rows),
             StorageType::F16 => f16(backend, &task, rows),
             _ => f32(backend, &task, rows),
@@ -164,7 +164,7 @@ unsafe fn pass<L: Lanes, F: Float, const M: usize>(
         let w = &task.w.bytes()[r * cols * F::BYTES..][..cols * F::BYTES];
         // SAFETY: places below `cols` of w's row and of each row of x; column r of y is ours.
         unsafe {
-            let sums = row::<L, F, M>(task.w.storage(), w, &x);
+            let sums = row::<L, F, M>(task.w.block_storage(), w, &x);
             for (i, sum) in sums.into_iter().enumerate() {
                 task.y.put(first + i, r, sum, task.accumulate);
             }

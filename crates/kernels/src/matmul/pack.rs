@@ -7,7 +7,6 @@
 //! turned in blocks of 8 by 8, so that each cache line of the panel is written whole.
 
 use super::micro::{Isa, NR};
-use crate::codec;
 use crate::mat::MatRef;
 use crate::storage::WeightView;
 use std::ops::Range;
@@ -36,7 +35,7 @@ impl Right<'_> {
     /// Inner rows must be cut at multiples of this.
     pub(super) fn inner_step(&self) -> usize {
         match self {
-            Self::WeightT(w) => w.storage().block_len(),
+            Self::WeightT(w) => w.column_step(),
             _ => 1,
         }
     }
@@ -44,7 +43,7 @@ impl Right<'_> {
     /// Columns must be cut at multiples of this.
     pub(super) fn column_step(&self) -> usize {
         match self {
-            Self::Weight(w) => w.storage().block_len().max(NR),
+            Self::Weight(w) => w.column_step().max(NR),
             _ => NR,
         }
     }
@@ -113,7 +112,7 @@ fn straight_weight(
         let elements: &[f32] = match plain {
             Some(data) => &data[r * w.cols()..][columns.clone()],
             None => {
-                codec::decode_range(w.row(r), w.storage(), columns.start, &mut row[..width]);
+                w.decode_row(r, columns.start, &mut row[..width]);
                 &row[..width]
             }
         };
@@ -132,6 +131,13 @@ fn straight(m: &MatRef, scale: f32, inner: &Range<usize>, columns: Range<usize>,
 /// `out = scale · piece`, filled up with zeros.
 #[inline]
 fn put_row(piece: &[f32], scale: f32, out: &mut [f32]) {
+    if let (Some(piece), Some(out), true) =
+        (piece.first_chunk::<NR>(), out.first_chunk_mut::<NR>(), scale == 1.0)
+    {
+        // known lengths: moved in registers, not by a call
+        *out = *piece;
+        return;
+    }
     let (head, rest) = out.split_at_mut(piece.len());
     match scale == 1.0 {
         true => head.copy_from_slice(piece),
@@ -162,7 +168,7 @@ fn turned_weight(
             continue;
         }
         for (j, out) in rows.chunks_exact_mut(depth).enumerate().take(alive) {
-            codec::decode_range(w.row(columns.start + strip + j), w.storage(), inner.start, out);
+            w.decode_row(columns.start + strip + j, inner.start, out);
         }
         let row = |j: usize| (j < alive).then(|| &rows[j * depth..][..depth]);
         turn_strip(isa, row, depth, scale, strip, panel);

@@ -114,9 +114,14 @@ pub(crate) fn run(products: &[Product<'_, '_>]) {
     let mut scales: Vec<Scales> = Vec::new();
     let mut jobs = Vec::with_capacity(products.len());
     for p in products {
-        assert_eq!(Rounding::beside(p.w.storage()), Some(p.x.rounding), "{} weight", p.w.storage());
+        assert_eq!(
+            Rounding::beside(p.w.block_storage()),
+            Some(p.x.rounding),
+            "{} weight",
+            p.w.block_storage()
+        );
         assert!(p.x.cols == p.w.cols() && p.y.dims() == (p.x.rows, p.w.rows()), "shapes");
-        let kind = Kind::of(p.w.storage());
+        let kind = Kind::of(p.w.block_storage());
         let known = scales.iter().position(|s| s.kind == kind && s.rounding == p.x.rounding);
         jobs.push(known.unwrap_or(scales.len()));
         if known.is_none() {

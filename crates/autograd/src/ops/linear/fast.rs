@@ -124,7 +124,7 @@ impl Group {
     }
 
     /// The u of every delta.
-    fn project(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+    pub(super) fn project(&self, x: &Tensor) -> Result<Vec<Tensor>> {
         let inputs = self.deltas.iter().map(|d| d.input(x)).collect::<Result<Vec<_>>>()?;
         let mut us: Vec<Vec<f32>> = self.deltas.iter().map(|d| uninit(self.n * d.rank())).collect();
         {

@@ -21,7 +21,7 @@ use crate::tape::{Kept, Slot};
 use crate::{
     Error, FrozenWeight, GradSink, Result, Tape, Var, host, ops::dims2, ops::dropout, ops::generation,
 };
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use engobe_kernels::storage::WeightView;
 
 /// A matrix `[out, in]` that is frozen or trained.
@@ -105,17 +105,28 @@ impl LinearSpec {
 
 /// One layer: `x` `[n, in]` to `[n, out]`.
 pub fn linear<'m>(tape: &mut Tape<'m>, x: &Var, spec: LinearSpec) -> Result<Var> {
-    one(forward(tape, x, vec![spec], None)?)
+    one(forward(tape, x, vec![spec], None, false)?)
 }
 
 /// Several layers over one input.
 pub fn linear_group<'m>(tape: &mut Tape<'m>, x: &Var, specs: Vec<LinearSpec>) -> Result<Vec<Var>> {
-    forward(tape, x, specs, None)
+    forward(tape, x, specs, None, false)
 }
 
 /// `residual + layer(x)`: the end of a sub-layer.
 pub fn linear_residual<'m>(tape: &mut Tape<'m>, x: &Var, spec: LinearSpec, residual: &Var) -> Result<Var> {
-    one(forward(tape, x, vec![spec], Some(residual))?)
+    one(forward(tape, x, vec![spec], Some(residual), false)?)
+}
+
+/// [`linear_residual`] whose result is the output of the [`Tape::block`] around it. When the block runs again in the
+/// backward, the product with the weight is left out: the gradients need u and x, but not the output.
+pub fn linear_residual_last<'m>(
+    tape: &mut Tape<'m>,
+    x: &Var,
+    spec: LinearSpec,
+    residual: &Var,
+) -> Result<Var> {
+    one(forward(tape, x, vec![spec], Some(residual), true)?)
 }
 
 fn one(mut outs: Vec<Var>) -> Result<Var> {
@@ -172,6 +183,7 @@ fn forward<'m>(
     x: &Var,
     specs: Vec<LinearSpec>,
     residual: Option<&Var>,
+    last: bool,
 ) -> Result<Vec<Var>> {
     let (n, width) = dims2("linear", x.tensor())?;
     check(&specs, n, width, residual)?;
@@ -189,6 +201,7 @@ fn forward<'m>(
     let group = Group { specs, deltas, n, width };
     let residual_value = residual.map(Var::tensor);
     let (outs, us) = match fast {
+        true if last && tape.is_second_run() => (group.no_outputs()?, group.project(x.tensor())?),
         true => group.fast_forward(x.tensor(), residual_value)?,
         false => group.composed_forward(x.tensor(), residual_value)?,
     };
@@ -222,6 +235,13 @@ fn forward<'m>(
 }
 
 impl Group {
+    /// Tensors with the outputs' shapes that hold nothing.
+    fn no_outputs(&self) -> Result<Vec<Tensor>> {
+        let nothing = Tensor::zeros((1, 1), DType::F32, &Device::Cpu)?;
+        let of = |spec: &LinearSpec| Ok(nothing.broadcast_as((self.n, spec.weight.dims()?.0))?);
+        self.specs.iter().map(of).collect()
+    }
+
     /// Gradients of the layers' biases and of the deltas'.
     fn bias_grads(&self, dys: &[Option<Tensor>], sink: &mut GradSink<'_>) -> Result<()> {
         for (spec, dy) in self.specs.iter().zip(dys) {

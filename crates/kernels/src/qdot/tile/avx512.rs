@@ -53,7 +53,7 @@ pub(super) unsafe fn task(p: &Product<'_, '_>, scales: &Scales, of_w: Range<usiz
         // rows behind the last are the last once more, and are not stored
         let rows = std::array::from_fn(|r| p.w.row((of_w.start + i * HEIGHT + r).min(of_w.end - 1)).as_ptr());
         // SAFETY: whole rows of `w`.
-        unsafe { unpack(p.w.storage(), p.w.cols(), &rows, panel) };
+        unsafe { unpack(p.w.block_storage(), p.w.cols(), &rows, panel) };
     }
     let tiles = Tiles { p, scales, panels: &panels, of_w };
     // SAFETY: passed on.
