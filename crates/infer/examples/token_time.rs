@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let vocab = model.info().vocab_size as u32;
     let ids: Vec<u32> = (0..prompt as u32).map(|i| i.wrapping_mul(7919) % vocab).collect();
     for _ in 0..3 {
-        let mut cache = model.new_cache(1, prompt + 3 * WINDOW)?;
+        let mut cache = model.new_cache(1, prompt + 3 * WINDOW, activations)?;
         let mut step = |ids: &[u32]| -> Result<(f64, f64), engobe_autograd::Error> {
             let start = Instant::now();
             let batch = cache.batch(&[(0, ids)])?;

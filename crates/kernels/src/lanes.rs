@@ -142,12 +142,12 @@ impl Backend {
 }
 
 /// `by_backend!(unsafe fn name(args) = body)`: `name(backend, args)` runs `body::<L>(args)`, an inlined function over
-/// [`Lanes`], compiled for that backend.
+/// [`Lanes`], compiled for that backend; with `= body, T` it runs `body::<L, T>(args)`.
 ///
 /// # Safety
 /// As for `body`; the backend is one of [`Backend::all`].
 macro_rules! by_backend {
-    ($(#[$meta:meta])* unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident) => {
+    ($(#[$meta:meta])* unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident $(, $extra:ty)?) => {
         $(#[$meta])*
         unsafe fn $name(backend: $crate::lanes::Backend, $($arg: $ty),*) {
             use $crate::lanes::Backend;
@@ -155,19 +155,19 @@ macro_rules! by_backend {
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
             unsafe fn avx512($($arg: $ty),*) {
                 // SAFETY: passed on; compiled for what `Avx512` needs.
-                unsafe { $body::<$crate::lanes::Avx512>($($arg),*) }
+                unsafe { $body::<$crate::lanes::Avx512 $(, $extra)?>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
             unsafe fn avx2($($arg: $ty),*) {
                 // SAFETY: passed on; compiled for what `Avx2` needs.
-                unsafe { $body::<$crate::lanes::Avx2>($($arg),*) }
+                unsafe { $body::<$crate::lanes::Avx2 $(, $extra)?>($($arg),*) }
             }
             #[cfg(target_arch = "aarch64")]
             #[target_feature(enable = "dotprod")]
             unsafe fn dot_product($($arg: $ty),*) {
                 // SAFETY: passed on; `Portable` needs nothing.
-                unsafe { $body::<$crate::lanes::Portable>($($arg),*) }
+                unsafe { $body::<$crate::lanes::Portable $(, $extra)?>($($arg),*) }
             }
             // SAFETY: passed on; this CPU has what the backend needs.
             unsafe {
@@ -178,7 +178,7 @@ macro_rules! by_backend {
                     Backend::Avx2 => avx2($($arg),*),
                     #[cfg(target_arch = "aarch64")]
                     Backend::DotProduct => dot_product($($arg),*),
-                    Backend::Portable => $body::<$crate::lanes::Portable>($($arg),*),
+                    Backend::Portable => $body::<$crate::lanes::Portable $(, $extra)?>($($arg),*),
                 }
             }
         }
