@@ -299,6 +299,7 @@ unsafe fn heads<L: Lanes, E: Element, const G: usize>(
 /// # Safety
 /// As for [`block`]; the columns are the head's.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // j counts rows of keys as well, g queries as well
 unsafe fn add_scores<L: Lanes, E: Element, const G: usize, const C: usize>(
     q: &[&[f32]; G],
     k: &Rows<'_, E>,

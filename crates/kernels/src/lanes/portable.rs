@@ -28,9 +28,7 @@ fn each(f: impl Fn(usize) -> u8) -> [u8; 64] {
 fn products(w: impl Fn(usize) -> i16, a: &[u8; 64]) -> [i32; 16] {
     let mut sums = [0; 16];
     for (k, sum) in sums.iter_mut().enumerate() {
-        for i in 4 * k..4 * k + 4 {
-            *sum += i32::from(w(i)) * i32::from(a[i] as i8);
-        }
+        *sum = (4 * k..4 * k + 4).map(|i| i32::from(w(i)) * i32::from(a[i] as i8)).sum();
     }
     sums
 }
