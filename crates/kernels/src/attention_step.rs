@@ -7,7 +7,7 @@
 //! s_j = scale·q·k_j        o = Σ_j e^{s_j}·v_j / Σ_j e^{s_j}
 //! ```
 //!
-//! Keys are taken in blocks of [`KEYS`]. A block b gives its largest score m_b, its sum l_b = Σ e^{s_j - m_b} and
+//! Keys are taken in blocks of 256. A block b gives its largest score m_b, its sum l_b = Σ e^{s_j - m_b} and
 //! a_b = Σ e^{s_j - m_b}·v_j; with M the largest m_b, o = Σ_b e^{m_b - M}·a_b / Σ_b e^{m_b - M}·l_b (Dao et al.
 //! 2023, "Flash-Decoding"). The blocks are fixed, so results do not depend on the number of threads.
 
