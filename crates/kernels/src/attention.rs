@@ -8,7 +8,7 @@
 //! ```
 //!
 //! P is computed again in the backward (Dao et al. 2022). Keys and values are packed once for all the query heads of
-//! their group, as the products' inner loops read them. Queries go through in blocks of [`BLOCK`] rows; a causal
+//! their group, as the products' inner loops read them. Queries go through in blocks of 48 rows; a causal
 //! block meets only the keys that its last row sees, so that blocks above the diagonal cost nothing.
 //!
 //! A task is a part of the queries of one head of one segment. The parts hold about equally many scores, and how
