@@ -7,6 +7,7 @@
 
 pub mod activation;
 pub mod adamw;
+pub mod adamw8;
 pub mod attention;
 pub mod codec;
 pub mod cross_entropy;
