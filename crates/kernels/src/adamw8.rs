@@ -177,9 +177,8 @@ mod tests {
     fn reference(s: &AdamWStep, p: &mut [f32], g: &[f32], m: &mut Stored, v: &mut Stored) {
         for start in (0..p.len()).step_by(BLOCK) {
             let range = start..p.len().min(start + BLOCK);
-            let decode = |map: &[f32; 256], x: &Stored, i: usize| {
-                map[x.codes[i] as usize] * x.absmax[start / BLOCK]
-            };
+            let decode =
+                |map: &[f32; 256], x: &Stored, i: usize| map[x.codes[i] as usize] * x.absmax[start / BLOCK];
             let mut ms: Vec<f32> = range.clone().map(|i| decode(dynamic::map(), m, i)).collect();
             let mut vs: Vec<f32> = range.clone().map(|i| decode(dynamic::unsigned_map(), v, i)).collect();
             for (k, i) in range.clone().enumerate() {
@@ -187,9 +186,11 @@ mod tests {
                 ms[k] = ms[k] * s.beta1 + (1.0 - s.beta1) * g;
                 vs[k] = vs[k] * s.beta2 + (1.0 - s.beta2) * g * g;
                 let denominator = vs[k].sqrt() / s.bias_correction2.sqrt() + s.eps;
-                p[i] = p[i] * (1.0 - s.lr * s.weight_decay) - s.lr / s.bias_correction1 * (ms[k] / denominator);
+                p[i] =
+                    p[i] * (1.0 - s.lr * s.weight_decay) - s.lr / s.bias_correction1 * (ms[k] / denominator);
             }
-            for (map, x, values) in [(dynamic::map(), &mut *m, &ms), (dynamic::unsigned_map(), &mut *v, &vs)] {
+            for (map, x, values) in [(dynamic::map(), &mut *m, &ms), (dynamic::unsigned_map(), &mut *v, &vs)]
+            {
                 let absmax = values.iter().fold(0f32, |a, b| a.max(b.abs()));
                 x.absmax[start / BLOCK] = absmax;
                 for (k, i) in range.clone().enumerate() {

@@ -16,7 +16,7 @@ mod trainer;
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, evaluate};
 pub use metrics::StepMetrics;
-pub use optimizer::Optimizer;
+pub use optimizer::{Optimizer, Saved, StateBytes, StateData, StateTensor, moments_bytes};
 pub use plan::Plan;
 pub use schedule::learning_rate;
 pub use trainer::{Observer, Outcome, Silent, Trainer};

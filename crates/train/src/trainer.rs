@@ -89,7 +89,8 @@ impl<'a> Trainer<'a> {
         fingerprint: String,
     ) -> Result<Self> {
         plan.validate()?;
-        let optimizer = Optimizer::new(&plan.optimization, &adapter.params())?;
+        let state_file = plan.optimization.state_file.clone().unwrap_or_else(|| out.join("optimizer.state"));
+        let optimizer = Optimizer::new(&plan.optimization, &adapter.params(), &state_file)?;
         let accumulation = plan.schedule.gradient_accumulation;
         let steps_per_epoch = loader.len_per_epoch().div_ceil(accumulation);
         if steps_per_epoch == 0 {
@@ -281,7 +282,7 @@ impl<'a> Trainer<'a> {
     fn save(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let keep = self.plan.upkeep.save_total_limit;
         let (adapter, optimizer) = (self.adapter.state()?, self.optimizer.state()?);
-        let path = checkpoint::save(&self.out, &self.state, &adapter, &optimizer, keep)?;
+        let path = checkpoint::save(&self.out, &self.state, &adapter, optimizer, keep)?;
         observer.saved(&path);
         Ok(())
     }
