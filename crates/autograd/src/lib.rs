@@ -15,6 +15,7 @@ mod param;
 mod tape;
 mod weight;
 
+pub use engobe_kernels::matmul::Activations;
 pub use error::{Error, Result};
 pub use host::{Host, host, tensor_of, uninit, update};
 pub use param::{Gradients, Param, ParamId};

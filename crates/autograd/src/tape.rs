@@ -3,6 +3,7 @@
 use crate::param::{Gradients, Param, ParamId};
 use crate::{Result, host};
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
+use engobe_kernels::matmul::Activations;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -202,6 +203,7 @@ struct Options {
     checkpointing: bool,
     dropout_seed: Option<u64>,
     second_run: bool,
+    generating: Option<Activations>,
 }
 
 impl<'m> Tape<'m> {
@@ -221,9 +223,20 @@ impl<'m> Tape<'m> {
         Self::with(Options { recording: true, ..Options::default() })
     }
 
-    /// A tape that records nothing, for evaluation and generation.
+    /// A tape that records nothing, for evaluation: its numbers are those of training.
     pub fn inference() -> Self {
         Self::with(Options::default())
+    }
+
+    /// A tape that records nothing, for generation. Ops may take forms that are faster for few tokens, and
+    /// products with quantized weights take activations as `activations` says.
+    pub fn generation(activations: Activations) -> Self {
+        Self::with(Options { generating: Some(activations), ..Options::default() })
+    }
+
+    /// How activations go into products, on a tape for generation.
+    pub fn generating(&self) -> Option<Activations> {
+        self.options.generating
     }
 
     /// Turns dropout on; `seed` fixes all masks of this forward pass.

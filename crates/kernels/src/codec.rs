@@ -12,7 +12,7 @@ mod encode;
 mod floats;
 mod four_bit;
 mod int8;
-mod kquants;
+pub(crate) mod kquants;
 mod legacy;
 mod scales;
 pub(crate) mod simd;

@@ -257,6 +257,11 @@ impl<'a> WeightView<'a> {
         }
     }
 
+    /// Form of the elements. Panics if they are codes with factors beside them.
+    pub(crate) fn block_storage(&self) -> StorageType {
+        self.storage().expect("a weight of blocks or plain floats")
+    }
+
     /// Bytes of the elements, without the factors beside them.
     pub fn bytes(&self) -> &'a [u8] {
         match self.elements {
@@ -264,6 +269,12 @@ impl<'a> WeightView<'a> {
             Elements::FourBit(view) => view.codes(),
             Elements::Int8(view) => view.codes(),
         }
+    }
+
+    /// Bytes of row `i`. Panics if the elements are codes with factors beside them.
+    pub(crate) fn row(&self, i: usize) -> &'a [u8] {
+        let n = self.block_storage().row_bytes(self.cols).expect("whole blocks");
+        &self.bytes()[i * n..(i + 1) * n]
     }
 
     /// Columns at which a row may be cut for [`WeightView::decode_row`].

@@ -5,6 +5,7 @@ mod attention;
 pub(crate) mod dropout;
 mod embedding;
 mod gated;
+mod generation;
 mod head_loss;
 mod linear;
 mod norm;

@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 /// A [`MatMut`] whose blocks can be written from several threads.
-pub(super) struct SharedMat<'a> {
+pub(crate) struct SharedMat<'a> {
     ptr: *mut f32,
     rows: usize,
     cols: usize,

@@ -18,7 +18,9 @@ mod composed;
 mod fast;
 
 use crate::tape::{Kept, Slot};
-use crate::{Error, FrozenWeight, GradSink, Result, Tape, Var, host, ops::dims2, ops::dropout};
+use crate::{
+    Error, FrozenWeight, GradSink, Result, Tape, Var, host, ops::dims2, ops::dropout, ops::generation,
+};
 use candle_core::{DType, Device, Tensor};
 use engobe_kernels::storage::WeightView;
 
@@ -186,6 +188,9 @@ fn forward<'m>(
     let (n, width) = dims2("linear", x.tensor())?;
     check(&specs, n, width, residual)?;
     let fast = tape.fast(x.tensor());
+    if let (Some(activations), true) = (tape.generating(), fast) {
+        return generation::linear_group(x.tensor(), &specs, residual.map(Var::tensor), activations);
+    }
     let mut deltas = Vec::new();
     for (layer, spec) in specs.iter().enumerate() {
         for low_rank in &spec.low_rank {
