@@ -2,6 +2,7 @@
 
 use crate::args::Common;
 use crate::dataset::{self, RowSettings};
+use crate::forecast::Forecast;
 use crate::report::{self, RunReport, Shown};
 use crate::settings::Given;
 use crate::terminal::{Note, Progress, seconds_text, since_start};
@@ -59,7 +60,7 @@ struct Rows {
 /// Trains as `given` says.
 pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let mut note = Note::new(common);
-    let plan = given.plan()?;
+    let mut plan = given.plan()?;
     let needed = |name: &str| {
         let why = format!("--{} is missing", name.replace('_', "-"));
         given.text(name).map(str::to_string).ok_or(Usage(why))
@@ -73,6 +74,15 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let dtype = workbench::weight_dtype(given.text("dtype").unwrap_or("stored"))?;
     prepare_out(&out, resume)?;
     let path = workbench::resolve(&model, common, &mut note)?;
+    let limit = plan.compute.memory_limit;
+    let guard = match limit.filter(|_| device.is_cpu()) {
+        Some(limit) => {
+            let forecast = Forecast::new(given, &plan, &path, &workbench::load_options(given)?)?;
+            plan = forecast.fit(limit, &mut note)?;
+            Some(forecast.guard(&plan, limit))
+        }
+        None => None,
+    };
     let mut bench = Bench::load(&path, None, dtype, device.clone())?;
     let init = given.path("init_adapter");
     let adapter = match &init {
@@ -97,6 +107,7 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let loader = Loader::new(rows.train.clone(), loader_options(&plan));
     let eval = scoring::eval_batches(&rows.val);
     let mut trainer = Trainer::new(bench.model.as_ref(), &adapter, &plan, loader, eval, &out, fingerprint)?;
+    trainer = trainer.guarded_by(guard);
     if resume {
         match trainer.resume()? {
             true => {
@@ -202,7 +213,7 @@ fn shown_prompts(rows: &dataset::Dataset, encoder: &Encoder<'_>) -> Result<Vec<P
 /// What must not change between the parts of a resumed run, a line each. How long the run is, and how often
 /// it is looked at, may change.
 fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<String> {
-    const FREE: [&str; 17] = [
+    const FREE: [&str; 19] = [
         "model",
         "data",
         "val_data",
@@ -220,12 +231,16 @@ fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<
         "load_best",
         "init_adapter",
         "activation_checkpointing",
+        "memory_limit",
+        "state_file",
     ];
-    let mut lines: Vec<String> = table
-        .iter()
-        .filter(|(k, _)| !FREE.contains(&k.as_str()))
-        .map(|(k, v)| format!("{k} = {v}"))
-        .collect();
+    let line = |(k, v): (&String, &toml::Value)| match (k.as_str(), v.as_str()) {
+        // where the moments lie makes no difference
+        ("optimizer", Some(name)) => format!("{k} = {:?}", name.trim_start_matches("paged_")),
+        _ => format!("{k} = {v}"),
+    };
+    let mut lines: Vec<String> =
+        table.iter().filter(|(k, _)| !FREE.contains(&k.as_str())).map(line).collect();
     lines.sort();
     let mut rows = Sha256::new();
     for sample in samples {

@@ -121,6 +121,24 @@ impl Drop for ScratchFile {
     }
 }
 
+/// Addresses that read as zeros and take no memory until something is written, which nothing does.
+#[derive(Debug)]
+pub struct Zeros(Mmap);
+
+impl Zeros {
+    /// `len` of them.
+    pub fn new(len: usize) -> Result<Self> {
+        let map = MmapMut::map_anon(len.max(1)).and_then(MmapMut::make_read_only);
+        Ok(Self(map.map_err(Error::io(Path::new("anonymous memory")))?))
+    }
+}
+
+impl AsRef<[u8]> for Zeros {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

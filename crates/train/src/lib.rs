@@ -6,6 +6,7 @@
 pub mod checkpoint;
 mod error;
 mod evaluate;
+pub mod memory;
 pub mod metrics;
 mod optimizer;
 pub mod plan;

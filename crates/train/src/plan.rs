@@ -3,6 +3,7 @@
 //! The command line turns what was typed into a [`Plan`]; the trainer writes it out as `run.toml`. Field
 //! names are the ones that users of PEFT and transformers know, and are the keys of `--config` and `--set`.
 
+use crate::memory::MemoryLimit;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -194,6 +195,8 @@ impl Default for Upkeep {
 pub struct Compute {
     /// keep each block's input alone and run its forward again in the backward
     pub activation_checkpointing: bool,
+    /// memory that the process may hold; a run that would take more is stopped
+    pub memory_limit: Option<MemoryLimit>,
 }
 
 /// Everything that one run does with a model, an adapter and rows that are already there.
