@@ -48,6 +48,8 @@ pub struct TensorUse {
     pub owned: usize,
     /// bytes of the file that are mapped and read
     pub mapped: usize,
+    /// the mapped bytes are used after loading too
+    pub stays_mapped: bool,
     /// bytes beside these while it is loaded
     pub transient: usize,
 }
@@ -226,23 +228,26 @@ impl Blank {
             storage: kept.clone(),
             owned: 0,
             mapped: bytes,
+            stays_mapped: true,
             transient: 0,
         };
         let wanted = dtype.storage().filter(|s| s.name() != kept);
         match (scheme, wanted) {
             (Some(scheme), _) => {
                 // the file's pages are let go behind the work
+                seen.stays_mapped = false;
                 (seen.owned, seen.mapped) = (scheme_bytes(scheme, rows, cols), 0);
                 seen.transient = if reordered { bytes } else { 0 };
                 seen.storage = scheme.to_string();
             }
             (None, Some(wanted)) => {
+                seen.stays_mapped = false;
                 seen.owned = wanted.row_bytes(cols).unwrap_or(0) * rows;
                 // rounded in parts that are joined at the end
                 seen.transient = if wanted == StorageType::F32 { 0 } else { seen.owned };
                 seen.storage = wanted.name().to_string();
             }
-            (None, None) if reordered => seen.owned = bytes,
+            (None, None) if reordered => (seen.owned, seen.stays_mapped) = (bytes, false),
             (None, None) => {}
         }
         self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(seen);

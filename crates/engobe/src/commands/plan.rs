@@ -25,7 +25,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let estimate = forecast.estimate();
     let limit = plan.compute.memory_limit;
     let suggestions = limit.map(|limit| forecast.suggestions(limit)).unwrap_or_default();
-    print(&table(&forecast, &estimate, limit, &suggestions))?;
+    print(&(table(&forecast, &estimate, limit, &suggestions) + "\n"))?;
     if args.common.json {
         print_json(&to_json(&forecast, &estimate, limit, &suggestions))?;
     }
@@ -61,16 +61,20 @@ fn table(forecast: &Forecast, e: &Estimate, limit: Option<MemoryLimit>, found: &
         ("weights", e.weights, kinds.join(", ")),
         ("adapter", e.adapter, format!("{} parameters", thousands(forecast.adapter.num_parameters()))),
         ("optimizer", e.optimizer, optimizer),
-        ("gradients", e.gradients, "at the peak".to_string()),
+        ("gradients", e.gradients, "of the adapter".to_string()),
         ("activations", e.activations, tokens),
-        ("head", e.head, "at the peak".to_string()),
+        ("head", e.head, format!("vocabulary of {}", thousands(forecast.outline.sizes.vocab))),
         ("everything else", e.other, "process, tokenizer, scratch".to_string()),
     ];
     let mut text = String::new();
     for (name, bytes, detail) in rows {
         text += &format!("{name:<16}{:>10}   {detail}\n", bytes_text(bytes as u64));
     }
-    text += &format!("{:<16}{:>10}\n", "peak", bytes_text(e.peak as u64));
+    text += &format!(
+        "{:<16}{:>10}   gradients, activations and head are not all there at once\n",
+        "peak",
+        bytes_text(e.peak as u64)
+    );
     let (trainable, all) = counts(forecast);
     let share = 100.0 * trainable as f64 / all.max(1) as f64;
     text += &format!(

@@ -189,7 +189,7 @@ fn block_of(path: &str) -> Option<usize> {
     path.split('.').find_map(|part| part.parse().ok())
 }
 
-/// Bytes at the fullest moment of a step.
+/// Bytes of a step: the most of each part, and of all together at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Step {
     /// kept by blocks, and the block at hand
@@ -198,46 +198,38 @@ pub struct Step {
     pub head: usize,
     /// gradients of the adapter
     pub gradients: usize,
+    /// most of them at once
+    pub peak: usize,
     /// what threads keep; there all the time
     pub scratch: usize,
-}
-
-impl Step {
-    /// Activations, head and gradients.
-    pub fn total(&self) -> usize {
-        self.activations + self.head + self.gradients
-    }
 }
 
 /// The fullest moment of a step, or of an evaluation.
 pub fn step(s: &StepSizes) -> Step {
     let (n, blocks) = (s.n(), s.ranks.len());
     let hidden = F * n * s.d;
-    let all_gradients = F * s.parameters;
-    let from_start = if s.accumulates { all_gradients } else { 0 };
-    let scratch = s.scratch();
+    let gradients = F * s.parameters;
+    let from_start = if s.accumulates { gradients } else { 0 };
     let kept = match s.checkpointing {
         true => blocks * hidden,
         false => (0..blocks).map(|i| s.kept(i)).sum(),
     };
-    let moment = |activations, head, gradients| Step { activations, head, gradients, scratch };
-    let mut moments = vec![moment(kept, s.head(n, true), from_start)];
+    let head = s.head(n, true);
+    let (mut activations, mut peak) = (kept, kept + head + from_start);
     if blocks > 0 {
         // the hidden states that the head read are still there; the gradient of the block's output
-        let (first, last) = (blocks - 1, 0);
         let around = 2 * hidden;
         let block = |i: usize| match s.checkpointing {
             true => s.kept(i) - hidden + s.backward().max(s.forward(n)),
             false => s.backward(),
         };
-        moments.push(moment(kept + around + block(first), 0, from_start));
-        let left = if s.checkpointing { hidden } else { s.kept(last) };
-        moments.push(moment(left + around + block(last), 0, all_gradients));
+        activations += around + block(blocks - 1);
+        let left = if s.checkpointing { hidden } else { s.kept(0) };
+        peak = peak.max(activations + from_start).max(left + around + block(0) + gradients);
     }
     if s.eval_tokens > 0 {
         let e = s.eval_tokens;
-        moments.push(moment(F * e * s.d + s.forward(e), 0, 0));
-        moments.push(moment(0, s.head(e, false), 0));
+        peak = peak.max(F * e * s.d + s.forward(e)).max(s.head(e, false));
     }
-    moments.into_iter().max_by_key(Step::total).unwrap_or_default()
+    Step { activations, head, gradients, peak, scratch: s.scratch() }
 }

@@ -46,7 +46,7 @@ pub struct Run<'a> {
     pub threads: usize,
 }
 
-/// Bytes, by what they are for.
+/// Bytes, by what they are for: the most of each. Gradients, activations and head are not all there at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Estimate {
     /// the base model: mapped from its files, or our own copies
@@ -57,11 +57,11 @@ pub struct Estimate {
     pub optimizer: usize,
     /// the optimizer's moments in a file, which do not count
     pub optimizer_file: usize,
-    /// gradients of the adapter, at the peak
+    /// gradients of the adapter
     pub gradients: usize,
-    /// what the forward keeps for the backward, and the block at hand, at the peak
+    /// what the forward keeps for the backward, and the block at hand
     pub activations: usize,
-    /// the output head and its loss, at the peak
+    /// the output head and its loss
     pub head: usize,
     /// the process itself, tokenizer, scratch of the kernels, holes in the heap
     pub other: usize,
@@ -77,7 +77,11 @@ pub fn margin_per_token(run: &Run<'_>) -> f64 {
 /// What a run will take. Rows are taken to fill `max_seq_len`, with a label at every position.
 pub fn estimate(run: &Run<'_>) -> Estimate {
     let plan = run.plan;
-    let held: usize = run.tensors.iter().map(|t| t.owned + t.mapped).sum();
+    let owned: usize = run.tensors.iter().map(|t| t.owned).sum();
+    let mapped: usize = run.tensors.iter().map(|t| t.mapped).sum();
+    // files of which nothing is used as it lies are closed after loading
+    let stay = run.tensors.iter().any(|t| t.stays_mapped);
+    let held = owned + if stay { mapped } else { 0 };
     // tensors are loaded in parallel, one by each thread
     let mut transient: Vec<usize> = run.tensors.iter().map(|t| t.transient).collect();
     transient.sort_unstable_by(|a, b| b.cmp(a));
@@ -93,7 +97,7 @@ pub fn estimate(run: &Run<'_>) -> Estimate {
     let step = activations::step(&StepSizes::new(run));
     let tokenizer = if run.tokenizer { run.sizes.vocab * TOKENIZER_PER_TOKEN } else { 0 };
     let fixed = held + adapter + optimizer;
-    let holes = (HOLES * (step.total() + adapter + optimizer) as f64) as usize;
+    let holes = (HOLES * (step.peak + adapter + optimizer) as f64) as usize;
     let other = PROCESS + tokenizer + step.scratch + holes;
     Estimate {
         weights: held,
@@ -104,6 +108,6 @@ pub fn estimate(run: &Run<'_>) -> Estimate {
         activations: step.activations,
         head: step.head,
         other,
-        peak: (fixed + other + step.total()).max(held + loading + PROCESS + tokenizer),
+        peak: (fixed + other + step.peak).max(owned + mapped + loading + PROCESS + tokenizer),
     }
 }

@@ -10,8 +10,11 @@ use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 
-/// Parameters begin at multiples of this many bytes: pages of the file that are let go are theirs alone.
-const ALIGN: usize = 4096;
+/// Parameters begin at multiples of this many bytes: cache lines in memory; in a file pages, so that those that are let
+/// go are theirs alone.
+fn alignment(kind: OptimizerKind) -> usize {
+    if kind.is_paged() { 4096 } else { 64 }
+}
 
 /// Bytes of all parameters' moments.
 #[derive(Debug)]
@@ -72,7 +75,7 @@ impl Layout {
 
 /// Bytes that the moments of parameters of these sizes take.
 pub fn moments_bytes(kind: OptimizerKind, sizes: impl IntoIterator<Item = usize>) -> usize {
-    sizes.into_iter().map(|n| Layout::new(kind, n).bytes().next_multiple_of(ALIGN)).sum()
+    sizes.into_iter().map(|n| Layout::new(kind, n).bytes().next_multiple_of(alignment(kind))).sum()
 }
 
 /// A moment of one parameter.
@@ -98,7 +101,7 @@ impl Moments {
         for n in sizes {
             let layout = Layout::new(kind, *n);
             places.push((end..end + layout.bytes(), layout));
-            end += layout.bytes().next_multiple_of(ALIGN);
+            end += layout.bytes().next_multiple_of(alignment(kind));
         }
         let store = match kind.is_paged() {
             true => Store::File(ScratchFile::create(file, end)?),
