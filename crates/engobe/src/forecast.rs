@@ -107,7 +107,11 @@ impl Forecast {
     pub fn fit(&self, limit: MemoryLimit, note: &mut Note) -> Result<Plan> {
         let Some((plan, estimate)) = advice::choose(&self.run(), limit.0) else {
             let least = self.least();
-            let takes = format!("takes {} even with {}", bytes_text(least.1.peak as u64), flags(&least.0));
+            let mut takes =
+                format!("takes {} even with {}", bytes_text(least.1.peak as u64), flags(&least.0));
+            if least.1.weights as u64 > limit.0 {
+                takes += &format!(", its weights alone {}", bytes_text(least.1.weights as u64));
+            }
             let fits = match self.suggestions(limit).as_slice() {
                 [] => "no setting of the run makes it fit: take a smaller model".to_string(),
                 some => {

@@ -144,7 +144,7 @@ impl Given {
             let message = e.message().replace('\n', " ");
             for name in ["optimizer", "lr_scheduler", "memory_limit"] {
                 if let Some(value) = self.text(name)
-                    && message.contains(&format!("`{value}`"))
+                    && [format!("`{value}`"), format!("{value:?}")].iter().any(|v| message.contains(v))
                 {
                     return anyhow::anyhow!("{name} is {value:?}: {message}");
                 }

@@ -128,7 +128,8 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
         history: metrics::read(&out.join("metrics.jsonl"))?,
         out,
     };
-    let shown = show(&bench, &path, init.as_deref(), rows.shown)?;
+    drop(trainer);
+    let shown = show(bench, &path, init.as_deref(), rows.shown)?;
     let settings = toml::to_string(&table)?;
     report::write(&summary.out, &RunReport { title: model, summary: &summary, settings, shown })?;
     Ok(summary)
@@ -296,16 +297,19 @@ pub fn tell(summary: &Summary, note: &mut Note) {
 }
 
 /// What the model says to the first prompts without what was learned, and with it.
-fn show(bench: &Bench, path: &Path, init: Option<&Path>, prompts: Vec<Prompt>) -> Result<Vec<Shown>> {
+fn show(bench: Bench, path: &Path, init: Option<&Path>, prompts: Vec<Prompt>) -> Result<Vec<Shown>> {
     const TOKENS: usize = 64;
-    let Some(tokenizer) = bench.tokenizer.as_ref().filter(|_| !prompts.is_empty()) else {
+    if bench.tokenizer.is_none() || prompts.is_empty() {
         return Ok(Vec::new());
-    };
-    let after = scoring::complete(bench, &prompts, TOKENS, &mut |_| ())?;
-    // weights stay as stored: mapping them once more costs next to nothing
-    let base = Bench::load(path, init, engobe_models::WeightDtype::Stored, bench.model.device().clone())?;
+    }
+    let after = scoring::complete(&bench, &prompts, TOKENS, &mut |_| ())?;
+    let device = bench.model.device().clone();
+    // one model at a time: both would take twice the memory that the run was planned for
+    drop(bench);
+    let base = Bench::load(path, init, engobe_models::WeightDtype::Stored, device)?;
     let before = scoring::complete(&base, &prompts, TOKENS, &mut |_| ())?;
     let shown = prompts.into_iter().zip(before).zip(after).map(|((prompt, before), after)| {
+        let tokenizer = base.need_tokenizer()?;
         Ok(Shown { prompt: tokenizer.decode(&prompt.ids, true)?, expected: prompt.completion, before, after })
     });
     shown.collect()
