@@ -243,8 +243,8 @@ fn a_memory_limit_chooses_or_refuses() {
     let (a, b) = (free["final_loss"].as_f64().unwrap(), kept["final_loss"].as_f64().unwrap());
     assert!((a - b).abs() < 1e-4 * a, "{a} {b}");
     let refused = dir.path().join("refused");
-    let (status, line) = error(&mut engobe(&train(&refused, &with("60MB"))));
-    assert!(status == 1 && line.contains("memory_limit 60 MB") && line.contains("--max-seq-len"), "{line}");
+    let (status, line) = error(&mut engobe(&train(&refused, &with("25MB"))));
+    assert!(status == 1 && line.contains("memory_limit 25 MB") && line.contains("--max-seq-len"), "{line}");
     let (_, line) = error(&mut engobe(&train(&refused, &with("60XB"))));
     assert!(line.contains("memory_limit") && line.contains("16GB"), "{line}");
     let (_, line) = error(&mut engobe(&train(&refused, &["--state-file", "x"])));

@@ -80,7 +80,7 @@ impl ScratchFile {
     }
 
     fn map(path: &Path, len: usize) -> std::io::Result<MmapMut> {
-        const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+        static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
         let mut file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
         // a map of nothing is an error on most systems
         let len = len.max(1);

@@ -14,7 +14,7 @@
 //!
 //! Finding the nearest entry: entries are at least 0.7 % apart, and the upper half of a float's bits fixes it to 0.8 %
 //! of the power of two below it. So a table over those 16 bits gives a code that is right or one too low, and one
-//! comparison with the midpoint above it settles which ([`Encoder`] checks this when it is built).
+//! comparison with the midpoint above it settles which (`Encoder` checks this when it is built).
 
 use crate::adamw::AdamWStep;
 use crate::codec::dynamic;
@@ -131,7 +131,7 @@ impl Encoder {
         for (upper, code) in coarse.iter_mut().enumerate() {
             let ends = [upper << 16, upper << 16 | 0xFFFF].map(|bits| f32::from_bits(bits as u32));
             let (low, high) = (ends[0].min(ends[1]), ends[0].max(ends[1]));
-            if low >= -1.0 && low <= 1.0 {
+            if (-1.0..=1.0).contains(&low) {
                 *code = nearest(&middles, low);
                 // quotients end at 1 and an ulp or two
                 let most = nearest(&middles, high.min(1.0 + 1e-6));
