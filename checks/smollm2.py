@@ -20,6 +20,24 @@ PROMPTS = [
     "Water boils at",
     "List of planets: Mercury,",
     "Der schnelle braune Fuchs springt über",
+    "In 1969, humans first",
+    "To make a cup of tea, first",
+    "The largest ocean on Earth is",
+    "import numpy as np\n",
+    "Photosynthesis is the process by which",
+    "1, 2, 3, 4,",
+    "A recipe for pancakes:\n",
+    "Question: What is gravity?\nAnswer:",
+    "SELECT name FROM",
+    "Albert Einstein was",
+    "The square root of 16 is",
+    "Mountains are formed when",
+    "The history of Rome begins",
+    "Bees make honey because",
+    "What is the difference between a cat and a dog?",
+    "Python is a programming language that",
+    "The sun rises in the",
+    "Dear Sir or Madam,\n",
 ]
 CHATS = [
     [{"role": "user", "content": "What is 7 times 8?"}],
@@ -33,8 +51,8 @@ CHATS = [
 TOKENS = 16
 
 
-def llama_cpp(path):
-    """Greedy continuation by llama.cpp."""
+def llama_cpp(path, flash_attention=True):
+    """Greedy continuation by llama.cpp, with either of its two ways to compute attention."""
     import xllamacpp as xlc
 
     params = xlc.CommonParams()
@@ -42,6 +60,8 @@ def llama_cpp(path):
     params.n_ctx, params.n_parallel, params.warmup = 1024, 1, False
     params.cpuparams.n_threads = 2
     params.sampling.temp, params.sampling.top_k, params.sampling.seed = 0.0, 1, 1
+    if not flash_attention:
+        params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xlc.Server(params)
 
     def complete(prompt):
@@ -58,18 +78,23 @@ def llama_cpp(path):
 def main():
     report = Report()
     path = Path(engobe("fetch", "smollm2-135m")["path"])
-    complete, same = llama_cpp(path), 0
+    complete, same, itself = llama_cpp(path), 0, 0
+    plain = llama_cpp(path, flash_attention=False)
     for prompt in PROMPTS:
         mine = engobe("generate", "--model", path, "--prompt", prompt, "--max-new-tokens", TOKENS)
         theirs, margins = complete(prompt)
+        itself += plain(prompt)[0] == theirs
         ids = mine["token_ids"]
         parted = next((i for i, (a, b) in enumerate(zip(ids, theirs)) if a != b), None)
         same += parted is None
-        # llama.cpp rounds activations to 8 bits; half a nat of difference was seen beside exact arithmetic
+        # Both round activations to 8 bits, and a sum in another order is rounded to another code now and then: over
+        # thirty layers that grows to a third of a nat, beside exact arithmetic too.
         good = parted is None or margins[parted] < 1.0
         where = "" if parted is None else f"parts at token {parted}, where llama.cpp's choice leads by {margins[parted]:.2f} nats"
         report.true(f"greedy {prompt[:24]!r}", good, where)
-    print(f"{same} of {len(PROMPTS)} prompts continue with the same {TOKENS} tokens")
+    print(f"{same} of {len(PROMPTS)} prompts continue with the same {TOKENS} tokens; llama.cpp without flash attention: {itself}")
+    # the counts are those of coins thrown 24 times: what is not broken has more than half of the other's
+    report.true("as near to llama.cpp as llama.cpp is to itself", 2 * same >= itself)
     reader = GGUFReader(path)
     field = reader.fields["tokenizer.chat_template"]
     template = bytes(field.parts[field.data[0]]).decode()

@@ -205,7 +205,7 @@ TRAINING = [
     Training(
         "W4",
         "Alpaca rows of uneven length: packed by engobe, padded in batches of 8 by PEFT",
-        rows=lambda ctx: ctx.alpaca_rows(64, 512),
+        rows=lambda ctx: ctx.alpaca_rows(32 if ctx.quick else 48, 512),
         batch=8,
         engobe_flags=["--batch-size", 3, "--max-seq-len", 512],
         sides=BOTH,

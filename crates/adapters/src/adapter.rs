@@ -113,6 +113,11 @@ impl Adapter {
         result?;
         let Attach { layers, others, base_elements, linear_names, .. } = attached;
         if layers.is_empty() {
+            if let Some(indices) = config.layers_to_transform.as_ref().filter(|l| !l.is_empty()) {
+                let reason =
+                    format!("= {indices:?} leaves no module of this model that target_modules names");
+                return Err(Error::Conflict { keys: "layers_to_transform", reason: reason.into() });
+            }
             return Err(nothing("target_modules", format!("{:?}", config.target_modules), &paths));
         }
         let (unmatched, unsaved) = targets.unmatched(&paths);
@@ -155,7 +160,18 @@ impl Adapter {
     /// # Errors
     /// A tensor that finds no module, a module that finds no tensor, another shape: all are listed.
     pub fn load(model: &mut dyn ModuleTree, dir: &Path, device: &Device) -> Result<Self> {
+        Self::load_to_train(model, dir, None, device)
+    }
+
+    /// As [`Adapter::load`], for a run that goes on from there; `dropout` takes the place of the file's.
+    pub fn load_to_train(
+        model: &mut dyn ModuleTree,
+        dir: &Path,
+        dropout: Option<f64>,
+        device: &Device,
+    ) -> Result<Self> {
         let mut file = PeftAdapter::load(dir)?;
+        file.config.lora_dropout = dropout.unwrap_or(file.config.lora_dropout);
         let adapter = Self::attach(model, &file.config, Start { seed: 0 }, device)?;
         let trained = adapter.params().into_iter().map(Param::name).collect();
         base_copies::take(model, &mut file.tensors, &trained, dir)?;

@@ -1,5 +1,6 @@
 //! What can be wrong with an adapter.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 /// Result of attaching, loading or saving an adapter.
@@ -27,7 +28,7 @@ pub enum Error {
         /// the settings
         keys: &'static str,
         /// why
-        reason: &'static str,
+        reason: Cow<'static, str>,
     },
     /// No module of the model matches.
     #[error("{key} matches no module of this model: {given}; it has {available}")]

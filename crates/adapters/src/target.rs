@@ -165,14 +165,15 @@ impl Layers {
                 true => Ok(None),
                 false => Err(Error::Conflict {
                     keys: "layers_pattern",
-                    reason: "needs layers_to_transform beside it",
+                    reason: "needs layers_to_transform beside it".into(),
                 }),
             };
         };
         if !matches!(include, Matcher::Suffixes(_)) {
             return Err(Error::Conflict {
                 keys: "layers_to_transform",
-                reason: "works only with target_modules as a list of names, not with a regex or all-linear",
+                reason: "works only with target_modules as a list of names, not with a regex or all-linear"
+                    .into(),
             });
         }
         let patterns = match config.layers_pattern.as_slice() {

@@ -2,23 +2,53 @@
 
 use crate::{Error, Result};
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor};
+use half::f16;
 use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::ops::Deref;
 
-/// The f32 elements of a contiguous CPU tensor, borrowed.
-pub struct Host<'a> {
+/// A type of elements that CPU tensors are borrowed as.
+pub trait Element: Copy + Sized + 'static {
+    /// The elements of a CPU tensor of this type.
+    fn slice(storage: &CpuStorage) -> Option<&[Self]>;
+    /// The same, to be changed.
+    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+}
+
+macro_rules! element {
+    ($ty:ty, $variant:ident) => {
+        impl Element for $ty {
+            fn slice(storage: &CpuStorage) -> Option<&[Self]> {
+                if let CpuStorage::$variant(data) = storage { Some(data) } else { None }
+            }
+
+            fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+                if let CpuStorage::$variant(data) = storage { Some(data) } else { None }
+            }
+        }
+    };
+}
+element!(f32, F32);
+element!(f16, F16);
+
+/// The elements of a contiguous CPU tensor, borrowed.
+pub struct Host<'a, T = f32> {
     storage: StorageRef<'a>,
     start: usize,
     len: usize,
+    element: PhantomData<T>,
 }
 
-impl Deref for Host<'_> {
-    type Target = [f32];
+impl<T: Element> Deref for Host<'_, T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[f32] {
+    fn deref(&self) -> &[T] {
         match &*self.storage {
-            Storage::Cpu(CpuStorage::F32(data)) => &data[self.start..self.start + self.len],
-            _ => unreachable!("checked by host()"),
+            Storage::Cpu(storage) => match T::slice(storage) {
+                Some(data) => &data[self.start..self.start + self.len],
+                None => unreachable!("checked by host_as()"),
+            },
+            _ => unreachable!("checked by host_as()"),
         }
     }
 }
@@ -32,9 +62,14 @@ impl AsRef<[u8]> for Host<'_> {
 
 /// Borrows the elements of a contiguous f32 CPU tensor.
 pub fn host(tensor: &Tensor) -> Result<Host<'_>> {
+    host_as(tensor)
+}
+
+/// Borrows the elements of a contiguous CPU tensor of type T.
+pub fn host_as<T: Element>(tensor: &Tensor) -> Result<Host<'_, T>> {
     let (storage, layout) = tensor.storage_and_layout();
-    let fits = matches!(&*storage, Storage::Cpu(CpuStorage::F32(_))) && layout.is_contiguous();
-    if !fits {
+    let fits = matches!(&*storage, Storage::Cpu(storage) if T::slice(storage).is_some());
+    if !fits || !layout.is_contiguous() {
         return Err(Error::NotHost(format!(
             "{:?} {:?} on {:?}",
             tensor.dtype(),
@@ -42,7 +77,7 @@ pub fn host(tensor: &Tensor) -> Result<Host<'_>> {
             tensor.device().location()
         )));
     }
-    Ok(Host { start: layout.start_offset(), len: tensor.elem_count(), storage })
+    Ok(Host { start: layout.start_offset(), len: tensor.elem_count(), storage, element: PhantomData })
 }
 
 /// A CPU tensor that owns `data`.
@@ -65,15 +100,21 @@ pub fn uninit(len: usize) -> Vec<f32> {
 
 /// Runs `f` on the elements of a contiguous f32 CPU tensor, in place: every clone of the tensor sees it.
 pub fn update<R>(tensor: &Tensor, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
-    struct Update<F, R>(RefCell<Option<F>>, RefCell<Option<R>>);
-    impl<R, F: FnOnce(&mut [f32]) -> R> InplaceOp1 for Update<F, R> {
+    update_as(tensor, f)
+}
+
+/// [`update`] of a tensor of type T.
+pub fn update_as<T: Element, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+    struct Update<F, T, R>(RefCell<Option<F>>, RefCell<Option<R>>, PhantomData<T>);
+    impl<T: Element, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Update<F, T, R> {
         fn name(&self) -> &'static str {
             "update"
         }
 
         fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-            let (CpuStorage::F32(data), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
-                candle_core::bail!("expected a contiguous f32 tensor")
+            let (Some(data), Some((start, end))) = (T::slice_mut(storage), layout.contiguous_offsets())
+            else {
+                candle_core::bail!("expected a contiguous tensor of the type that is written")
             };
             if let Some(f) = self.0.borrow_mut().take() {
                 *self.1.borrow_mut() = Some(f(&mut data[start..end]));
@@ -81,7 +122,7 @@ pub fn update<R>(tensor: &Tensor, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> 
             Ok(())
         }
     }
-    let op = Update(RefCell::new(Some(f)), RefCell::new(None));
+    let op = Update(RefCell::new(Some(f)), RefCell::new(None), PhantomData);
     tensor.inplace_op1(&op)?;
     op.1.into_inner().ok_or_else(|| Error::NotHost("a tensor that is not on the CPU".to_string()))
 }

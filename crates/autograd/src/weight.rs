@@ -205,6 +205,11 @@ impl FrozenWeight {
         Ok(Self { rows, cols, place: Place::Device(tensor.contiguous()?) })
     }
 
+    /// True if it is of quantized blocks beside which activations may be rounded.
+    pub fn is_of_blocks(&self) -> bool {
+        matches!(&self.place, Place::Host(Elements::Blocks { storage, .. }) if storage.is_quantized())
+    }
+
     /// Number of rows (output features).
     pub fn rows(&self) -> usize {
         self.rows

@@ -121,7 +121,10 @@ impl<'t> Encoder<'t> {
                 format!("max_seq_len {} is too short: a label needs a token before it", options.max_seq_len);
             return Err(Error::Options(what));
         }
-        let template = tokenizer.map(TextTokenizer::compile_chat_template).transpose()?.flatten();
+        let mut template = tokenizer.map(TextTokenizer::compile_chat_template).transpose()?.flatten();
+        if let Some(template) = &mut template {
+            template.stop_the_clock();
+        }
         if options.style == PromptStyle::Chat && template.is_none() {
             return Err(no_template());
         }

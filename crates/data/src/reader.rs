@@ -62,7 +62,7 @@ pub fn read_file(path: &Path) -> Result<DataFile> {
     let Some(first) = raw.first() else {
         return Err(Error::Empty { paths: path.display().to_string() });
     };
-    let form = Form::recognise(first)?;
+    let form = Form::recognise(first)?.widened(&raw);
     let ignored = form.ignored(first);
     let rows = raw.into_iter().map(|row| form.row(row)).collect::<Result<Vec<_>>>()?;
     Ok(DataFile { path: path.to_path_buf(), form, ignored, rows })

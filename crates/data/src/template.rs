@@ -104,6 +104,13 @@ impl ChatTemplate {
         Ok(())
     }
 
+    /// Makes `strftime_now` print this moment from now on: the rows of one run, and the renderings of one row that
+    /// are compared, must not see time pass.
+    pub fn stop_the_clock(&mut self) {
+        let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
+        now.get_or_insert_with(|| chrono::Local::now().naive_local());
+    }
+
     /// Today's date in the form that [`Self::fix_date`] takes.
     pub fn today() -> String {
         chrono::Local::now().format("%Y-%m-%d").to_string()

@@ -105,6 +105,12 @@ fn forms_are_recognised_and_said() {
     let (_, said, content) = say(json!({"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [1, 1]}));
     assert_eq!(said, "x.jsonl: 1 row of token ids (columns input_ids, labels); not used: attention_mask");
     assert_eq!(content, Content::Tokens { ids: vec![1, 2], labels: Some(vec![None, Some(2)]) });
+    // labels may begin after the first row, and a row without them has all of its ids as labels
+    let mixed = one("x.jsonl", "{\"input_ids\":[1,2]}\n{\"input_ids\":[3,4],\"labels\":[-100,4]}\n");
+    assert_eq!(mixed.form, Form::Tokenized { labels: true });
+    let labels: Vec<_> = mixed.rows.iter().map(|r| r.content.clone()).collect();
+    assert_eq!(labels[0], Content::Tokens { ids: vec![1, 2], labels: None });
+    assert_eq!(labels[1], Content::Tokens { ids: vec![3, 4], labels: Some(vec![None, Some(4)]) });
     let csv = one("x.csv", "input_ids,labels\n\"[1, 2]\",\"[-100, 2]\"\n");
     assert_eq!(csv.rows[0].content, content);
 }

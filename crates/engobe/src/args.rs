@@ -1,7 +1,8 @@
 //! What can be typed. What it means is decided in the commands.
 
 use crate::keys::{KEYS, Kind, ON_BY_DEFAULT};
-use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 /// Fine-tune language models with small adapters: one binary, no Python.
@@ -98,9 +99,9 @@ pub struct RowArgs {
     /// Prompts as chat turns or plain text: auto, chat, plain
     #[arg(long, value_name = "STYLE", default_value = "auto")]
     pub template: String,
-    /// Tokens after which a row is cut
-    #[arg(long, value_name = "N", default_value_t = 2048)]
-    pub max_seq_len: usize,
+    /// Chat template: a Jinja file, or chatml [the model's own]
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<String>,
 }
 
 /// `engobe demo`
@@ -259,6 +260,9 @@ pub struct EvalArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub rows: RowArgs,
+    /// Tokens after which a row is cut
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub max_seq_len: usize,
     /// Also generate each row's completion greedily and count those that are exactly right
     #[arg(long)]
     pub exact_match: bool,
@@ -280,7 +284,7 @@ pub struct GenerateArgs {
     #[allow(missing_docs)]
     pub model: ModelArgs,
     /// Text to continue; with --chat, what the user says
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
     /// Token ids to continue, instead of text
     #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with = "prompt")]
@@ -289,55 +293,34 @@ pub struct GenerateArgs {
     #[arg(long)]
     pub chat: bool,
     /// What the system message says, with --chat
-    #[arg(long, value_name = "TEXT", requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
     pub system: Option<String>,
+    /// Chat template: a Jinja file, or chatml [the model's own]
+    #[arg(long, value_name = "FILE", requires = "chat")]
+    pub chat_template: Option<String>,
     /// Most tokens to generate
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_new_tokens: usize,
     /// 0 takes the likeliest token; higher is more varied
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 0.0,
-        help_heading = "Sampling",
-        allow_negative_numbers = true
-    )]
+    #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Sampling")]
     pub temperature: f32,
     /// Choose among the K likeliest; 0: all
     #[arg(long, value_name = "K", default_value_t = 0, help_heading = "Sampling")]
     pub top_k: usize,
     /// Choose among the likeliest that together reach P
-    #[arg(
-        long,
-        value_name = "P",
-        default_value_t = 1.0,
-        help_heading = "Sampling",
-        allow_negative_numbers = true
-    )]
+    #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Sampling")]
     pub top_p: f32,
     /// Choose among those at least P times as likely as the likeliest
-    #[arg(
-        long,
-        value_name = "P",
-        default_value_t = 0.0,
-        help_heading = "Sampling",
-        allow_negative_numbers = true
-    )]
+    #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Sampling")]
     pub min_p: f32,
     /// Above 1: push down what was said already
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 1.0,
-        help_heading = "Sampling",
-        allow_negative_numbers = true
-    )]
+    #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Sampling")]
     pub repetition_penalty: f32,
     /// Seed of the draws
     #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Sampling")]
     pub seed: u64,
     /// Stop before this text
-    #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
+    #[arg(long, value_name = "TEXT", help_heading = "Sampling", allow_hyphen_values = true)]
     pub stop: Vec<String>,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -363,7 +346,7 @@ pub struct MergeArgs {
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<String>,
     /// Most bytes in one file, in GB
-    #[arg(long, value_name = "GB", default_value_t = 5.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "GB", default_value_t = 5.0)]
     pub max_shard_size: f64,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -373,7 +356,7 @@ pub struct MergeArgs {
 /// `engobe inspect`
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  engobe inspect smollm2-135m\n  engobe inspect my-adapter --tensors\n  engobe inspect --model smollm2-135m --adapter my-adapter my-adapter"
+    after_help = "Examples:\n  engobe inspect smollm2-135m\n  engobe inspect my-adapter --tensors\n  engobe inspect my-adapter --model smollm2-135m"
 )]
 pub struct InspectArgs {
     /// Model, adapter directory, run directory, checkpoint, .gguf or .safetensors file
@@ -400,11 +383,14 @@ pub struct LintArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub rows: RowArgs,
+    /// Tokens after which training cuts a row
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub max_seq_len: usize,
     /// Validation rows, to find training rows among them
     #[arg(long, value_name = "FILE")]
     pub val_data: Vec<PathBuf>,
     /// Findings that are not errors
-    #[arg(long, value_name = "KIND")]
+    #[arg(long, value_name = "KIND", value_delimiter = ',')]
     pub allow: Vec<String>,
     /// Print the first N rows' tokens, labels coloured
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -415,9 +401,18 @@ pub struct LintArgs {
 }
 
 impl Cli {
+    /// The command line. A negative number is a value, never a flag: what is wrong with it is said of the flag before.
+    fn description() -> Command {
+        let number = |arg: Arg| match arg.get_action().takes_values() && arg.get_long().is_some() {
+            true => arg.allow_negative_numbers(true),
+            false => arg,
+        };
+        Self::command().mut_subcommands(|command| command.mut_args(number))
+    }
+
     /// Reads the command line; what is wrong with it is one line and exit status 2.
     pub fn read() -> Result<Self, String> {
-        Self::try_parse().map_err(|e| {
+        Self::read_from(std::env::args_os()).map_err(|e| {
             use clap::error::ErrorKind::{
                 DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion,
             };
@@ -430,6 +425,12 @@ impl Cli {
             }
             one_line(&e.to_string())
         })
+    }
+
+    fn read_from<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> Result<Self, clap::Error> {
+        let mut description = Self::description();
+        let matches = description.try_get_matches_from_mut(args)?;
+        Self::from_arg_matches(&matches).map_err(|e| e.format(&mut description))
     }
 }
 
@@ -448,54 +449,4 @@ fn one_line(message: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::CommandFactory;
-
-    #[test]
-    fn the_command_line_is_sound() {
-        Cli::command().debug_assert();
-    }
-
-    fn train(args: &[&str]) -> SettingFlags {
-        let args = ["engobe", "train"].iter().chain(args).copied();
-        match Cli::try_parse_from(args).unwrap().command {
-            Task::Train(args) => args.settings,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn settings_are_flags() {
-        let flags = train(&[
-            "--learning-rate",
-            "1e-4",
-            "--no-packing",
-            "--use-rslora",
-            "--data",
-            "a",
-            "--data",
-            "b",
-            "--r",
-            "-1",
-        ]);
-        let given: Vec<(&str, &str)> = flags.given.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
-        for pair in [
-            ("learning_rate", "1e-4"),
-            ("packing", "false"),
-            ("use_rslora", "true"),
-            ("data", "a"),
-            ("data", "b"),
-            ("r", "-1"),
-        ] {
-            assert!(given.contains(&pair), "{pair:?} in {given:?}");
-        }
-    }
-
-    #[test]
-    fn mistakes_are_one_line() {
-        let error = Cli::try_parse_from(["engobe", "train", "--lerning-rate", "1"]).unwrap_err().to_string();
-        let line = one_line(&error);
-        assert!(!line.contains('\n') && line.contains("--learning-rate"), "{line}");
-    }
-}
+mod tests;

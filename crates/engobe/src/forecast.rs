@@ -38,10 +38,13 @@ impl Forecast {
     /// Looks at the headers of the model at `path`.
     pub fn new(given: &Given, plan: &Plan, path: &Path, options: &LoadOptions) -> Result<Self> {
         let mut outline = Outline::read(path, options)?;
+        let asked = given.lora("")?;
+        let dropout = asked.lora_dropout;
         let config = match given.path("init_adapter") {
             Some(dir) => PeftAdapter::load(&dir)?.config,
-            None => given.lora("")?,
+            None => asked,
         };
+        let dropout = if given.has("lora_dropout") { dropout } else { config.lora_dropout };
         let base_parameters = workbench::base_parameters(outline.model.as_mut());
         let adapter = Adapter::sizes(outline.model.as_mut(), &config)?;
         // rows that are validated on come in bins of 512 tokens or their own length
@@ -54,7 +57,7 @@ impl Forecast {
             adapter,
             base_parameters,
             plan: plan.clone(),
-            dropout: config.lora_dropout > 0.0,
+            dropout: dropout > 0.0,
             tokenizer: !path.is_dir() || path.join("tokenizer.json").exists(),
             eval_tokens,
             threads: rayon::current_num_threads(),

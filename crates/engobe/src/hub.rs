@@ -124,27 +124,33 @@ const OPTIONAL: [&str; 6] = [
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// The snapshot in the cache, if all of it is there.
+/// The directory of a revision in the cache.
+fn snapshot(cache: &Cache, repo: &Repo) -> Option<PathBuf> {
+    // a branch or tag names its commit in a file; a commit stands for itself
+    let reference = cache.path().join(repo.folder_name()).join("refs").join(repo.revision());
+    let commit = std::fs::read_to_string(reference).unwrap_or_else(|_| repo.revision().to_string());
+    let dir = cache.repo(repo.clone()).pointer_path(commit.trim());
+    dir.is_dir().then_some(dir)
+}
+
+/// What was asked for, if all of it is in the cache.
 fn complete_in_cache(cache: &Cache, repo: &Repo, file: Option<&str>) -> Option<PathBuf> {
-    let cached = cache.repo(repo.clone());
+    let dir = snapshot(cache, repo)?;
+    let there = |name: &str| Some(dir.join(name)).filter(|path| path.exists());
     if let Some(file) = file {
-        return cached.get(file);
+        return there(file);
     }
-    if let Some(config) = cached.get(NEEDED) {
-        let dir = config.parent()?.to_path_buf();
-        let complete = match cached.get(INDEX) {
-            Some(index) => shards(&index).ok()?.iter().all(|s| dir.join(s).exists()),
-            None => cached.get(SINGLE).is_some(),
+    if there(NEEDED).is_some() {
+        let complete = match there(INDEX) {
+            Some(index) => shards(&index).ok()?.iter().all(|s| there(s).is_some()),
+            None => there(SINGLE).is_some(),
         };
-        if complete {
-            return Some(dir);
-        }
+        return complete.then_some(dir);
     }
-    // a repository of GGUF files, of which one was fetched
-    let marker = cached.get("README.md").or_else(|| cached.get(".gitattributes"));
-    let dir = marker?.parent()?.to_path_buf();
-    let mut files = std::fs::read_dir(dir).ok()?.flatten().map(|e| e.path());
-    files.find(|p| p.extension().is_some_and(|e| e == "gguf"))
+    // a repository of one GGUF file
+    let files = std::fs::read_dir(&dir).ok()?.flatten().map(|e| e.path());
+    let ggufs: Vec<PathBuf> = files.filter(|p| p.extension().is_some_and(|e| e == "gguf")).collect();
+    <[PathBuf; 1]>::try_from(ggufs).ok().map(|[one]| one)
 }
 
 /// Names of the shards in an index.

@@ -49,7 +49,7 @@ const DATA: &str = "Data";
 const MODEL: &str = "Model and machine";
 
 /// All settings.
-pub const KEYS: [Key; 50] = [
+pub const KEYS: [Key; 53] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
     key(
         "dtype",
@@ -69,6 +69,7 @@ pub const KEYS: [Key; 50] = [
     key("val_split", Kind::Number, DATA, "share of the training rows to validate on [0]"),
     key("train_on", Kind::Text, DATA, "labels: completions, all, last [completions]"),
     key("template", Kind::Text, DATA, "prompts as chat turns or plain text: auto, chat, plain [auto]"),
+    key("chat_template", Kind::Text, DATA, "file of a Jinja chat template, or chatml [the model's own]"),
     key("allow", Kind::Names, DATA, "kinds of findings that shall not stop the run"),
     key("out", Kind::Text, LENGTH, "directory to write into"),
     key("init_adapter", Kind::Text, ADAPTER, "start from this PEFT directory"),
@@ -111,11 +112,18 @@ pub const KEYS: [Key; 50] = [
     key("momentum", Kind::Number, OPTIMIZER, "momentum of sgd [0]"),
     key("eval_steps", Kind::Whole, UPKEEP, "evaluate every so many steps; 0: at the end [0]"),
     key("save_steps", Kind::Whole, UPKEEP, "checkpoint every so many steps; 0: at the end [0]"),
+    key("save_total_limit", Kind::Whole, UPKEEP, "checkpoints kept [2]"),
     key(
         "early_stopping_patience",
         Kind::Whole,
         UPKEEP,
         "stop after so many evaluations without gain; 0: never [0]",
+    ),
+    key(
+        "early_stopping_threshold",
+        Kind::Number,
+        UPKEEP,
+        "a loss must fall by more than this to count as better [0]",
     ),
     key("load_best", Kind::Flag, UPKEEP, "end with the adapter of the best evaluation"),
     key(
@@ -133,15 +141,8 @@ pub const KEYS: [Key; 50] = [
 ];
 
 /// Settings that only a file or `--set` can give.
-pub const FILE_ONLY: [Key; 2] = [
-    key("save_total_limit", Kind::Whole, UPKEEP, "checkpoints kept [2]"),
-    key(
-        "early_stopping_threshold",
-        Kind::Number,
-        UPKEEP,
-        "a loss must fall by more than this to count as better [0]",
-    ),
-];
+pub const FILE_ONLY: [Key; 1] =
+    [key("date", Kind::Text, DATA, "what chat templates print as today's date (2026-01-31)")];
 
 /// Settings that are on unless turned off.
 pub const ON_BY_DEFAULT: [&str; 2] = ["packing", "shuffle"];

@@ -22,6 +22,7 @@ mod workbench;
 
 use args::{Cli, Task};
 use std::process::ExitCode;
+use terminal::say;
 
 #[global_allocator]
 static ALLOCATOR: allocator::Allocator = allocator::Allocator;
@@ -31,12 +32,12 @@ fn main() -> ExitCode {
     allocator::keep_freed_pages();
     std::panic::set_hook(Box::new(|info| {
         let place = info.location().map(|l| format!("{}:{}", l.file(), l.line())).unwrap_or_default();
-        eprintln!("engobe: a mistake of ours at {place}: please report it with the command that you ran");
+        say(&format!("engobe: a mistake of ours at {place}: please report it with the command that you ran"));
     }));
     let cli = match Cli::read() {
         Ok(cli) => cli,
         Err(line) => {
-            eprintln!("engobe: {line} (engobe --help lists what there is)");
+            say(&format!("engobe: {line} (engobe --help lists what there is)"));
             return ExitCode::from(2);
         }
     };
@@ -55,11 +56,22 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            let line = format!("{error:#}").replace('\n', " ");
-            eprintln!("engobe: {line}");
+            say(&format!("engobe: {}", one_line(&error)));
             ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
         }
     }
+}
+
+/// The error and its causes in one line. Some errors have their cause in their own words already.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !line.ends_with(&cause) {
+            line += if line.is_empty() { "" } else { ": " };
+            line += &cause;
+        }
+    }
+    line.replace('\n', " ")
 }
 
 /// A mistake in how engobe was called: exit status 2.
@@ -78,4 +90,19 @@ impl std::error::Error for Usage {}
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let of = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
     error.chain().any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(of))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let io = || std::io::Error::other("disk full");
+        let twice = engobe_formats::Error::Io { path: "a".into(), source: io() };
+        assert_eq!(one_line(&anyhow::Error::from(twice)), "a: disk full");
+        let context = Err::<(), _>(io()).context("writing\na");
+        assert_eq!(one_line(&context.unwrap_err()), "writing a: disk full");
+    }
 }

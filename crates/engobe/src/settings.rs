@@ -51,8 +51,11 @@ impl Given {
             }
         };
         for (name, value) in table {
-            let at = text.lines().position(|l| l.trim_start().starts_with(&name)).map_or(0, |i| i + 1);
-            let source = format!("{} line {at}", path.display());
+            let at = text
+                .lines()
+                .position(|l| sets(l, &name))
+                .map_or(String::new(), |i| format!(" line {}", i + 1));
+            let source = format!("{}{at}", path.display());
             keys::find_or_suggest(&name, &source)?.check(&value, &source)?;
             self.table.insert(name, value);
         }
@@ -71,18 +74,27 @@ impl Given {
         self.typed.push(name.to_string());
     }
 
+    /// Pairs of settings that exclude each other. What was typed takes the place of what the file has.
     fn conflicts(&mut self) -> Result<()> {
-        let typed = |name: &str| self.typed.iter().any(|t| t == name);
-        if typed("max_steps") && typed("epochs") {
-            bail!("--max-steps and --epochs contradict each other: give one");
-        }
-        if typed("val_data") && typed("val_split") {
-            bail!("--val-data and --val-split contradict each other: give one");
-        }
-        if typed("epochs") {
-            self.table.remove("max_steps");
+        for (a, b) in [("max_steps", "epochs"), ("val_data", "val_split")] {
+            let typed = |name: &str| self.typed.iter().any(|t| t == name);
+            match (typed(a), typed(b)) {
+                (true, false) => drop(self.table.remove(b)),
+                (false, true) => drop(self.table.remove(a)),
+                _ if self.has(a) && self.has(b) => bail!("{a} and {b} contradict each other: give one"),
+                _ => {}
+            }
         }
         Ok(())
+    }
+
+    /// These settings, and the date that templates print.
+    pub fn with_date(&self, date: Option<String>) -> Self {
+        let mut given = self.clone();
+        if let Some(date) = date {
+            given.table.insert("date".to_string(), Value::String(date));
+        }
+        given
     }
 
     /// True if the setting stands in the file or on the command line.
@@ -216,6 +228,8 @@ impl Given {
             "val_split",
             "train_on",
             "template",
+            "chat_template",
+            "date",
             "allow",
             "init_adapter",
         ] {
@@ -244,6 +258,13 @@ impl Given {
         let (tables, plain): (Vec<_>, Vec<_>) = table.into_iter().partition(|(_, v)| v.is_table());
         Ok(plain.into_iter().chain(tables).collect())
     }
+}
+
+/// True for the line of a TOML file that sets `name`.
+fn sets(line: &str, name: &str) -> bool {
+    let line = line.trim_start().trim_start_matches('[').trim_start_matches(['"', '\'']);
+    let rest = line.strip_prefix(name).map(|r| r.trim_start_matches(['"', '\'']).trim_start());
+    rest.is_some_and(|r| r.starts_with(['=', '.', ']']))
 }
 
 fn to_json(value: &Value) -> Json {
@@ -313,6 +334,7 @@ mod tests {
             (vec![("learning_rate", "fast")], vec![], "expected a number"),
             (vec![("max_steps", "3"), ("epochs", "2")], vec![], "contradict"),
             (vec![], vec!["packing"], "expected name=value"),
+            (vec![("val_split", "0.1"), ("val_data", "v.jsonl")], vec![], "contradict"),
         ] {
             let error = given(&flags, &sets).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
@@ -346,6 +368,17 @@ mod tests {
     }
 
     #[test]
+    fn what_is_typed_takes_the_place_of_what_the_file_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.toml");
+        std::fs::write(&path, "max_steps = 3\nval_data = 'v.jsonl'\n").unwrap();
+        let flags = [("epochs", "2"), ("val_split", "0.5")].map(|(a, b)| (a.to_string(), b.to_string()));
+        let given = Given::collect(Some(&path), &flags, &[]).unwrap();
+        assert!(!given.has("max_steps") && !given.has("val_data"));
+        assert_eq!((given.number("epochs"), given.number("val_split")), (Some(2.0), Some(0.5)));
+    }
+
+    #[test]
     fn a_file_with_a_mistake_is_named_with_its_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.toml");
@@ -353,6 +386,10 @@ mod tests {
             ("r = 4\nleraning_rate = 1.0\n", "line 2"),
             ("r = 4\nseed = \"x\"\n", "line 2: seed"),
             ("r = \n", "line 1"),
+            ("rank_pattern = { q = 2 }\n'r' = -3\n", "line 2: r"),
+            ("[rank_pattern]\nq = 0.5\n[lora]\nr = 3\n", "line 3: unknown"),
+            ("max_steps = 3\nepochs = 2\n", "max_steps and epochs contradict"),
+            ("val_data = 'v.jsonl'\nval_split = 0.2\n", "val_data and val_split contradict"),
         ] {
             std::fs::write(&path, text).unwrap();
             let error = Given::collect(Some(&path), &[], &[]).unwrap_err().to_string();

@@ -33,6 +33,11 @@ pub fn print(text: &str) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
+/// Prints a line to stderr. A reader that has gone, or a terminal that was closed, is no reason to end a run.
+pub fn say(line: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
 /// Remarks.
 #[derive(Clone, Debug)]
 pub struct Note {
@@ -48,7 +53,7 @@ impl Note {
     /// One remark.
     pub fn line(&mut self, text: &str) {
         if !self.quiet {
-            eprintln!("{text}");
+            say(text);
         }
     }
 }
@@ -105,7 +110,7 @@ impl Progress {
                 let left =
                     if share < 0.05 { String::new() } else { format!(" · {} left", seconds_text(left)) };
                 let text = [detail(), memory()].concat();
-                eprintln!("{done}/{} {} · {text}{left}", self.total, self.what);
+                say(&format!("{done}/{} {} · {text}{left}", self.total, self.what));
             }
             None => {}
         }
@@ -124,7 +129,7 @@ impl Progress {
     pub fn remark(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
-            None if !self.quiet => eprintln!("{text}"),
+            None if !self.quiet => say(text),
             None => {}
         }
     }

@@ -5,12 +5,12 @@ use crate::dataset::{self, RowSettings};
 use crate::forecast::Forecast;
 use crate::report::{self, RunReport, Shown};
 use crate::settings::Given;
-use crate::terminal::{Note, Progress, seconds_text, since_start};
+use crate::terminal::{Note, Progress, say, seconds_text, since_start};
 use crate::workbench::{self, Bench};
 use crate::{Usage, memory, scoring};
 use anyhow::{Context, Result, bail};
 use engobe_adapters::{Adapter, Start};
-use engobe_data::{Encoder, Loader, LoaderOptions, Prompt, Sample};
+use engobe_data::{ChatTemplate, Encoder, Loader, LoaderOptions, Prompt, Sample};
 use engobe_formats::atomic::write_atomic;
 use engobe_train::{Evaluation, Observer, Outcome, Plan, StepMetrics, Trainer, metrics};
 use rand::SeedableRng;
@@ -49,12 +49,31 @@ impl Summary {
     }
 }
 
+/// The date that templates print in this run: the same in all its parts, or its rows would change with the day.
+fn template_date(given: &Given, out: &Path, resume: bool) -> Result<String> {
+    if let Some(date) = given.text("date") {
+        return Ok(date.to_string());
+    }
+    let path = out.join("run.toml");
+    if resume && path.exists() {
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        // a file of older settings is none of our business here
+        let table = toml::from_str::<toml::Table>(&text).unwrap_or_default();
+        if let Some(date) = table.get("date").and_then(toml::Value::as_str) {
+            return Ok(date.to_string());
+        }
+    }
+    Ok(ChatTemplate::today())
+}
+
 /// Rows ready for a run.
 struct Rows {
     train: Arc<Vec<Sample>>,
     val: Vec<Sample>,
     /// a few prompts to show what the model does with them
     shown: Vec<Prompt>,
+    /// the chat template prints the date
+    uses_date: bool,
 }
 
 /// Trains as `given` says.
@@ -84,10 +103,13 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
         None => None,
     };
     let mut bench = Bench::load(&path, None, dtype, device.clone())?;
+    workbench::set_chat_template(bench.tokenizer.as_mut(), given.text("chat_template"))?;
     let init = given.path("init_adapter");
     let adapter = match &init {
         Some(dir) => {
-            let adapter = Adapter::load(bench.model.as_mut(), dir, &device)?;
+            let asked = given.lora(&model)?;
+            let dropout = given.has("lora_dropout").then_some(asked.lora_dropout);
+            let adapter = Adapter::load_to_train(bench.model.as_mut(), dir, dropout, &device)?;
             given.check_against(adapter.config(), adapter.linear_names(), dir)?;
             adapter
         }
@@ -100,7 +122,9 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
         note.line(&format!("target_modules: {name:?} matches no module of this model"));
     }
     note.line(&workbench::trainable_line(bench.model.as_mut(), &adapter));
-    let rows = read_rows(given, &plan, &bench, &mut note)?;
+    let date = template_date(given, &out, resume)?;
+    let rows = read_rows(given, &plan, &bench, &date, &mut note)?;
+    let given = given.with_date(rows.uses_date.then_some(date));
     let table = given.resolved(&plan, adapter.config())?;
     write_atomic(&out.join("run.toml"), toml::to_string(&table)?.as_bytes())?;
     let fingerprint = fingerprint(&table, &path, &rows.train)?;
@@ -156,7 +180,7 @@ fn loader_options(plan: &Plan) -> LoaderOptions {
 }
 
 /// Reads, encodes, splits and checks the rows.
-fn read_rows(given: &Given, plan: &Plan, bench: &Bench, note: &mut Note) -> Result<Rows> {
+fn read_rows(given: &Given, plan: &Plan, bench: &Bench, date: &str, note: &mut Note) -> Result<Rows> {
     let tokenizer = bench.tokenizer.as_ref();
     let max_seq_len = plan.schedule.max_seq_len;
     let settings = RowSettings {
@@ -164,7 +188,8 @@ fn read_rows(given: &Given, plan: &Plan, bench: &Bench, note: &mut Note) -> Resu
         template: given.text("template").unwrap_or("auto"),
         max_seq_len,
     };
-    let encoder = settings.encoder(tokenizer, bench.model.info().vocab_size)?;
+    let mut encoder = settings.encoder(tokenizer, bench.model.info().vocab_size)?;
+    encoder.fix_date(date)?;
     let allow = dataset::allowed(&given.names("allow"))?;
     let mut train = dataset::load(&given.paths("data"), &encoder, note)?;
     let val_paths = given.paths("val_data");
@@ -179,7 +204,8 @@ fn read_rows(given: &Given, plan: &Plan, bench: &Bench, note: &mut Note) -> Resu
     dataset::enforce(&report, &allow, note)?;
     let from = if val.samples.is_empty() { &train } else { &val };
     let shown = shown_prompts(from, &encoder)?;
-    Ok(Rows { train: Arc::new(train.samples), val: val.samples, shown })
+    let uses_date = encoder.template().is_some_and(ChatTemplate::uses_date);
+    Ok(Rows { train: Arc::new(train.samples), val: val.samples, shown, uses_date })
 }
 
 /// Takes a share of the rows, chosen by the seed, out of the training rows.
@@ -214,7 +240,7 @@ fn shown_prompts(rows: &dataset::Dataset, encoder: &Encoder<'_>) -> Result<Vec<P
 /// What must not change between the parts of a resumed run, a line each. How long the run is, and how often
 /// it is looked at, may change.
 fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<String> {
-    const FREE: [&str; 19] = [
+    const FREE: [&str; 20] = [
         "model",
         "data",
         "val_data",
@@ -222,6 +248,7 @@ fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<
         "allow",
         "train_on",
         "template",
+        "chat_template",
         "epochs",
         "max_steps",
         "eval_steps",
@@ -361,7 +388,7 @@ impl Observer for Watcher {
     }
 }
 
-/// Set by the first Ctrl-C; the second one ends the process at once.
+/// Set by the first Ctrl-C, SIGTERM or SIGHUP; the second one ends the process at once.
 fn stop_flag() -> Arc<AtomicBool> {
     static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
     let install = || {
@@ -372,7 +399,7 @@ fn stop_flag() -> Arc<AtomicBool> {
             if seen.swap(true, Ordering::Relaxed) {
                 std::process::exit(130);
             }
-            eprintln!("\nfinishing this step and saving; Ctrl-C again ends at once");
+            say("\nfinishing this step and saving; Ctrl-C again ends at once");
         });
         flag
     };

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use engobe_adapters::Adapter;
 use engobe_data::TextTokenizer;
+use engobe_data::template::CHATML;
 use engobe_formats::gguf::Gguf;
 use engobe_infer::Activations;
 use engobe_models::{LoadOptions, WeightDtype, load_causal_lm};
@@ -98,6 +99,27 @@ pub fn resolve(spec: &str, common: &Common, note: &mut Note) -> Result<PathBuf> 
     )
 }
 
+/// The directory of `DIR` or `NAME=DIR`; a directory whose own name has a `=` is meant as it stands.
+fn adapter_dir(text: &str) -> PathBuf {
+    match text.split_once('=') {
+        Some((_, dir)) if !Path::new(text).exists() => PathBuf::from(dir),
+        _ => PathBuf::from(text),
+    }
+}
+
+/// Puts the template of `--chat-template`, a file or `chatml`, in the place of the model's own.
+pub fn set_chat_template(tokenizer: Option<&mut TextTokenizer>, template: Option<&str>) -> Result<()> {
+    let Some(template) = template else { return Ok(()) };
+    let tokenizer = tokenizer.context("--chat-template: the model has no tokenizer, so it reads no chats")?;
+    let source = match template {
+        "chatml" => CHATML.to_string(),
+        file => std::fs::read_to_string(file)
+            .with_context(|| format!("--chat-template {file} (a file, or chatml)"))?,
+    };
+    tokenizer.set_chat_template(source);
+    Ok(())
+}
+
 /// The tokenizer of a model; `None` if a directory has no tokenizer.json.
 pub fn tokenizer(path: &Path) -> Result<Option<TextTokenizer>> {
     if path.is_dir() {
@@ -122,7 +144,7 @@ impl Bench {
         let path = resolve(&args.model, common, note)?;
         let adapter = match args.adapter.as_slice() {
             [] => None,
-            [one] => Some(PathBuf::from(one.split_once('=').map_or(one.as_str(), |(_, dir)| dir))),
+            [one] => Some(adapter_dir(one)),
             more => bail!(Usage(format!("--adapter was given {} times: one at a time here", more.len()))),
         };
         let bench = Self::load(&path, adapter.as_deref(), dtype, device)?;

@@ -2,6 +2,7 @@
 
 mod support;
 
+use engobe_formats::safetensors_file::{SafetensorsFile, write_safetensors};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -128,6 +129,31 @@ fn an_adapter_is_trained_further() {
 }
 
 #[test]
+fn a_dropout_that_is_typed_takes_the_place_of_the_start_adapters() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = dir.path().join("start");
+    json(&mut engobe(&train(&start, &["--lora-dropout", "0.5"])));
+    let losses = |name: &str, more: &[&str]| {
+        let out = dir.path().join(name);
+        let start = text(&start);
+        let more: Vec<&str> = ["--init-adapter", &start].iter().chain(more).copied().collect();
+        json(&mut engobe(&train(&out, &more)));
+        let config: Value =
+            serde_json::from_slice(&fs::read(out.join("adapter_config.json")).unwrap()).unwrap();
+        let metrics = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let first: Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
+        (config["lora_dropout"].as_f64().unwrap(), first["loss"].as_f64().unwrap())
+    };
+    let (kept, off, other) = (
+        losses("kept", &[]),
+        losses("off", &["--lora-dropout", "0"]),
+        losses("other", &["--lora-dropout", "0.3"]),
+    );
+    assert_eq!((kept.0, off.0, other.0), (0.5, 0.0, 0.3));
+    assert!(kept.1 != off.1 && off.1 != other.1 && other.1 != kept.1, "{kept:?} {off:?} {other:?}");
+}
+
+#[test]
 fn mistakes_end_with_one_line_that_names_them() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("x");
@@ -151,6 +177,17 @@ fn mistakes_end_with_one_line_that_names_them() {
         (1, with(&["--lora-alpha", "0"]), vec!["lora_alpha"]),
         (1, with(&["--target-modules", "query"]), vec!["query", "q_proj"]),
         (1, with(&["--set", "lora_aplha=3"]), vec!["lora_alpha"]),
+        (
+            1,
+            with(&["--target-modules", "q_proj", "--layers-to-transform", "99"]),
+            vec!["layers_to_transform = [99]"],
+        ),
+        (
+            2,
+            words(&["lint", "--model", &model, "--data", &data, "--allow", "val-overlp"]),
+            vec!["val-overlap"],
+        ),
+        (2, words(&["generate", "--model", &model, "--prompt-ids", "1", "--top-k", "-1"]), vec!["--top-k"]),
         (1, with(&["--batch-size", "0"]), vec!["batch_size"]),
         (1, words(&["generate", "--model", &model, "--prompt", "hi"]), vec!["tokenizer"]),
         (1, words(&["generate", "--model", &model, "--prompt-ids", "1,99999"]), vec!["99999"]),
@@ -173,6 +210,24 @@ fn mistakes_end_with_one_line_that_names_them() {
         assert!(found == status && parts.iter().all(|p| line.contains(p)), "{args:?}: [{found}] {line}");
         assert!(!out.join("adapter_config.json").exists());
     }
+}
+
+#[test]
+fn a_loss_that_is_no_number_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    json(&mut engobe(&train(&out, &[])));
+    let path = out.join("adapter_model.safetensors");
+    let file = SafetensorsFile::open(&path).unwrap();
+    // finite, but its products are not
+    let huge = |n: usize| 1e30f32.to_le_bytes().repeat(n);
+    let tensors: Vec<_> =
+        file.tensors().map(|t| (t.name.clone(), t.shape.clone(), huge(t.elements()))).collect();
+    write_safetensors(&path, &tensors, &Default::default()).unwrap();
+    let (model, data) = (text(&golden("llama/gqa_tied")), text(&golden("peft/rows.jsonl")));
+    let args = ["eval", "--model", &model, "--adapter", &text(&out), "--data", &data, "--json"];
+    let (status, line) = error(&mut engobe(&args));
+    assert!(status == 1 && line.contains("the loss over these rows is NaN"), "{line}");
 }
 
 #[test]

@@ -179,6 +179,32 @@ fn shards_come_all() {
 }
 
 #[test]
+fn a_gguf_file_stays_too() {
+    let (hub, home) = (Arc::new(Hub::default()), tempfile::tempdir().unwrap());
+    let endpoint = hub.serve();
+    hub.put("org/gguf", "abc", &[(".gitattributes", vec![0]), ("a.Q8_0.gguf", b"weights".to_vec())]);
+    hub.put("org/ggufs", "abc", &[("a.gguf", b"one".to_vec()), ("sub/b.gguf", b"two".to_vec())]);
+    for (id, content) in
+        [("org/gguf", "weights"), ("org/ggufs:a.gguf", "one"), ("org/ggufs:sub/b.gguf", "two")]
+    {
+        let fetched = |more: &[&str], endpoint: &str| {
+            let args: Vec<&str> = ["fetch", id].iter().chain(more).copied().collect();
+            let mut command = engobe(&args);
+            command.env("HF_HOME", home.path()).env("HF_ENDPOINT", endpoint).env("NO_PROXY", "127.0.0.1");
+            let path = support::json(&mut command)["path"].as_str().unwrap().to_string();
+            std::fs::read_to_string(path).unwrap()
+        };
+        assert_eq!(fetched(&[], &endpoint), content);
+        assert_eq!(fetched(&["--offline"], &endpoint), content, "{id} offline");
+        assert_eq!(fetched(&[], "http://127.0.0.1:9"), content, "{id} without the hub");
+        // by its commit
+        let (repo, file) = id.split_once(':').map_or((id, String::new()), |(r, f)| (r, format!(":{f}")));
+        let mut command = engobe(&["fetch", &format!("{repo}@abc{file}"), "--offline"]);
+        support::json(command.env("HF_HOME", home.path()));
+    }
+}
+
+#[test]
 fn what_the_hub_lacks_is_named() {
     let (hub, home) = (Arc::new(Hub::default()), tempfile::tempdir().unwrap());
     let endpoint = hub.serve();

@@ -37,7 +37,7 @@ pub fn complete_all(
     }
     let longest = prompts.iter().zip(max_new_tokens).map(|(p, n)| p.len() + n).max().unwrap_or(1);
     let slots = SLOTS.min(prompts.len()).max(1);
-    let mut cache = model.new_cache(slots, longest)?;
+    let mut cache = model.new_cache(slots, longest, activations)?;
     let mut greedy = Sampler::new(Sampling::default())?;
     let mut waiting: VecDeque<usize> = (0..prompts.len()).filter(|i| max_new_tokens[*i] > 0).collect();
     let mut outputs = vec![Vec::new(); prompts.len()];

@@ -55,7 +55,7 @@ pub struct Generator<'m> {
 impl<'m> Generator<'m> {
     /// An empty context with room for `capacity` tokens before the cache must grow.
     pub fn new(model: &'m dyn CausalLm, capacity: usize, activations: Activations) -> Result<Self, Error> {
-        Ok(Self { model, activations, cache: model.new_cache(1, capacity)?, seen: Vec::new() })
+        Ok(Self { model, activations, cache: model.new_cache(1, capacity, activations)?, seen: Vec::new() })
     }
 
     /// Continues `prompt` (the whole context: what is already cached is not computed again) by up to

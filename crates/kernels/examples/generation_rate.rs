@@ -1,7 +1,7 @@
 //! GB/s at which the weights of one layer's size are read by the products of generation, for each storage, with
 //! activations as they are and rounded; over more memory than the caches hold, as a whole model is.
 //!
-//! `cargo run --release -p engobe-kernels --example generation_rate [rows of x]`
+//! `cargo run --release -p engobe-kernels --example generation_rate [rows of x [storage]]`
 
 use engobe_kernels::mat::{MatMut, MatRef};
 use engobe_kernels::matmul::{Activations, Part, linear_group};
@@ -27,10 +27,14 @@ fn median(mut run: impl FnMut()) -> f64 {
 
 fn main() {
     let m: usize = std::env::args().nth(1).map_or(1, |m| m.parse().expect("rows of x"));
+    let only = std::env::args().nth(2);
     println!("{} threads, {m} rows of x", rayon::current_num_threads());
     for (rows, cols) in SHAPES {
         for storage in StorageType::ALL {
             let Some(row) = storage.row_bytes(cols) else { continue };
+            if only.as_ref().is_some_and(|only| only != storage.name()) {
+                continue;
+            }
             let copies = TOTAL / (row * rows);
             // bytes that are all small are finite weights
             let bytes: Vec<u8> = (0..copies * row * rows).map(|i| (i * 7 % 23) as u8).collect();

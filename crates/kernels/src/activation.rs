@@ -49,7 +49,7 @@ impl Function for Silu {
 impl Function for Gelu {
     #[inline(always)]
     fn both(x: f32) -> (f32, f32) {
-        const DENSITY: f32 = 0.398_942_28; // 1/√(2π)
+        const DENSITY: f32 = 0.398_942_3; // 1/√(2π)
         let phi = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
         (x * phi, phi + x * DENSITY * exp(-0.5 * x * x))
     }

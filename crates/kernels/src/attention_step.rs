@@ -17,15 +17,29 @@ use crate::lanes::{Backend, Lanes, by_backend};
 use crate::mat::MatMut;
 use crate::matmul::SharedMat;
 use crate::team;
+use half::f16;
 
 /// Keys of a block.
 const KEYS: usize = 256;
 /// Floats of keys and values below which one thread does it all: half a microsecond of work.
 const SERIAL_FLOATS: usize = 1 << 15;
 
-/// True if every segment has one query: then [`attend`] does what [`crate::attention::attention`] does.
-pub fn applies(segments: &[Segment]) -> bool {
-    segments.iter().all(|s| s.q.len() == 1)
+/// Keys or values of all sequences, as a cache holds them.
+#[derive(Clone, Copy, Debug)]
+pub enum Cached<'a> {
+    /// as they were computed
+    F32(&'a [f32]),
+    /// rounded to half precision, at half the bytes to read
+    F16(&'a [f16]),
+}
+
+impl Cached<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(data) => data.len(),
+            Self::F16(data) => data.len(),
+        }
+    }
 }
 
 /// The keys of a segment that one head's queries meet in one go.
@@ -35,15 +49,17 @@ struct Task {
     block: usize,
 }
 
-/// Attention of `q` `[segments, heads·hd]` over `k`, `v` `[_, kv_heads·hd]` into `out` (like q).
+/// Attention of the segments' queries in `q` `[_, heads·hd]` over `k`, `v` `[_, kv_heads·hd]` into their rows of `out`
+/// (like q); other rows are left alone.
 ///
-/// Panics if lengths do not fit, a segment has not exactly one query, or lies outside the buffers.
+/// Panics if lengths do not fit, k and v are not of one kind, a segment has not exactly one query, no key, or lies
+/// outside the buffers.
 pub fn attend(
     shape: &AttentionShape,
     segments: &[Segment],
     q: &[f32],
-    k: &[f32],
-    v: &[f32],
+    k: Cached<'_>,
+    v: Cached<'_>,
     out: &mut [f32],
 ) {
     attend_on(Backend::best(), shape, segments, q, k, v, out);
@@ -54,12 +70,13 @@ fn attend_on(
     shape: &AttentionShape,
     segments: &[Segment],
     q: &[f32],
-    k: &[f32],
-    v: &[f32],
+    k: Cached<'_>,
+    v: Cached<'_>,
     out: &mut [f32],
 ) {
     let AttentionShape { heads, kv_heads, head_dim: hd, .. } = *shape;
-    assert!(applies(segments) && out.len() == q.len() && v.len() == k.len());
+    assert!(out.len() == q.len() && v.len() == k.len());
+    assert!(segments.iter().all(|s| s.q.len() == 1 && !s.kv.is_empty()), "one query and some keys a segment");
     assert!(segments.iter().all(|s| s.kv.end * kv_heads * hd <= k.len()), "segments outside the keys");
     let mut tasks = Vec::new();
     for (segment, s) in segments.iter().enumerate() {
@@ -82,12 +99,23 @@ fn attend_on(
             let s = &segments[segment];
             let from = s.kv.start + block * KEYS;
             let to = s.kv.end.min(from + KEYS);
-            let rows = Rows { data: k, from, n: to - from, width, at: kv_head * hd };
+            let rows = |data| Rows { data, from, n: to - from, width, at: kv_head * hd };
             let q = &q[(s.q.start * heads + kv_head * group) * hd..][..group * hd];
             // SAFETY: row i is this task's alone, and has `each` elements.
             let into = unsafe { std::slice::from_raw_parts_mut(shared.pointer(i, 0), each) };
             // SAFETY: the segment's keys and values are in the buffers, as was checked.
-            unsafe { block_of(backend, q, hd, shape.scale, rows, Rows { data: v, ..rows }, into) };
+            unsafe {
+                match (k, v) {
+                    (Cached::F32(k), Cached::F32(v)) => {
+                        block_f32(backend, q, hd, shape.scale, &rows(k), &rows(v), into);
+                    }
+                    (Cached::F16(k), Cached::F16(v)) => {
+                        let rows = |data| Rows { data, from, n: to - from, width, at: kv_head * hd };
+                        block_f16(backend, q, hd, shape.scale, &rows(k), &rows(v), into);
+                    }
+                    _ => panic!("keys and values of two kinds"),
+                }
+            }
         }
     });
     let mut parts = partial.chunks_exact(each);
@@ -104,20 +132,56 @@ fn attend_on(
 }
 
 /// Some keys, or values, of one head.
-#[derive(Clone, Copy)]
-struct Rows<'a> {
-    data: &'a [f32],
+struct Rows<'a, E> {
+    data: &'a [E],
     from: usize,
     n: usize,
     width: usize,
     at: usize,
 }
 
-impl<'a> Rows<'a> {
+impl<'a, E> Rows<'a, E> {
     /// The head's elements of row j, and what follows.
     #[inline(always)]
-    fn row(&self, j: usize) -> &'a [f32] {
+    fn row(&self, j: usize) -> &'a [E] {
         &self.data[(self.from + j) * self.width + self.at..]
+    }
+}
+
+/// An element of keys and values.
+trait Element: Copy {
+    /// Sixteen of them, from `p`.
+    ///
+    /// # Safety
+    /// Readable; else as for [`Lanes`].
+    unsafe fn load<L: Lanes>(p: *const Self) -> L::Floats;
+    /// As an f32.
+    fn widen(self) -> f32;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(p: *const Self) -> L::Floats {
+        // SAFETY: passed on.
+        unsafe { L::floats(p) }
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(p: *const Self) -> L::Floats {
+        // SAFETY: passed on.
+        unsafe { L::floats_of_f16(p.cast()) }
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
     }
 }
 
@@ -126,37 +190,65 @@ by_backend!(
     ///
     /// # Safety
     /// `k` and `v` lie in their buffers, with 1 to [`KEYS`] rows.
-    unsafe fn block_of(q: &[f32], hd: usize, scale: f32, k: Rows<'_>, v: Rows<'_>, into: &mut [f32]) = block
+    unsafe fn block_f32(
+        q: &[f32],
+        hd: usize,
+        scale: f32,
+        k: &Rows<'_, f32>,
+        v: &Rows<'_, f32>,
+        into: &mut [f32],
+    ) = block, f32
+);
+by_backend!(
+    /// [`block_f32`] of half-precision keys and values.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn block_f16(
+        q: &[f32],
+        hd: usize,
+        scale: f32,
+        k: &Rows<'_, f16>,
+        v: &Rows<'_, f16>,
+        into: &mut [f32],
+    ) = block, f16
 );
 
 /// # Safety
-/// As for [`block_of`] and [`Lanes`].
+/// As for [`block_f32`] and [`Lanes`].
 #[inline(always)]
-unsafe fn block<L: Lanes>(q: &[f32], hd: usize, scale: f32, k: Rows<'_>, v: Rows<'_>, into: &mut [f32]) {
+unsafe fn block<L: Lanes, E: Element>(
+    q: &[f32],
+    hd: usize,
+    scale: f32,
+    k: &Rows<'_, E>,
+    v: &Rows<'_, E>,
+    into: &mut [f32],
+) {
     // two heads share what they read
     for (q, into) in q.chunks(2 * hd).zip(into.chunks_mut(2 * (hd + 2))) {
         let mut scores = [[0f32; KEYS]; 2];
         // SAFETY: passed on.
         unsafe {
             match q.len() / hd {
-                1 => heads::<L, 1>([q], hd, scale, k, v, &mut scores, into),
-                _ => heads::<L, 2>([&q[..hd], &q[hd..]], hd, scale, k, v, &mut scores, into),
+                1 => heads::<L, E, 1>([q], hd, scale, k, v, &mut scores, into),
+                _ => heads::<L, E, 2>([&q[..hd], &q[hd..]], hd, scale, k, v, &mut scores, into),
             }
         }
     }
 }
 
-/// Calls `$f::<L, G, C>(.., at)` for columns at..at + 16·C of `$hd`, up to the last whole sixteen; gives the rest's
+/// Calls `$f::<L, E, G, C>(.., at)` for columns at..at + 16·C of `$hd`, up to the last whole sixteen; gives the rest's
 /// start.
 macro_rules! by_columns {
-    ($hd:expr, $f:ident::<$l:ident, $g:ident>($($arg:expr),*)) => {{
+    ($hd:expr, $f:ident::<$l:ident, $e:ident, $g:ident>($($arg:expr),*)) => {{
         let mut at = 0;
         while $hd - at >= 16 {
             at += match ($hd - at) / 16 {
-                8.. => $f::<$l, $g, 8>($($arg,)* at),
-                4..8 => $f::<$l, $g, 4>($($arg,)* at),
-                2..4 => $f::<$l, $g, 2>($($arg,)* at),
-                _ => $f::<$l, $g, 1>($($arg,)* at),
+                8.. => $f::<$l, $e, $g, 8>($($arg,)* at),
+                4..8 => $f::<$l, $e, $g, 4>($($arg,)* at),
+                2..4 => $f::<$l, $e, $g, 2>($($arg,)* at),
+                _ => $f::<$l, $e, $g, 1>($($arg,)* at),
             };
         }
         at
@@ -168,22 +260,22 @@ macro_rules! by_columns {
 /// # Safety
 /// As for [`block`].
 #[inline(always)]
-unsafe fn heads<L: Lanes, const G: usize>(
+unsafe fn heads<L: Lanes, E: Element, const G: usize>(
     q: [&[f32]; G],
     hd: usize,
     scale: f32,
-    k: Rows<'_>,
-    v: Rows<'_>,
+    k: &Rows<'_, E>,
+    v: &Rows<'_, E>,
     scores: &mut [[f32; KEYS]; 2],
     into: &mut [f32],
 ) {
     // SAFETY: passed on.
-    let rest = unsafe { by_columns!(hd, add_scores::<L, G>(&q, &k, scores)) };
+    let rest = unsafe { by_columns!(hd, add_scores::<L, E, G>(&q, k, scores)) };
     for (q, scores) in q.iter().zip(scores.iter_mut()) {
         let scores = &mut scores[..k.n];
         for (j, score) in scores.iter_mut().enumerate() {
             let key = &k.row(j)[rest..hd];
-            *score += q[rest..].iter().zip(key).map(|(q, k)| q * k).sum::<f32>();
+            *score += q[rest..].iter().zip(key).map(|(q, k)| q * k.widen()).sum::<f32>();
             *score *= scale;
         }
     }
@@ -194,10 +286,10 @@ unsafe fn heads<L: Lanes, const G: usize>(
         into[hd..].copy_from_slice(&[total, most]);
     }
     // SAFETY: passed on.
-    let rest = unsafe { by_columns!(hd, sum_values::<L, G>(scores, &v, into, hd)) };
+    let rest = unsafe { by_columns!(hd, sum_values::<L, E, G>(scores, v, into, hd)) };
     for (scores, into) in scores.iter().zip(into.chunks_exact_mut(hd + 2)) {
         for (c, sum) in into[..hd].iter_mut().enumerate().skip(rest) {
-            *sum = scores[..v.n].iter().enumerate().map(|(j, p)| p * v.row(j)[c]).sum();
+            *sum = scores[..v.n].iter().enumerate().map(|(j, p)| p * v.row(j)[c].widen()).sum();
         }
     }
 }
@@ -207,9 +299,10 @@ unsafe fn heads<L: Lanes, const G: usize>(
 /// # Safety
 /// As for [`block`]; the columns are the head's.
 #[inline(always)]
-unsafe fn add_scores<L: Lanes, const G: usize, const C: usize>(
+#[allow(clippy::needless_range_loop)] // j counts rows of keys as well, g queries as well
+unsafe fn add_scores<L: Lanes, E: Element, const G: usize, const C: usize>(
     q: &[&[f32]; G],
-    k: &Rows<'_>,
+    k: &Rows<'_, E>,
     scores: &mut [[f32; KEYS]; 2],
     at: usize,
 ) -> usize {
@@ -219,7 +312,7 @@ unsafe fn add_scores<L: Lanes, const G: usize, const C: usize>(
             let row = k.row(j).as_ptr().add(at);
             let mut key = [L::zero_floats(); C];
             for (c, key) in key.iter_mut().enumerate() {
-                *key = L::floats(row.add(16 * c));
+                *key = E::load::<L>(row.add(16 * c));
             }
             for g in 0..G {
                 let mut sum = L::zero_floats();
@@ -238,9 +331,9 @@ unsafe fn add_scores<L: Lanes, const G: usize, const C: usize>(
 /// # Safety
 /// As for [`block`]; the columns are the head's.
 #[inline(always)]
-unsafe fn sum_values<L: Lanes, const G: usize, const C: usize>(
+unsafe fn sum_values<L: Lanes, E: Element, const G: usize, const C: usize>(
     p: &[[f32; KEYS]; 2],
-    v: &Rows<'_>,
+    v: &Rows<'_, E>,
     into: &mut [f32],
     hd: usize,
     at: usize,
@@ -252,7 +345,7 @@ unsafe fn sum_values<L: Lanes, const G: usize, const C: usize>(
             let row = v.row(j).as_ptr().add(at);
             let mut value = [L::zero_floats(); C];
             for (c, value) in value.iter_mut().enumerate() {
-                *value = L::floats(row.add(16 * c));
+                *value = E::load::<L>(row.add(16 * c));
             }
             for g in 0..G {
                 let p = L::splat(p[g][j]);
@@ -298,7 +391,14 @@ mod tests {
         (0..n as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
     }
 
-    fn step(backend: Backend, shape: &AttentionShape, lens: &[usize], seed: u64) -> (Vec<f32>, Vec<f32>) {
+    /// What `attend` gives, from f32 or f16, and what `attention` does.
+    fn step(
+        backend: Backend,
+        shape: &AttentionShape,
+        lens: &[usize],
+        seed: u64,
+        half: bool,
+    ) -> (Vec<f32>, Vec<f32>) {
         let AttentionShape { heads, kv_heads, head_dim: hd, .. } = *shape;
         // a gap between the segments' keys, as in a cache
         let mut at = 3;
@@ -308,9 +408,17 @@ mod tests {
             at += len + 5;
         }
         let q = numbers(seed, lens.len() * heads * hd);
-        let (k, v) = (numbers(seed + 1, at * kv_heads * hd), numbers(seed + 2, at * kv_heads * hd));
+        let (mut k, mut v) = (numbers(seed + 1, at * kv_heads * hd), numbers(seed + 2, at * kv_heads * hd));
+        let halves = |x: &[f32]| x.iter().map(|x| f16::from_f32(*x)).collect::<Vec<_>>();
         let (mut found, mut expected) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len()]);
-        attend_on(backend, shape, &segments, &q, &k, &v, &mut found);
+        if half {
+            let (k16, v16) = (halves(&k), halves(&v));
+            let (k16, v16) = (Cached::F16(&k16), Cached::F16(&v16));
+            attend_on(backend, shape, &segments, &q, k16, v16, &mut found);
+            k.iter_mut().chain(&mut v).for_each(|x| *x = f16::from_f32(*x).to_f32());
+        } else {
+            attend_on(backend, shape, &segments, &q, Cached::F32(&k), Cached::F32(&v), &mut found);
+        }
         attention(shape, &segments, &q, &k, &v, &mut expected, None);
         (found, expected)
     }
@@ -323,9 +431,12 @@ mod tests {
             let shape = AttentionShape { heads, kv_heads, head_dim: hd, scale: 0.7, causal: true };
             for backend in Backend::all() {
                 let lens = [1, 2, KEYS - 1, KEYS, KEYS + 1, 3 * KEYS + 7];
-                let (found, expected) = step(backend, &shape, &lens, 5);
-                for (a, b) in found.iter().zip(&expected) {
-                    assert!((a - b).abs() < 1e-5, "{backend:?} {hd}: {a} {b}"); // means of numbers below 1
+                for half in [false, true] {
+                    let (found, expected) = step(backend, &shape, &lens, 5, half);
+                    for (a, b) in found.iter().zip(&expected) {
+                        // means of numbers below 1
+                        assert!((a - b).abs() < 1e-5, "{backend:?} {hd} {half}: {a} {b}");
+                    }
                 }
             }
         }
@@ -336,7 +447,7 @@ mod tests {
         let shape = AttentionShape { heads: 6, kv_heads: 2, head_dim: 32, scale: 0.2, causal: true };
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| step(Backend::best(), &shape, &[2000, 30], 9).0)
+            pool.install(|| step(Backend::best(), &shape, &[2000, 30], 9, false).0)
         };
         assert_eq!(run(1), run(4));
     }
@@ -348,7 +459,8 @@ mod tests {
         let k: Vec<f32> = (0..n).map(|j| if j == 5 { 300.0 } else { -300.0 }).collect();
         let v: Vec<f32> = (0..n).map(|j| j as f32).collect();
         let mut out = [0.0];
-        attend(&shape, &[Segment { q: 0..1, kv: 0..n }], &[1.0], &k, &v, &mut out);
+        let (k, v) = (Cached::F32(&k), Cached::F32(&v));
+        attend(&shape, &[Segment { q: 0..1, kv: 0..n }], &[1.0], k, v, &mut out);
         assert_eq!(out, [5.0]);
     }
 }

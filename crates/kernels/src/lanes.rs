@@ -18,6 +18,10 @@ pub(crate) trait Lanes {
     type Quad: Copy;
     /// integer factors of the sixteen lanes
     type Factors: Copy;
+    /// sixteen i8
+    type Small: Copy;
+    /// eight f32
+    type Eight: Copy;
 
     /// 64 bytes from `p`.
     unsafe fn bytes(p: *const u8) -> Self::Bytes;
@@ -47,10 +51,31 @@ pub(crate) trait Lanes {
     unsafe fn dot_signed(w: Self::Bytes, a: Self::Bytes) -> Self::Ints;
     /// `sum + factor·dot(u, a)`.
     unsafe fn add_dot(sum: Self::Ints, u: Self::Bytes, a: Self::Bytes, factors: Self::Factors) -> Self::Ints;
-    /// Factors of the lanes 8·i: `f[i]`.
-    unsafe fn factors2(f: [i16; 2]) -> Self::Factors;
-    /// Factors of the lanes 4·i: `f[i]`.
-    unsafe fn factors4(f: [i16; 4]) -> Self::Factors;
+    /// Factors of the lanes 4·i..4·i + 4: element 4·J + i of `f`.
+    unsafe fn factors<const J: usize>(f: Self::Small) -> Self::Factors;
+
+    /// The f16 at `p`.
+    unsafe fn half(p: *const u8) -> f32;
+    /// Sixteen i8 from `p`.
+    unsafe fn small(p: *const u8) -> Self::Small;
+    /// The bytes of two words, from the lowest.
+    unsafe fn small_of(words: [u64; 2]) -> Self::Small;
+    /// Each byte of a word twice, from the lowest.
+    unsafe fn small_twice(word: u64) -> Self::Small;
+    /// The low nibbles.
+    unsafe fn small_low(x: Self::Small) -> Self::Small;
+    /// The high nibbles.
+    unsafe fn small_high(x: Self::Small) -> Self::Small;
+    /// `x - VALUE`.
+    unsafe fn small_minus<const VALUE: i8>(x: Self::Small) -> Self::Small;
+    /// The elements.
+    unsafe fn small_elements(x: Self::Small) -> [i8; 16];
+    unsafe fn zero_eight() -> Self::Eight;
+    /// `sum + factor·(n ⊙ p)`, neighbours 2i and 2i + 1 in lane i; each two products are added exactly.
+    unsafe fn add_products(sum: Self::Eight, n: Self::Small, p: *const [i16; 16], factor: f32)
+    -> Self::Eight;
+    /// The sum of all lanes.
+    unsafe fn total_eight(x: Self::Eight) -> f32;
 
     unsafe fn zero_ints() -> Self::Ints;
     unsafe fn zero_floats() -> Self::Floats;
@@ -117,12 +142,12 @@ impl Backend {
 }
 
 /// `by_backend!(unsafe fn name(args) = body)`: `name(backend, args)` runs `body::<L>(args)`, an inlined function over
-/// [`Lanes`], compiled for that backend.
+/// [`Lanes`], compiled for that backend; with `= body, T` it runs `body::<L, T>(args)`.
 ///
 /// # Safety
 /// As for `body`; the backend is one of [`Backend::all`].
 macro_rules! by_backend {
-    ($(#[$meta:meta])* unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident) => {
+    ($(#[$meta:meta])* unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident $(, $extra:ty)?) => {
         $(#[$meta])*
         unsafe fn $name(backend: $crate::lanes::Backend, $($arg: $ty),*) {
             use $crate::lanes::Backend;
@@ -130,19 +155,19 @@ macro_rules! by_backend {
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
             unsafe fn avx512($($arg: $ty),*) {
                 // SAFETY: passed on; compiled for what `Avx512` needs.
-                unsafe { $body::<$crate::lanes::Avx512>($($arg),*) }
+                unsafe { $body::<$crate::lanes::Avx512 $(, $extra)?>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
             unsafe fn avx2($($arg: $ty),*) {
                 // SAFETY: passed on; compiled for what `Avx2` needs.
-                unsafe { $body::<$crate::lanes::Avx2>($($arg),*) }
+                unsafe { $body::<$crate::lanes::Avx2 $(, $extra)?>($($arg),*) }
             }
             #[cfg(target_arch = "aarch64")]
             #[target_feature(enable = "dotprod")]
             unsafe fn dot_product($($arg: $ty),*) {
                 // SAFETY: passed on; `Portable` needs nothing.
-                unsafe { $body::<$crate::lanes::Portable>($($arg),*) }
+                unsafe { $body::<$crate::lanes::Portable $(, $extra)?>($($arg),*) }
             }
             // SAFETY: passed on; this CPU has what the backend needs.
             unsafe {
@@ -153,7 +178,7 @@ macro_rules! by_backend {
                     Backend::Avx2 => avx2($($arg),*),
                     #[cfg(target_arch = "aarch64")]
                     Backend::DotProduct => dot_product($($arg),*),
-                    Backend::Portable => $body::<$crate::lanes::Portable>($($arg),*),
+                    Backend::Portable => $body::<$crate::lanes::Portable $(, $extra)?>($($arg),*),
                 }
             }
         }
@@ -195,6 +220,46 @@ mod x86 {
             let pair = |p: *const u8| _mm_cvtsi32_si128(p.cast::<i32>().read_unaligned());
             let both = _mm_unpacklo_epi32(pair(a), pair(b));
             _mm_mul_ps(_mm_cvtph_ps(both), _mm_loadu_ps(y))
+        }
+    }
+
+    /// [`super::Lanes::half`]
+    #[inline(always)]
+    pub(crate) unsafe fn x86_half(p: *const u8) -> f32 {
+        // SAFETY: as for `Lanes`.
+        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(p.cast::<u16>().read_unaligned().into()))) }
+    }
+
+    /// [`super::Lanes::small_of`]
+    #[inline(always)]
+    pub(crate) unsafe fn x86_small_of(words: [u64; 2]) -> __m128i {
+        // SAFETY: as for `Lanes`.
+        unsafe { _mm_set_epi64x(words[1] as i64, words[0] as i64) }
+    }
+
+    /// [`super::Lanes::add_products`]
+    #[inline(always)]
+    pub(crate) unsafe fn x86_add_products(
+        sum: __m256,
+        n: __m128i,
+        p: *const [i16; 16],
+        factor: f32,
+    ) -> __m256 {
+        // SAFETY: as for `Lanes`.
+        unsafe {
+            let pairs = _mm256_madd_epi16(_mm256_cvtepi8_epi16(n), _mm256_loadu_si256(p.cast()));
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(pairs), _mm256_set1_ps(factor), sum)
+        }
+    }
+
+    /// [`super::Lanes::total_eight`]
+    #[inline(always)]
+    pub(crate) unsafe fn x86_total_eight(x: __m256) -> f32 {
+        // SAFETY: as for `Lanes`.
+        unsafe {
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps::<1>(x, x)))
         }
     }
 

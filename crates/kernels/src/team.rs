@@ -47,8 +47,7 @@ impl Job {
         let mut from = self.next.load(Ordering::Relaxed);
         loop {
             let left = self.items.checked_sub(from).filter(|left| *left > 0)?;
-            let len =
-                (left / self.share).next_multiple_of(self.least).clamp(self.least, left.max(self.least));
+            let len = (left / self.share).max(self.least);
             let to = (from + len).min(self.items);
             match self.next.compare_exchange_weak(from, to, Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) => return Some(from..to),

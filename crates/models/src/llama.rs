@@ -99,6 +99,7 @@ impl Llama {
                 kv_width: kv,
                 max_positions: c.max_position_embeddings,
                 tied_head: c.tie_word_embeddings,
+                blocks: layers.iter().any(|l| l.q_proj.weight().is_of_blocks()),
             },
             embed_tokens: Embedding::new("model.embed_tokens", embed),
             layers,

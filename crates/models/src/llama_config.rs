@@ -131,6 +131,10 @@ impl LlamaConfig {
         if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
             return Err(("rope_theta", self.rope_theta.to_string(), "a number above 0"));
         }
+        let good = |v: &f64| v.is_finite() && *v > 0.0;
+        if let Some((key, value)) = rope_numbers(&self.rope_scaling).into_iter().find(|(_, v)| !good(v)) {
+            return Err((key, value.to_string(), "a number above 0"));
+        }
         let half = self.head_dim / 2;
         let listed = match &self.rope_scaling {
             RopeScaling::LongRope { short_factor, long_factor, .. } => {
@@ -145,6 +149,35 @@ impl LlamaConfig {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// The numbers of a scaling that must be above 0, with their keys.
+fn rope_numbers(scaling: &RopeScaling) -> Vec<(&'static str, f64)> {
+    let all = |key, list: &[f32]| list.iter().map(|f| (key, f64::from(*f))).collect::<Vec<_>>();
+    match scaling {
+        RopeScaling::None => vec![],
+        RopeScaling::Linear { factor } => vec![("rope_scaling.factor", f64::from(*factor))],
+        RopeScaling::Dynamic { factor, .. } => vec![("rope_scaling.factor", *factor)],
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, .. } => vec![
+            ("rope_scaling.factor", f64::from(*factor)),
+            ("rope_scaling.low_freq_factor", f64::from(*low_freq_factor)),
+            ("rope_scaling.high_freq_factor", f64::from(*high_freq_factor)),
+        ],
+        RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor, .. } => vec![
+            ("rope_scaling.factor", *factor),
+            ("rope_scaling.original_max_position_embeddings", *original as f64),
+            ("rope_scaling.beta_fast", *beta_fast),
+            ("rope_scaling.beta_slow", *beta_slow),
+            ("rope_scaling.attention_factor", f64::from(*attention_factor)),
+        ],
+        RopeScaling::LongRope { short_factor, long_factor, attention_factor, .. } => {
+            let mut numbers = all("rope_scaling.short_factor", short_factor);
+            numbers.extend(all("rope_scaling.long_factor", long_factor));
+            numbers.push(("rope_scaling.attention_factor", f64::from(*attention_factor)));
+            numbers
+        }
+        RopeScaling::Factors(factors) => all("rope_freqs.weight", factors),
     }
 }
 

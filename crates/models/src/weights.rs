@@ -116,6 +116,13 @@ impl<'a> Weights<'a> {
         }
     }
 
+    /// Heads of a tensor whose rows the converter permuted: weights and biases of q and k in a GGUF file.
+    fn permuted_heads(&self, name: &str) -> Option<usize> {
+        let (heads, kv_heads) = self.gguf_heads?;
+        let is = |part: &str| name.contains(part);
+        is("q_proj").then_some(heads).or(is("k_proj").then_some(kv_heads))
+    }
+
     /// A matrix `[rows, cols]` that stays as precise as it is stored: an embedding, an output head.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
         self.load(name, rows, cols, None, false)
@@ -138,7 +145,7 @@ impl<'a> Weights<'a> {
             Source::Checkpoint(checkpoint) => checkpoint,
             Source::Blank(blank, checkpoint) => {
                 let names = (name, &*self.name(name));
-                let reordered = self.permuted(name).is_some();
+                let reordered = self.permuted_heads(name).is_some();
                 return blank.matrix(
                     checkpoint,
                     names,
@@ -216,7 +223,8 @@ impl<'a> Weights<'a> {
         let view = checkpoint.get(&self.name(name))?;
         check_shape(view, &[rows, cols])?;
         let storage = view.storage()?;
-        let owned = self.permuted(name).map(|heads| unpermute_rows(view.bytes(), rows, heads));
+        let permuted = self.permuted_heads(name);
+        let owned = permuted.map(|heads| unpermute_rows(view.bytes(), rows, heads));
         if let Some(scheme) = quantize {
             return quantized(view, scheme, (rows, cols), owned.as_deref());
         }
@@ -237,13 +245,6 @@ impl<'a> Weights<'a> {
         Ok(FrozenWeight::host(wanted, rows, cols, host)?)
     }
 
-    /// Heads over which the rows of a matrix were reordered by the converter to GGUF.
-    fn permuted(&self, name: &str) -> Option<usize> {
-        let (heads, kv_heads) = self.gguf_heads?;
-        let is = |part: &str| name.contains(part);
-        is("q_proj").then_some(heads).or(is("k_proj").then_some(kv_heads))
-    }
-
     fn to_device(&self, weight: &FrozenWeight) -> Result<FrozenWeight> {
         Ok(FrozenWeight::from_tensor(&weight.to_tensor(&self.device)?)?)
     }
@@ -259,6 +260,10 @@ impl<'a> Weights<'a> {
         check_finite(view, storage)?;
         let mut out = vec![0f32; len];
         codec::decode(storage, view.bytes(), &mut out);
+        if let Some(heads) = self.permuted_heads(name) {
+            let stored = std::mem::take(&mut out);
+            out = (0..len).map(|i| stored[stored_row(i, len / heads.max(1))]).collect();
+        }
         Ok(tensor_of(out, len)?.to_device(&self.device).map_err(engobe_autograd::Error::from)?)
     }
 
@@ -341,13 +346,10 @@ fn check_shape(view: &TensorView, expected: &[usize]) -> Result<()> {
     })
 }
 
-/// Refuses a plain-float tensor that holds an infinity or a NaN: training over it can only end in NaN.
+/// Refuses a tensor that holds an infinity or a NaN: training over it can only end in NaN.
 fn check_finite(view: &TensorView, storage: StorageType) -> Result<()> {
-    if storage.is_quantized() {
-        return Ok(());
-    }
-    const ELEMENTS: usize = 1 << 16;
-    let chunk = ELEMENTS * storage.block_bytes();
+    const BLOCKS: usize = 1 << 14;
+    let chunk = BLOCKS * storage.block_bytes();
     let bad = view.bytes().par_chunks(chunk).position_any(|bytes| !all_finite(storage, bytes));
     match bad {
         None => Ok(()),
@@ -355,8 +357,25 @@ fn check_finite(view: &TensorView, storage: StorageType) -> Result<()> {
     }
 }
 
+/// Where the half-precision numbers of a quantized block stand: what they scale is whole numbers.
+fn scales_at(storage: StorageType) -> &'static [usize] {
+    match storage {
+        StorageType::Q4_0 | StorageType::Q5_0 | StorageType::Q8_0 => &[0],
+        StorageType::Q4_1 | StorageType::Q5_1 | StorageType::Q4_K | StorageType::Q5_K => &[0, 2],
+        StorageType::Q2_K => &[80, 82],
+        StorageType::Q3_K => &[108],
+        StorageType::Q6_K => &[208],
+        _ => &[],
+    }
+}
+
 /// A float is finite unless all bits of its exponent are set.
 fn all_finite(storage: StorageType, bytes: &[u8]) -> bool {
+    if storage.is_quantized() {
+        let finite = |at: &[u8]| u16::from_le_bytes([at[0], at[1]]) & 0x7C00 != 0x7C00;
+        let mut blocks = bytes.chunks_exact(storage.block_bytes());
+        return blocks.all(|block| scales_at(storage).iter().all(|at| finite(&block[*at..])));
+    }
     let all16 = |mask: u16| {
         let (words, _) = bytes.as_chunks::<2>();
         !words.iter().fold(false, |bad, w| bad | (u16::from_le_bytes(*w) & mask == mask))
@@ -379,14 +398,17 @@ fn all_finite(storage: StorageType, bytes: &[u8]) -> bool {
 pub fn unpermute_rows(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
     let row_bytes = bytes.len() / rows.max(1);
     let head = rows / heads.max(1);
-    let half = head / 2;
     let mut out = vec![0u8; bytes.len()];
     for (i, dst) in out.chunks_exact_mut(row_bytes.max(1)).enumerate() {
-        let (h, within) = (i / head, i % head);
-        let src = h * head + 2 * (within % half) + within / half;
-        dst.copy_from_slice(&bytes[src * row_bytes..][..row_bytes]);
+        dst.copy_from_slice(&bytes[stored_row(i, head) * row_bytes..][..row_bytes]);
     }
     out
+}
+
+/// Where the converter put row `i`, in heads of `head` rows (an even number).
+fn stored_row(i: usize, head: usize) -> usize {
+    let (within, half) = (i % head, head / 2);
+    i - within + 2 * (within % half) + within / half
 }
 
 /// The elements in another storage, in parallel.
@@ -422,6 +444,23 @@ mod tests {
         // one byte a row; two heads of four: the converter stores (0,2,1,3) of each head
         let stored = [0u8, 2, 1, 3, 4, 6, 5, 7];
         assert_eq!(unpermute_rows(&stored, 8, 2), [0, 1, 2, 3, 4, 5, 6, 7]);
+    }
+
+    #[test]
+    fn finds_a_broken_scale_in_every_kind_of_block() {
+        for storage in StorageType::ALL.into_iter().filter(|s| s.is_quantized()) {
+            // block after block of zeros is fine; each number that decoding reads as a half must be looked at
+            let good = vec![0u8; 3 * storage.block_bytes()];
+            assert!(all_finite(storage, &good), "{storage}");
+            for at in (0..storage.block_bytes() - 1).step_by(2) {
+                let mut bytes = good.clone();
+                bytes[storage.block_bytes() + at..][..2].copy_from_slice(&half::f16::NAN.to_le_bytes());
+                let mut floats = vec![0f32; 3 * storage.block_len()];
+                codec::decode(storage, &bytes, &mut floats);
+                let is_scale = floats.iter().any(|f| f.is_nan());
+                assert_eq!(all_finite(storage, &bytes), !is_scale, "{storage} at {at}");
+            }
+        }
     }
 
     #[test]

@@ -2,8 +2,11 @@
 
 use crate::TokenBatch;
 use candle_core::{DType, Device, Tensor};
-use engobe_autograd::{Error, Result};
+use engobe_autograd::{Error, Result, host, tensor_of, uninit, update, update_as};
 use engobe_kernels::attention::Segment;
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use std::ops::Range;
 
 /// Rotated keys and values of one or more sequences, per layer.
 ///
@@ -15,6 +18,7 @@ pub struct KvCache {
     width: usize,
     capacity: usize,
     lens: Vec<usize>,
+    dtype: DType,
     device: Device,
 }
 
@@ -26,14 +30,20 @@ struct Layer {
 
 impl KvCache {
     /// An empty cache for `layers` layers of `kv_heads · head_dim` = `width`, with `slots` sequences and room
-    /// for `capacity` tokens in each.
-    pub fn new(layers: usize, width: usize, slots: usize, capacity: usize, device: &Device) -> Result<Self> {
+    /// for `capacity` tokens in each. `dtype` is f32, or f16 on the CPU.
+    pub fn new(
+        layers: usize,
+        width: usize,
+        slots: usize,
+        capacity: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         let capacity = capacity.max(1);
-        let zeros = || Tensor::zeros((slots * capacity, width), DType::F32, device);
-        let layers = (0..layers)
-            .map(|_| Ok(Layer { keys: zeros()?, values: zeros()? }))
-            .collect::<candle_core::Result<_>>()?;
-        Ok(Self { layers, width, capacity, lens: vec![0; slots], device: device.clone() })
+        let buffer = || buffer(slots * capacity, width, dtype, device);
+        let layers =
+            (0..layers).map(|_| Ok(Layer { keys: buffer()?, values: buffer()? })).collect::<Result<_>>()?;
+        Ok(Self { layers, width, capacity, lens: vec![0; slots], dtype, device: device.clone() })
     }
 
     /// Tokens of a sequence in the cache.
@@ -73,8 +83,7 @@ impl KvCache {
         let old = std::mem::replace(&mut self.capacity, capacity);
         for layer in &mut self.layers {
             for buffer in [&mut layer.keys, &mut layer.values] {
-                let shape = (self.lens.len() * capacity, self.width);
-                let wide = Tensor::zeros(shape, DType::F32, &self.device)?;
+                let wide = self::buffer(self.lens.len() * capacity, self.width, self.dtype, &self.device)?;
                 for (slot, len) in self.lens.iter().enumerate().filter(|(_, len)| **len > 0) {
                     let rows = buffer.narrow(0, slot * old, *len)?.contiguous()?;
                     wide.slice_set(&rows, 0, slot * capacity)?;
@@ -108,8 +117,7 @@ impl KvCache {
         for (segment, slot) in batch.segments.iter().zip(&batch.slots) {
             let to = slot * self.capacity + self.lens[*slot];
             for (buffer, rows) in [(&at.keys, keys), (&at.values, values)] {
-                let rows = rows.narrow(0, segment.q.start, segment.q.len())?.contiguous()?;
-                buffer.slice_set(&rows, 0, to)?;
+                put(buffer, rows, segment.q.clone(), to)?;
             }
         }
         Ok((at.keys.clone(), at.values.clone()))
@@ -123,6 +131,29 @@ impl KvCache {
     }
 }
 
+/// Room for `rows` rows, on the CPU without touching it: rows are read only after they were written.
+fn buffer(rows: usize, width: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    if device.is_cpu() && dtype == DType::F32 {
+        return tensor_of(uninit(rows * width), (rows, width));
+    }
+    Ok(Tensor::zeros((rows, width), dtype, device)?)
+}
+
+/// Copies the rows `from` of `rows`, in f32, to row `to` of `buffer`, in its own type.
+fn put(buffer: &Tensor, rows: &Tensor, from: Range<usize>, to: usize) -> Result<()> {
+    let (_, width) = rows.dims2()?;
+    if !buffer.device().is_cpu() {
+        let rows = rows.narrow(0, from.start, from.len())?.contiguous()?;
+        return Ok(buffer.slice_set(&rows, 0, to)?);
+    }
+    let rows = host(rows)?;
+    let (rows, to) = (&rows[from.start * width..from.end * width], to * width);
+    match buffer.dtype() {
+        DType::F16 => update_as(buffer, |b: &mut [f16]| b[to..][..rows.len()].convert_from_f32_slice(rows)),
+        _ => update(buffer, |b| b[to..][..rows.len()].copy_from_slice(rows)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,12 +164,20 @@ mod tests {
     }
 
     fn firsts(t: &Tensor, segment: &Segment) -> Vec<f32> {
-        t.to_vec2::<f32>().unwrap()[segment.kv.clone()].iter().map(|r| r[0]).collect()
+        t.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap()[segment.kv.clone()]
+            .iter()
+            .map(|r| r[0])
+            .collect()
     }
 
     #[test]
     fn sequences_grow_apart_and_survive_widening() -> Result<()> {
-        let mut cache = KvCache::new(1, 2, 2, 2, &Device::Cpu)?;
+        grow_apart(DType::F32)?;
+        grow_apart(DType::F16)
+    }
+
+    fn grow_apart(dtype: DType) -> Result<()> {
+        let mut cache = KvCache::new(1, 2, 2, 2, dtype, &Device::Cpu)?;
         let batch = cache.batch(&[(0, &[7, 8]), (1, &[9])])?;
         cache.append(0, &batch, &rows(&[1.0, 2.0, 10.0]), &rows(&[0.0; 3]))?;
         cache.advance(&batch);
@@ -159,7 +198,7 @@ mod tests {
 
     #[test]
     fn refuses_another_width() {
-        let mut cache = KvCache::new(1, 2, 1, 4, &Device::Cpu).unwrap();
+        let mut cache = KvCache::new(1, 2, 1, 4, DType::F32, &Device::Cpu).unwrap();
         let batch = cache.batch(&[(0, &[1])]).unwrap();
         let wrong = Tensor::zeros((1, 3), DType::F32, &Device::Cpu).unwrap();
         assert!(cache.append(0, &batch, &wrong, &wrong).is_err());

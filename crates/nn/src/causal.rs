@@ -2,9 +2,9 @@
 
 use crate::cache::KvCache;
 use crate::modules::ModuleTree;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use engobe_autograd::ops::HeadLoss;
-use engobe_autograd::{Result, Tape, Var};
+use engobe_autograd::{Activations, Result, Tape, Var};
 use engobe_kernels::attention::Segment;
 use std::ops::Range;
 use std::sync::Arc;
@@ -58,6 +58,8 @@ pub struct ModelInfo {
     pub max_positions: usize,
     /// the output head is the embedding's matrix
     pub tied_head: bool,
+    /// linear layers hold ggml's quantized blocks, beside which activations may be rounded
+    pub blocks: bool,
 }
 
 /// A decoder-only language model.
@@ -82,9 +84,12 @@ pub trait CausalLm: ModuleTree + Send + Sync {
     /// Logits of `hidden`: `[n, vocab]`; final norm and head included.
     fn logits<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var) -> Result<Tensor>;
 
-    /// An empty cache for `slots` sequences with room for `capacity` tokens each.
-    fn new_cache(&self, slots: usize, capacity: usize) -> Result<KvCache> {
-        let info = self.info();
-        KvCache::new(info.num_layers, info.kv_width, slots, capacity, self.device())
+    /// An empty cache for `slots` sequences with room for `capacity` tokens each. Where activations are rounded
+    /// beside quantized blocks, keys and values are as well: to half precision.
+    fn new_cache(&self, slots: usize, capacity: usize, activations: Activations) -> Result<KvCache> {
+        let (info, device) = (self.info(), self.device());
+        let rounded = info.blocks && activations == Activations::Rounded && device.is_cpu();
+        let dtype = if rounded { DType::F16 } else { DType::F32 };
+        KvCache::new(info.num_layers, info.kv_width, slots, capacity, dtype, device)
     }
 }

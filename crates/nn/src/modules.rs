@@ -27,6 +27,11 @@ impl Weight {
         }
     }
 
+    /// True if it is of quantized blocks beside which activations may be rounded.
+    pub fn is_of_blocks(&self) -> bool {
+        matches!(self, Self::Frozen(w) if w.is_of_blocks())
+    }
+
     /// The matrix on a tape.
     pub fn on<'m>(&self, tape: &mut Tape<'m>) -> Matrix {
         match self {

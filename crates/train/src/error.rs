@@ -23,6 +23,12 @@ pub enum Error {
         /// rows of the window, the first few
         rows: String,
     },
+    /// The loss of an evaluation is no number.
+    #[error("the loss over these rows is {value}: the model's weights, or the adapter's, are broken")]
+    EvalNotFinite {
+        /// NaN or an infinity
+        value: f64,
+    },
     /// A checkpoint does not belong to this run.
     #[error("cannot resume: {what}")]
     Resume {

@@ -33,6 +33,9 @@ pub fn evaluate(
         return Err(Error::NoLabels);
     }
     let loss = sums.mean();
+    if !loss.is_finite() {
+        return Err(Error::EvalNotFinite { value: loss });
+    }
     Ok(Evaluation {
         loss,
         perplexity: loss.exp(),

@@ -3,10 +3,12 @@
 //! Saves q, k, v, its output and one log-sum-exp a row and head; probabilities are computed again in the
 //! backward (Dao et al. 2022). Segments never see each other, so rows need no padding.
 
-use crate::{Error, Result, Tape, Var, host, ops::dims2, tensor_of, uninit};
+use crate::{Error, Result, Tape, Var, host, host_as, ops::dims2, tensor_of, uninit};
 use candle_core::{D, DType, Device, Tensor};
 use engobe_kernels::attention::{self as kernel, AttentionShape, Segment};
-use engobe_kernels::attention_step;
+use engobe_kernels::attention_step::{self, Cached};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 use std::sync::Arc;
 
 /// Attention of `q` `[nq, heads·head_dim]` over `k` and `v` `[nkv, kv_heads·head_dim]`: like `q`.
@@ -21,6 +23,9 @@ pub fn attention<'m>(
     let (nq, nkv) = check(q.tensor(), k.tensor(), v.tensor(), &shape, &segments)?;
     let slots = [q.slot(), k.slot(), v.slot()];
     let (qt, kt, vt) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
+    if tape.generating().is_some() && tape.fast(&qt) {
+        return generate(&qt, &kt, &vt, &shape, &segments);
+    }
     if !tape.fast(&qt) {
         let y = composed(&qt, &kt, &vt, &shape, &segments)?;
         return Ok(tape.record1(&slots, y, move |dy, sink| {
@@ -34,10 +39,6 @@ pub fn attention<'m>(
     let (width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
     let tracked = slots.iter().any(|s| s.is_tracked());
     let mut out = uninit(nq * width);
-    if tape.generating().is_some() && attention_step::applies(&segments) {
-        attention_step::attend(&shape, &segments, &host(&qt)?, &host(&kt)?, &host(&vt)?, &mut out);
-        return Ok(Var::constant(tensor_of(out, (nq, width))?));
-    }
     let mut lse = if tracked { uninit(shape.heads * nq) } else { Vec::new() };
     kernel::attention(
         &shape,
@@ -69,6 +70,43 @@ pub fn attention<'m>(
         sink.add(slots[1], tensor_of(dk, (nkv, kv_width))?)?;
         sink.add(slots[2], tensor_of(dv, (nkv, kv_width))?)
     }))
+}
+
+/// Attention without a record, over keys and values in f32 or f16. Segments with one query go their own way.
+fn generate(q: &Tensor, k: &Tensor, v: &Tensor, shape: &AttentionShape, segments: &[Segment]) -> Result<Var> {
+    let mut out = uninit(q.elem_count());
+    let (steps, others): (Vec<Segment>, Vec<Segment>) =
+        segments.iter().cloned().partition(|s| s.q.len() == 1);
+    if !steps.is_empty() {
+        let q = host(q)?;
+        if k.dtype() == DType::F16 {
+            let (k, v) = (host_as(k)?, host_as(v)?);
+            attention_step::attend(shape, &steps, &q, Cached::F16(&k), Cached::F16(&v), &mut out);
+        } else {
+            let (k, v) = (host(k)?, host(v)?);
+            attention_step::attend(shape, &steps, &q, Cached::F32(&k), Cached::F32(&v), &mut out);
+        }
+    }
+    if !others.is_empty() {
+        let (k, v) = (widened(k, &others)?, widened(v, &others)?);
+        kernel::attention(shape, &others, &host(q)?, &host(&k)?, &host(&v)?, &mut out, None);
+    }
+    Ok(Var::constant(tensor_of(out, q.shape().clone())?))
+}
+
+/// Keys or values in f32; of those in f16, the rows that the segments see.
+fn widened(t: &Tensor, segments: &[Segment]) -> Result<Tensor> {
+    if t.dtype() != DType::F16 {
+        return Ok(t.clone());
+    }
+    let (_, width) = dims2("attention", t)?;
+    let half = host_as::<f16>(t)?;
+    let mut out = uninit(half.len());
+    for s in segments {
+        let range = s.kv.start * width..s.kv.end * width;
+        half[range.clone()].convert_to_f32_slice(&mut out[range]);
+    }
+    tensor_of(out, t.shape().clone())
 }
 
 /// Number of queries and of keys.

@@ -124,7 +124,7 @@ impl Form {
             names.iter().find(|name| fields.contains_key(**name)).map(|name| (*name).to_owned())
         };
         if fields.contains_key("input_ids") {
-            return Ok(Self::Tokenized { labels: fields.get("labels").is_some_and(|v| !v.is_null()) });
+            return Ok(Self::Tokenized { labels: has_labels(row) });
         }
         if let Some(key) = MESSAGES.iter().find(|key| fields.get(**key).is_some_and(Value::is_array)) {
             let share =
@@ -145,6 +145,14 @@ impl Form {
             return Ok(Self::Text { key });
         }
         Err(row.place.error(unrecognised(fields)))
+    }
+
+    /// As this form, with what all rows of the file show: labels may begin after the first row.
+    pub(super) fn widened(self, rows: &[RawRow]) -> Self {
+        match self {
+            Self::Tokenized { .. } => Self::Tokenized { labels: rows.iter().any(has_labels) },
+            other => other,
+        }
     }
 
     /// Columns of `row` that this form does not read.
@@ -176,10 +184,14 @@ impl Form {
                 output: read.text(output)?,
             },
             Self::Text { key } => Content::Text(read.text(key)?),
-            Self::Tokenized { labels } => read.tokens(*labels)?,
+            Self::Tokenized { .. } => read.tokens()?,
         };
         Ok(Row { place, content })
     }
+}
+
+fn has_labels(row: &RawRow) -> bool {
+    row.fields.get("labels").is_some_and(|v| !v.is_null())
 }
 
 fn unrecognised(fields: &Map<String, Value>) -> String {
@@ -340,7 +352,8 @@ impl Fields<'_> {
         Ok(Content::Pair { prompt: self.text(prompt)?, completion: self.text(completion)? })
     }
 
-    fn tokens(&self, labels: bool) -> Result<Content> {
+    /// Ids with their labels; a row without labels has all of its ids as labels.
+    fn tokens(&self) -> Result<Content> {
         let number = |key: &str, i: usize, v: &Value| {
             v.as_i64()
                 .ok_or_else(|| self.place.error(format!("{key}[{i}] must be a whole number, this is {v}")))
@@ -352,7 +365,7 @@ impl Fields<'_> {
                 .map_err(|_| self.place.error(format!("input_ids[{i}] is {id}; ids begin at 0")))?;
             ids.push(id);
         }
-        if !labels {
+        if self.fields.get("labels").is_none_or(Value::is_null) {
             return Ok(Content::Tokens { ids, labels: None });
         }
         let list = self.list("labels")?;

@@ -4,7 +4,7 @@ use crate::args::EvalArgs;
 use crate::dataset::{self, RowSettings};
 use crate::scoring;
 use crate::terminal::{Note, Progress, print, print_json};
-use crate::workbench::Bench;
+use crate::workbench::{self, Bench};
 use anyhow::{Result, bail};
 use engobe_data::Prompt;
 use engobe_train::evaluate;
@@ -13,11 +13,12 @@ use serde_json::json;
 /// Scores a model on rows.
 pub fn run(args: &EvalArgs) -> Result<()> {
     let mut note = Note::new(&args.common);
-    let bench = Bench::open(&args.model, &args.common, &mut note)?;
+    let mut bench = Bench::open(&args.model, &args.common, &mut note)?;
+    workbench::set_chat_template(bench.tokenizer.as_mut(), args.rows.chat_template.as_deref())?;
     let settings = RowSettings {
         train_on: &args.rows.train_on,
         template: &args.rows.template,
-        max_seq_len: args.rows.max_seq_len,
+        max_seq_len: args.max_seq_len,
     };
     let encoder = settings.encoder(bench.tokenizer.as_ref(), bench.model.info().vocab_size)?;
     let rows = dataset::load(&args.rows.data, &encoder, &mut note)?;

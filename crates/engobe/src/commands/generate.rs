@@ -2,12 +2,12 @@
 
 use crate::Usage;
 use crate::args::GenerateArgs;
-use crate::terminal::{Note, print, print_json, since_start};
-use crate::workbench::Bench;
+use crate::terminal::{Note, print, print_json, say, since_start};
+use crate::workbench::{self, Bench};
 use anyhow::{Context, Result, bail};
 use engobe_data::template::message;
 use engobe_data::{ChatTemplate, TextTokenizer};
-use engobe_infer::{Generated, Generator, Sampler, Sampling, StopStrings};
+use engobe_infer::{Generated, Generator, Sampler, Sampling, StopReason, StopStrings};
 use serde_json::{Value, json};
 use std::io::{BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
@@ -23,7 +23,8 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let mut sampler = Sampler::new(sampling(args))
         .map_err(|e| Usage(format!("--{}", e.to_string().replacen('_', "-", 1))))?;
     let mut note = Note::new(&args.common);
-    let bench = Bench::open(&args.model, &args.common, &mut note)?;
+    let mut bench = Bench::open(&args.model, &args.common, &mut note)?;
+    workbench::set_chat_template(bench.tokenizer.as_mut(), args.chat_template.as_deref())?;
     let mut talk = Talk { args, bench: &bench, end: bench.end_ids()?, generator: None };
     if !args.prompt_ids.is_empty() {
         return talk.finish(args.prompt_ids.clone(), &mut sampler, &mut note);
@@ -51,7 +52,12 @@ fn sampling(args: &GenerateArgs) -> Sampling {
 }
 
 fn template(tokenizer: &TextTokenizer) -> Result<ChatTemplate> {
-    let none = || format!("{}: the model has no chat template: leave --chat out", tokenizer.origin());
+    let none = || {
+        format!(
+            "{}: the model has no chat template: leave --chat out, or give one with --chat-template",
+            tokenizer.origin()
+        )
+    };
     tokenizer.compile_chat_template()?.with_context(none)
 }
 
@@ -101,9 +107,9 @@ impl<'a> Talk<'a> {
             "token_ids": answer.generated.token_ids,
             "text": answer.text,
             "finish_reason": match answer.generated.reason {
-                engobe_infer::StopReason::EndToken => "end_token",
-                engobe_infer::StopReason::Length => "length",
-                engobe_infer::StopReason::Caller => "stop_string",
+                StopReason::EndToken => "end_token",
+                StopReason::Length => "length",
+                StopReason::Caller => "stop_string",
             },
             "prompt_seconds": answer.generated.prompt_time.as_secs_f64(),
             "first_token_seconds": answer.first_token_seconds,
@@ -156,17 +162,18 @@ impl<'a> Talk<'a> {
                 Err(e) => stop(&mut failed, e),
             }
         };
-        let generated =
+        let mut generated =
             generator.generate(ids, self.args.max_new_tokens, &self.end, sampler, &mut on_token)?;
         if let Some(error) = failed {
             return Err(error);
         }
-        if generated.reason != engobe_infer::StopReason::Caller {
+        if generated.reason != StopReason::Caller {
             let rest = decoder.as_mut().map(|d| d.finish()).transpose()?.flatten().unwrap_or_default();
             let emit = stops.push(&rest);
             show(&emit.text, &mut text)?;
-            if !emit.stopped {
-                show(&stops.finish(), &mut text)?;
+            match emit.stopped {
+                true => generated.reason = StopReason::Caller,
+                false => show(&stops.finish(), &mut text)?,
             }
         }
         Ok(Answer { text, generated, first_token_seconds })
@@ -177,7 +184,7 @@ impl<'a> Talk<'a> {
         let template = template(tokenizer)?;
         let person = std::io::stdin().is_terminal();
         if person {
-            eprintln!("An empty line or Ctrl-D ends the dialogue.");
+            say("An empty line or Ctrl-D ends the dialogue.");
         }
         let mut messages: Vec<Value> = Vec::new();
         let mut lines = std::io::stdin().lock().lines();

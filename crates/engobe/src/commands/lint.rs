@@ -14,11 +14,12 @@ use std::io::IsTerminal;
 pub fn run(args: &LintArgs) -> Result<()> {
     let mut note = Note::new(&args.common);
     let path = workbench::resolve(&args.model, &args.common, &mut note)?;
-    let tokenizer = workbench::tokenizer(&path)?;
+    let mut tokenizer = workbench::tokenizer(&path)?;
+    workbench::set_chat_template(tokenizer.as_mut(), args.rows.chat_template.as_deref())?;
     let settings = RowSettings {
         train_on: &args.rows.train_on,
         template: &args.rows.template,
-        max_seq_len: args.rows.max_seq_len,
+        max_seq_len: args.max_seq_len,
     };
     let encoder = settings.encoder(tokenizer.as_ref(), vocab_size(&path)?)?;
     let allow = dataset::allowed(&args.allow)?;
@@ -27,7 +28,7 @@ pub fn run(args: &LintArgs) -> Result<()> {
         [] => Dataset::default(),
         paths => dataset::load(paths, &encoder, &mut note)?,
     };
-    let report = dataset::check(&train, &val.samples, &encoder, tokenizer.as_ref(), args.rows.max_seq_len);
+    let report = dataset::check(&train, &val.samples, &encoder, tokenizer.as_ref(), args.max_seq_len);
     if args.show > 0 {
         print(&shown(&train, tokenizer.as_ref(), args.show))?;
     }

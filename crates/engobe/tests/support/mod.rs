@@ -1,5 +1,8 @@
 //! Runs the binary as a user does.
 
+// each file of tests uses what it needs of this
+#![allow(dead_code)]
+
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

@@ -12,8 +12,8 @@ const LINEARS: [(usize, usize); 7] =
     [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)];
 const WIDTH: usize = 576;
 const VOCAB: usize = 49152;
-/// Rows of the embedding in one product of the head. The whole `[tokens, vocabulary]` product would write
-/// 100 MB of logits that no step keeps, and is slower.
+/// Rows of the embedding in one product of the head: the whole `[tokens, vocabulary]` product would hold 100 MB of
+/// logits, and is no faster.
 const HEAD_ROWS: usize = 1024;
 /// Passes after the first, of which the median counts.
 const PASSES: usize = 3;

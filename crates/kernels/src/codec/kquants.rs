@@ -55,14 +55,13 @@ fn q2_k_body(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Q3_K's sixteen signed scales.
+/// Q3_K's sixteen scales, before 32 is taken off: a byte each, from the lowest.
 #[inline(always)]
-pub(crate) fn q3_scales(packed: &[u8; 12]) -> [i16; 16] {
-    std::array::from_fn(|j| {
-        let low = packed[j % 8] >> (4 * (j / 8)) & 15;
-        let high = packed[8 + j % 4] >> (2 * (j / 4)) & 3;
-        i16::from(low | high << 4) - 32
-    })
+pub(crate) fn q3_scales(packed: &[u8; 12]) -> [u64; 2] {
+    let word = |i: usize| u32::from_le_bytes([packed[i], packed[i + 1], packed[i + 2], packed[i + 3]]);
+    let (a, b, high) = (word(0), word(4), word(8));
+    let four = |low: u32, j: u32| u64::from(low & 0x0f0f_0f0f | (high >> (2 * j) & 0x0303_0303) << 4);
+    [four(a, 0) | four(b, 1) << 32, four(a >> 4, 2) | four(b >> 4, 3) << 32]
 }
 
 #[inline(always)]
@@ -71,13 +70,14 @@ fn q3_k_body(bytes: &[u8], out: &mut [f32]) {
         one_block_at_a_time();
         let hmask = part::<32>(block, 0);
         let scales = q3_scales(part::<12>(block, 96));
+        let scale = |j: usize| (scales[j / 8] >> (8 * (j % 8))) as u8 as f32 - 32.0;
         let d = scale_at(block, 108);
         for (g, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
             one_block_at_a_time();
             let qs = part::<32>(block, 32 + 32 * (g / 4));
             let shift = 2 * (g % 4);
             for (j, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                let dl = d * f32::from(scales[2 * g + j]);
+                let dl = d * scale(2 * g + j);
                 for l in 0..16 {
                     let low = (qs[16 * j + l] >> shift & 3) as i8;
                     let high = (hmask[16 * j + l] >> g & 1) as i8;
@@ -99,12 +99,12 @@ fn scale_and_min(packed: &[u8; 12], g: usize) -> (u8, u8) {
     }
 }
 
-/// All scales and minima of Q4_K and Q5_K: [`scale_and_min`] of every g, four at a time.
+/// All scales and minima of Q4_K and Q5_K, a byte each from the lowest: [`scale_and_min`] of every g.
 #[inline(always)]
-pub(crate) fn scales_and_minima(packed: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
+pub(crate) fn scales_and_minima(packed: &[u8; 12]) -> (u64, u64) {
     let word = |i: usize| u32::from_le_bytes([packed[i], packed[i + 1], packed[i + 2], packed[i + 3]]);
     let (a, b, c) = (word(0), word(4), word(8));
-    let both = |first: u32, last: u32| (u64::from(first) | u64::from(last) << 32).to_le_bytes();
+    let both = |first: u32, last: u32| u64::from(first) | u64::from(last) << 32;
     let scales = both(a & 0x3f3f_3f3f, c & 0x0f0f_0f0f | a >> 2 & 0x3030_3030);
     let minima = both(b & 0x3f3f_3f3f, c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030);
     (scales, minima)

@@ -66,6 +66,8 @@ impl Lanes for Avx2 {
     type Ints = [__m256i; 2];
     type Floats = [__m256; 2];
     type Quad = __m128;
+    type Small = __m128i;
+    type Eight = __m256;
     /// sixteen-bit factors, twice in each lane
     type Factors = [__m256i; 2];
 
@@ -174,19 +176,74 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn factors2(f: [i16; 2]) -> [__m256i; 2] {
-        unsafe { [_mm256_set1_epi16(f[0]), _mm256_set1_epi16(f[1])] }
+    unsafe fn factors<const J: usize>(f: __m128i) -> [__m256i; 2] {
+        unsafe {
+            let eights = |first: i8| {
+                let lanes = _mm_unpacklo_epi64(_mm_set1_epi8(first), _mm_set1_epi8(first + 1));
+                _mm256_cvtepi8_epi16(_mm_shuffle_epi8(f, lanes))
+            };
+            [eights(4 * J as i8), eights(4 * J as i8 + 2)]
+        }
     }
 
     #[inline(always)]
-    unsafe fn factors4(f: [i16; 4]) -> [__m256i; 2] {
+    unsafe fn half(p: *const u8) -> f32 {
+        unsafe { super::x86_half(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn small(p: *const u8) -> __m128i {
+        unsafe { _mm_loadu_si128(p.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn small_of(words: [u64; 2]) -> __m128i {
+        unsafe { super::x86_small_of(words) }
+    }
+
+    #[inline(always)]
+    unsafe fn small_twice(word: u64) -> __m128i {
         unsafe {
-            let half = |a, b| {
-                let (a, b) = (_mm_set1_epi16(a), _mm_set1_epi16(b));
-                _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), b)
-            };
-            [half(f[0], f[1]), half(f[2], f[3])]
+            let x = _mm_cvtsi64_si128(word as i64);
+            _mm_unpacklo_epi8(x, x)
         }
+    }
+
+    #[inline(always)]
+    unsafe fn small_low(x: __m128i) -> __m128i {
+        unsafe { _mm_and_si128(x, _mm_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    unsafe fn small_high(x: __m128i) -> __m128i {
+        unsafe { _mm_and_si128(_mm_srli_epi16::<4>(x), _mm_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    unsafe fn small_minus<const VALUE: i8>(x: __m128i) -> __m128i {
+        unsafe { _mm_sub_epi8(x, _mm_set1_epi8(VALUE)) }
+    }
+
+    #[inline(always)]
+    unsafe fn small_elements(x: __m128i) -> [i8; 16] {
+        let mut out = [0; 16];
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), x) };
+        out
+    }
+
+    #[inline(always)]
+    unsafe fn zero_eight() -> __m256 {
+        unsafe { _mm256_setzero_ps() }
+    }
+
+    #[inline(always)]
+    unsafe fn add_products(sum: __m256, n: __m128i, p: *const [i16; 16], factor: f32) -> __m256 {
+        unsafe { super::x86_add_products(sum, n, p, factor) }
+    }
+
+    #[inline(always)]
+    unsafe fn total_eight(x: __m256) -> f32 {
+        unsafe { super::x86_total_eight(x) }
     }
 
     #[inline(always)]

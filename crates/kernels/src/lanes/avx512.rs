@@ -26,10 +26,9 @@ unsafe fn twice(p: *const u8) -> __m512i {
     unsafe { _mm512_broadcast_i64x4(_mm256_loadu_si256(p.cast())) }
 }
 
-/// Lane numbers 0, 0, .. (8 or 4 times), 1, 1, ..
-const EIGHTS: [i32; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1];
+/// Lane numbers 0, 0, 0, 0, 1, ..
 const FOURS: [i32; 16] = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3];
-/// [`EIGHTS`], for elements 0 and 2.
+/// Lane number 0 eight times, then 2.
 const EVEN: [i32; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2];
 
 // SAFETY (every block below): what `Lanes` asks of its callers.
@@ -39,6 +38,8 @@ impl Lanes for Avx512 {
     type Ints = __m512i;
     type Floats = __m512;
     type Quad = __m128;
+    type Small = __m128i;
+    type Eight = __m256;
     type Factors = __m512i;
 
     #[inline(always)]
@@ -136,19 +137,72 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn factors2(f: [i16; 2]) -> __m512i {
+    unsafe fn factors<const J: usize>(f: __m128i) -> __m512i {
         unsafe {
-            let f = _mm_cvtepi16_epi32(_mm_cvtsi32_si128(i32::from(f[0] as u16) | i32::from(f[1]) << 16));
-            _mm512_permutexvar_epi32(_mm512_loadu_si512(EIGHTS.as_ptr().cast()), _mm512_castsi128_si512(f))
+            let lanes =
+                _mm512_add_epi32(_mm512_loadu_si512(FOURS.as_ptr().cast()), _mm512_set1_epi32(4 * J as i32));
+            _mm512_permutexvar_epi32(lanes, _mm512_cvtepi8_epi32(f))
         }
     }
 
     #[inline(always)]
-    unsafe fn factors4(f: [i16; 4]) -> __m512i {
+    unsafe fn half(p: *const u8) -> f32 {
+        unsafe { super::x86_half(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn small(p: *const u8) -> __m128i {
+        unsafe { _mm_loadu_si128(p.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn small_of(words: [u64; 2]) -> __m128i {
+        unsafe { super::x86_small_of(words) }
+    }
+
+    #[inline(always)]
+    unsafe fn small_twice(word: u64) -> __m128i {
         unsafe {
-            let f = _mm_cvtepi16_epi32(_mm_loadl_epi64(f.as_ptr().cast()));
-            _mm512_permutexvar_epi32(_mm512_loadu_si512(FOURS.as_ptr().cast()), _mm512_castsi128_si512(f))
+            let x = _mm_cvtsi64_si128(word as i64);
+            _mm_unpacklo_epi8(x, x)
         }
+    }
+
+    #[inline(always)]
+    unsafe fn small_low(x: __m128i) -> __m128i {
+        unsafe { _mm_and_si128(x, _mm_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    unsafe fn small_high(x: __m128i) -> __m128i {
+        unsafe { _mm_and_si128(_mm_srli_epi16::<4>(x), _mm_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    unsafe fn small_minus<const VALUE: i8>(x: __m128i) -> __m128i {
+        unsafe { _mm_sub_epi8(x, _mm_set1_epi8(VALUE)) }
+    }
+
+    #[inline(always)]
+    unsafe fn small_elements(x: __m128i) -> [i8; 16] {
+        let mut out = [0; 16];
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), x) };
+        out
+    }
+
+    #[inline(always)]
+    unsafe fn zero_eight() -> __m256 {
+        unsafe { _mm256_setzero_ps() }
+    }
+
+    #[inline(always)]
+    unsafe fn add_products(sum: __m256, n: __m128i, p: *const [i16; 16], factor: f32) -> __m256 {
+        unsafe { super::x86_add_products(sum, n, p, factor) }
+    }
+
+    #[inline(always)]
+    unsafe fn total_eight(x: __m256) -> f32 {
+        unsafe { super::x86_total_eight(x) }
     }
 
     #[inline(always)]

@@ -28,9 +28,7 @@ fn each(f: impl Fn(usize) -> u8) -> [u8; 64] {
 fn products(w: impl Fn(usize) -> i16, a: &[u8; 64]) -> [i32; 16] {
     let mut sums = [0; 16];
     for (k, sum) in sums.iter_mut().enumerate() {
-        for i in 4 * k..4 * k + 4 {
-            *sum += i32::from(w(i)) * i32::from(a[i] as i8);
-        }
+        *sum = (4 * k..4 * k + 4).map(|i| i32::from(w(i)) * i32::from(a[i] as i8)).sum();
     }
     sums
 }
@@ -42,6 +40,8 @@ impl Lanes for Portable {
     type Ints = [i32; 16];
     type Floats = [f32; 16];
     type Quad = [f32; 4];
+    type Small = [i8; 16];
+    type Eight = [f32; 8];
     type Factors = [i32; 16];
 
     #[inline(always)]
@@ -134,13 +134,66 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn factors2(f: [i16; 2]) -> [i32; 16] {
-        std::array::from_fn(|k| i32::from(f[k / 8]))
+    unsafe fn factors<const J: usize>(f: [i8; 16]) -> [i32; 16] {
+        std::array::from_fn(|k| i32::from(f[4 * J + k / 4]))
     }
 
     #[inline(always)]
-    unsafe fn factors4(f: [i16; 4]) -> [i32; 16] {
-        std::array::from_fn(|k| i32::from(f[k / 4]))
+    unsafe fn half(p: *const u8) -> f32 {
+        unsafe { f16_at(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn small(p: *const u8) -> [i8; 16] {
+        unsafe { p.cast::<[i8; 16]>().read() }
+    }
+
+    #[inline(always)]
+    unsafe fn small_of(words: [u64; 2]) -> [i8; 16] {
+        std::array::from_fn(|i| (words[i / 8] >> (8 * (i % 8))) as i8)
+    }
+
+    #[inline(always)]
+    unsafe fn small_twice(word: u64) -> [i8; 16] {
+        std::array::from_fn(|i| (word >> (8 * (i / 2))) as i8)
+    }
+
+    #[inline(always)]
+    unsafe fn small_low(x: [i8; 16]) -> [i8; 16] {
+        x.map(|x| x & 15)
+    }
+
+    #[inline(always)]
+    unsafe fn small_high(x: [i8; 16]) -> [i8; 16] {
+        x.map(|x| x >> 4 & 15)
+    }
+
+    #[inline(always)]
+    unsafe fn small_minus<const VALUE: i8>(x: [i8; 16]) -> [i8; 16] {
+        x.map(|x| x.wrapping_sub(VALUE))
+    }
+
+    #[inline(always)]
+    unsafe fn small_elements(x: [i8; 16]) -> [i8; 16] {
+        x
+    }
+
+    #[inline(always)]
+    unsafe fn zero_eight() -> [f32; 8] {
+        [0.0; 8]
+    }
+
+    #[inline(always)]
+    unsafe fn add_products(sum: [f32; 8], n: [i8; 16], p: *const [i16; 16], factor: f32) -> [f32; 8] {
+        let p = unsafe { p.read() };
+        let product = |i: usize| i32::from(n[i]) * i32::from(p[i]);
+        std::array::from_fn(|k| sum[k] + (product(2 * k) + product(2 * k + 1)) as f32 * factor)
+    }
+
+    #[inline(always)]
+    unsafe fn total_eight(x: [f32; 8]) -> f32 {
+        let x: [f32; 4] = std::array::from_fn(|i| x[i] + x[i + 4]);
+        (x[0] + x[2]) + (x[1] + x[3])
     }
 
     #[inline(always)]

@@ -26,7 +26,7 @@ const LANES: usize = 64;
 /// Elements decoded at a time; a multiple of every block length and of [`LANES`].
 const PIECE: usize = 1024;
 /// Least bytes of W in a part: about a microsecond of reading. Smaller parts start the memory's streams too often.
-const PART_BYTES: usize = 32 << 10;
+const PART_BYTES: usize = 16 << 10;
 /// Bytes of all W below which one thread does it.
 const SERIAL_BYTES: usize = 64 << 10;
 

@@ -91,42 +91,18 @@ impl Float for Bf16 {
 by_backend!(
     /// # Safety
     /// As for [`rows`].
-    unsafe fn f32(task: &Task<'_, '_>, rows: Range<usize>) = run_f32
+    unsafe fn f32(task: &Task<'_, '_>, rows: Range<usize>) = run, F32
 );
 by_backend!(
     /// # Safety
     /// As for [`rows`].
-    unsafe fn f16(task: &Task<'_, '_>, rows: Range<usize>) = run_f16
+    unsafe fn f16(task: &Task<'_, '_>, rows: Range<usize>) = run, F16
 );
 by_backend!(
     /// # Safety
     /// As for [`rows`].
-    unsafe fn bf16(task: &Task<'_, '_>, rows: Range<usize>) = run_bf16
+    unsafe fn bf16(task: &Task<'_, '_>, rows: Range<usize>) = run, Bf16
 );
-
-/// # Safety
-/// As for [`rows`] and [`Lanes`].
-#[inline(always)]
-unsafe fn run_f32<L: Lanes>(task: &Task<'_, '_>, rows: Range<usize>) {
-    // SAFETY: passed on.
-    unsafe { run::<L, F32>(task, rows) }
-}
-
-/// # Safety
-/// As for [`rows`] and [`Lanes`].
-#[inline(always)]
-unsafe fn run_f16<L: Lanes>(task: &Task<'_, '_>, rows: Range<usize>) {
-    // SAFETY: passed on.
-    unsafe { run::<L, F16>(task, rows) }
-}
-
-/// # Safety
-/// As for [`rows`] and [`Lanes`].
-#[inline(always)]
-unsafe fn run_bf16<L: Lanes>(task: &Task<'_, '_>, rows: Range<usize>) {
-    // SAFETY: passed on.
-    unsafe { run::<L, Bf16>(task, rows) }
-}
 
 /// # Safety
 /// As for [`rows`] and [`Lanes`].

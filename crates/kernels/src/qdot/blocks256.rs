@@ -11,7 +11,7 @@
 //! All sums inside a block are exact integers: at most 256·63·127·128 < 2²⁸. Layouts: `codec/kquants.rs`.
 
 use super::rounded::Rounded;
-use crate::codec::{f16_to_f32, kquants};
+use crate::codec::kquants;
 use crate::lanes::Lanes;
 
 /// A row of activations, as the kernels walk along it.
@@ -23,42 +23,32 @@ pub(super) struct Activations256 {
 }
 
 /// What a block says about its sub-blocks.
-pub(super) struct Header {
+pub(super) struct Header<L: Lanes> {
     /// d
     pub d: f32,
     /// factor of Σ second·p: -dmin, or -o·d
     pub second_factor: f32,
     /// s of each 16 elements
-    pub scales: [i16; 16],
+    pub scales: L::Small,
     /// n (or s again) of each 16 elements
-    pub seconds: [i16; 16],
+    pub seconds: L::Small,
 }
 
 /// One of the storages.
 pub(super) trait Blocks256 {
     /// Bytes of a block.
     const BYTES: usize;
-    /// Sub-blocks have 16 elements, not 32.
-    const SIXTEENS: bool;
-
     /// Scales of the block at `p`.
     ///
     /// # Safety
-    /// A readable block.
-    unsafe fn header(p: *const u8) -> Header;
+    /// A readable block; else as for [`Lanes`].
+    unsafe fn header<L: Lanes>(p: *const u8) -> Header<L>;
 
     /// Codes of elements 64·J..64·J + 64 of the block at `p`.
     ///
     /// # Safety
     /// A readable block; else as for [`Lanes`].
     unsafe fn codes<L: Lanes, const J: usize>(p: *const u8) -> L::Bytes;
-}
-
-/// The f16 at `p`.
-#[inline(always)]
-unsafe fn half(p: *const u8) -> f32 {
-    // SAFETY: two readable bytes.
-    f16_to_f32(u16::from_le_bytes(unsafe { p.cast::<[u8; 2]>().read() }))
 }
 
 pub(super) struct Q2K;
@@ -69,14 +59,19 @@ pub(super) struct Q6K;
 
 impl Blocks256 for Q2K {
     const BYTES: usize = 84;
-    const SIXTEENS: bool = true;
 
     #[inline(always)]
-    unsafe fn header(p: *const u8) -> Header {
+    unsafe fn header<L: Lanes>(p: *const u8) -> Header<L> {
         // SAFETY: scales at 0..16, d and dmin at 80..84.
-        let (packed, d, dmin) = unsafe { (p.cast::<[u8; 16]>().read(), half(p.add(80)), half(p.add(82))) };
-        let scales = packed.map(|b| i16::from(b & 15));
-        Header { d, second_factor: -dmin, scales, seconds: packed.map(|b| i16::from(b >> 4)) }
+        unsafe {
+            let packed = L::small(p);
+            Header {
+                d: L::half(p.add(80)),
+                second_factor: -L::half(p.add(82)),
+                scales: L::small_low(packed),
+                seconds: L::small_high(packed),
+            }
+        }
     }
 
     #[inline(always)]
@@ -115,14 +110,16 @@ unsafe fn with_high_bits<L: Lanes, const VALUE: i8, const J: usize>(
 
 impl Blocks256 for Q3K {
     const BYTES: usize = 110;
-    const SIXTEENS: bool = true;
 
     #[inline(always)]
-    unsafe fn header(p: *const u8) -> Header {
+    unsafe fn header<L: Lanes>(p: *const u8) -> Header<L> {
         // SAFETY: scales at 96..108, d at 108.
-        let (packed, d) = unsafe { (p.add(96).cast::<[u8; 12]>().read(), half(p.add(108))) };
-        let scales = kquants::q3_scales(&packed);
-        Header { d, second_factor: -4.0 * d, scales, seconds: scales }
+        unsafe {
+            let d = L::half(p.add(108));
+            let scales =
+                L::small_minus::<32>(L::small_of(kquants::q3_scales(&p.add(96).cast::<[u8; 12]>().read())));
+            Header { d, second_factor: -4.0 * d, scales, seconds: scales }
+        }
     }
 
     #[inline(always)]
@@ -134,22 +131,26 @@ impl Blocks256 for Q3K {
 
 /// Q4_K's and Q5_K's header.
 #[inline(always)]
-unsafe fn six_bit_header(p: *const u8) -> Header {
+unsafe fn six_bit_header<L: Lanes>(p: *const u8) -> Header<L> {
     // SAFETY: d, dmin and scales at 0..16.
-    let (d, dmin, packed) = unsafe { (half(p), half(p.add(2)), p.add(4).cast::<[u8; 12]>().read()) };
-    let (s, n) = kquants::scales_and_minima(&packed);
-    let twice = |x: [u8; 8]| std::array::from_fn(|i| i16::from(x[i / 2]));
-    Header { d, second_factor: -dmin, scales: twice(s), seconds: twice(n) }
+    unsafe {
+        let (s, n) = kquants::scales_and_minima(&p.add(4).cast::<[u8; 12]>().read());
+        Header {
+            d: L::half(p),
+            second_factor: -L::half(p.add(2)),
+            scales: L::small_twice(s),
+            seconds: L::small_twice(n),
+        }
+    }
 }
 
 impl Blocks256 for Q4K {
     const BYTES: usize = 144;
-    const SIXTEENS: bool = false;
 
     #[inline(always)]
-    unsafe fn header(p: *const u8) -> Header {
+    unsafe fn header<L: Lanes>(p: *const u8) -> Header<L> {
         // SAFETY: a readable block.
-        unsafe { six_bit_header(p) }
+        unsafe { six_bit_header::<L>(p) }
     }
 
     #[inline(always)]
@@ -161,12 +162,11 @@ impl Blocks256 for Q4K {
 
 impl Blocks256 for Q5K {
     const BYTES: usize = 176;
-    const SIXTEENS: bool = false;
 
     #[inline(always)]
-    unsafe fn header(p: *const u8) -> Header {
+    unsafe fn header<L: Lanes>(p: *const u8) -> Header<L> {
         // SAFETY: a readable block.
-        unsafe { six_bit_header(p) }
+        unsafe { six_bit_header::<L>(p) }
     }
 
     #[inline(always)]
@@ -178,14 +178,14 @@ impl Blocks256 for Q5K {
 
 impl Blocks256 for Q6K {
     const BYTES: usize = 210;
-    const SIXTEENS: bool = true;
 
     #[inline(always)]
-    unsafe fn header(p: *const u8) -> Header {
+    unsafe fn header<L: Lanes>(p: *const u8) -> Header<L> {
         // SAFETY: scales at 192..208, d at 208.
-        let (packed, d) = unsafe { (p.add(192).cast::<[i8; 16]>().read(), half(p.add(208))) };
-        let scales = packed.map(i16::from);
-        Header { d, second_factor: -32.0 * d, scales, seconds: scales }
+        unsafe {
+            let (scales, d) = (L::small(p.add(192)), L::half(p.add(208)));
+            Header { d, second_factor: -32.0 * d, scales, seconds: scales }
+        }
     }
 
     #[inline(always)]
@@ -219,18 +219,13 @@ pub(super) fn activations<const M: usize>(x: &Rounded, first: usize) -> [Activat
 #[inline(always)]
 unsafe fn quarter<L: Lanes, B: Blocks256, const J: usize, const M: usize>(
     p: *const u8,
-    header: &Header,
+    header: &Header<L>,
     codes: [*const i8; M],
     sums: &mut [L::Ints; M],
 ) {
     // SAFETY: a readable block of the weight, and of each row of activations.
     unsafe {
-        let s = &header.scales;
-        let factors = if B::SIXTEENS {
-            L::factors4([s[4 * J], s[4 * J + 1], s[4 * J + 2], s[4 * J + 3]])
-        } else {
-            L::factors2([s[4 * J], s[4 * J + 2]])
-        };
+        let factors = L::factors::<J>(header.scales);
         let u = B::codes::<L, J>(p);
         for i in 0..M {
             sums[i] = L::add_dot(sums[i], u, L::bytes(codes[i].add(64 * J).cast()), factors);
@@ -250,10 +245,10 @@ pub(super) unsafe fn row<L: Lanes, B: Blocks256, const M: usize>(
 ) -> [f32; M] {
     // SAFETY: block numbers stay below `blocks`.
     unsafe {
-        let (mut totals, mut seconds) = ([L::zero_floats(); M], [0f32; M]);
+        let (mut totals, mut seconds) = ([L::zero_floats(); M], [L::zero_eight(); M]);
         for block in 0..blocks {
             let p = row.add(block * B::BYTES);
-            let header = B::header(p);
+            let header = B::header::<L>(p);
             let mut codes = [std::ptr::null(); M];
             for i in 0..M {
                 codes[i] = x[i].codes.add(block * 256);
@@ -266,16 +261,13 @@ pub(super) unsafe fn row<L: Lanes, B: Blocks256, const M: usize>(
             for i in 0..M {
                 let e = *x[i].scales.add(block);
                 totals[i] = L::add_scaled(totals[i], sums[i], L::splat(header.d * e));
-                let mut second = 0i32;
-                for (n, p) in header.seconds.iter().zip(&*x[i].sums.add(block)) {
-                    second += i32::from(*n) * i32::from(*p);
-                }
-                seconds[i] += header.second_factor * e * second as f32;
+                let p = x[i].sums.add(block);
+                seconds[i] = L::add_products(seconds[i], header.seconds, p, header.second_factor * e);
             }
         }
         let mut out = [0f32; M];
         for i in 0..M {
-            out[i] = L::total(totals[i]) + seconds[i];
+            out[i] = L::total(totals[i]) + L::total_eight(seconds[i]);
         }
         out
     }

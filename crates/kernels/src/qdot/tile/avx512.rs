@@ -4,7 +4,7 @@ use super::super::blocks32::{self, Blocks32};
 use super::super::blocks256::{self, Blocks256};
 use super::{Product, ROWS, Scales};
 use crate::codec::f16_to_f32;
-use crate::lanes::Avx512;
+use crate::lanes::{Avx512, Lanes};
 use crate::storage::StorageType;
 use std::arch::x86_64::*;
 use std::cell::Cell;
@@ -127,10 +127,11 @@ unsafe fn unpack32<B: Blocks32>(cols: usize, rows: &[*const u8; HEIGHT], panel: 
 /// As for [`unpack`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn unpack256<B: Blocks256>(cols: usize, rows: &[*const u8; HEIGHT], panel: &mut Panel) {
-    let each = if B::SIXTEENS { 16 } else { 8 };
+    let blocks = cols / 256;
+    let each = panel.scales.len() / blocks.max(1);
     // SAFETY: block numbers stay below `cols / 256`.
     unsafe {
-        for block in 0..cols / 256 {
+        for block in 0..blocks {
             for quarter in 0..4 {
                 let mut codes = [_mm512_setzero_si512(); HEIGHT];
                 for (codes, row) in codes.iter_mut().zip(rows) {
@@ -148,11 +149,12 @@ unsafe fn unpack256<B: Blocks256>(cols: usize, rows: &[*const u8; HEIGHT], panel
                 );
             }
             for (r, row) in rows.iter().enumerate() {
-                let header = B::header(row.add(block * B::BYTES));
+                let header = B::header::<Avx512>(row.add(block * B::BYTES));
+                let (s, n) = (Avx512::small_elements(header.scales), Avx512::small_elements(header.seconds));
                 for j in 0..each {
                     let at = j * 16 / each;
-                    panel.scales[block * each + j][r] = header.d * f32::from(header.scales[at]);
-                    panel.minima[block * each + j][r] = header.second_factor * f32::from(header.seconds[at]);
+                    panel.scales[block * each + j][r] = header.d * f32::from(s[at]);
+                    panel.minima[block * each + j][r] = header.second_factor * f32::from(n[at]);
                 }
             }
         }

@@ -1,0 +1,54 @@
+//! Configurations that cannot be meant: the error names the file, the key and the value.
+
+use engobe_models::{LoadOptions, load_causal_lm};
+use engobe_testkit::golden;
+use serde_json::{Value, json};
+
+/// The error of loading a golden model whose `config.json` was changed.
+fn error(case: &str, change: impl Fn(&mut Value)) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(golden(format!("llama/{case}"))).unwrap().flatten() {
+        std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    let path = dir.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    change(&mut config);
+    std::fs::write(&path, config.to_string()).unwrap();
+    load_causal_lm(dir.path(), &LoadOptions::default()).err().map(|e| e.to_string()).unwrap_or_default()
+}
+
+#[test]
+fn numbers_of_rope_must_be_above_0() {
+    for (case, key, value) in [
+        ("linear", "factor", json!(-2.0)),
+        ("dynamic", "factor", json!(0)),
+        ("llama3", "low_freq_factor", json!(0)),
+        ("yarn", "factor", json!(-4)),
+        ("yarn", "beta_fast", json!(-1)),
+        ("yarn", "attention_factor", json!(0)),
+        ("longrope", "attention_factor", json!(-1)),
+    ] {
+        let error = error(case, |config| config["rope_parameters"][key] = value.clone());
+        assert!(
+            error.contains("config.json") && error.contains(&format!(".{key} is")),
+            "{case} {key}: {error}"
+        );
+    }
+    let error = error("longrope", |config| config["rope_parameters"]["long_factor"][1] = json!(0.0));
+    assert!(error.contains("long_factor is 0"), "{error}");
+}
+
+#[test]
+fn sizes_must_fit_together() {
+    for (key, value) in [
+        ("num_key_value_heads", json!(3)),
+        ("num_hidden_layers", json!(0)),
+        ("head_dim", json!(7)),
+        ("vocab_size", json!(-1)),
+        ("hidden_act", json!("gelu")),
+        ("rms_norm_eps", json!(-1.0)),
+    ] {
+        let error = error("plain", |config| config[key] = value.clone());
+        assert!(error.contains("config.json") && error.contains(key), "{key}: {error}");
+    }
+}
