@@ -15,6 +15,48 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
+/// Sizes of what an adapter trains.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AdapterSizes {
+    /// the LoRA layers, in the model's order
+    pub layers: Vec<LayerSizes>,
+    /// elements of each bias and module that is trained in full
+    pub full: Vec<usize>,
+    /// trained elements that are the base's own (biases)
+    pub base_elements: usize,
+}
+
+/// Sizes of one LoRA layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerSizes {
+    /// module path
+    pub path: String,
+    /// rank
+    pub rank: usize,
+    /// columns of A
+    pub in_features: usize,
+    /// rows of B
+    pub out_features: usize,
+}
+
+impl AdapterSizes {
+    /// Elements of every parameter.
+    pub fn params(&self) -> impl Iterator<Item = usize> {
+        let factors = |l: &LayerSizes| [l.rank * l.in_features, l.rank * l.out_features];
+        self.layers.iter().flat_map(factors).chain(self.full.iter().copied())
+    }
+
+    /// Number of trained elements.
+    pub fn num_parameters(&self) -> usize {
+        self.params().sum()
+    }
+
+    /// Number of elements that the adapter adds to the base.
+    pub fn num_added(&self) -> usize {
+        self.num_parameters() - self.base_elements
+    }
+}
+
 /// What a new adapter starts from.
 #[derive(Clone, Copy, Debug)]
 pub struct Start {
@@ -89,6 +131,28 @@ impl Adapter {
             config.target_modules = Some(TargetModules::List(linear_names.iter().cloned().collect()));
         }
         Ok(Self { config, layers, others, unmatched, base_elements, linear_names })
+    }
+
+    /// What an adapter of this configuration would train. It is attached with factors of rank 1, so that hardly any
+    /// memory is taken whatever the ranks; `model` is of no use for anything else afterwards.
+    ///
+    /// # Errors
+    /// Those of [`Adapter::attach`].
+    pub fn sizes(model: &mut dyn ModuleTree, config: &LoraConfig) -> Result<AdapterSizes> {
+        let targets = Targets::new(config)?;
+        let mut thin = LoraConfig { r: 1, ..config.clone() };
+        thin.rank_pattern.iter_mut().for_each(|(_, r)| *r = 1);
+        let adapter = Self::attach(model, &thin, Start { seed: 0 }, &Device::Cpu)?;
+        let layers = adapter.layers.iter().map(|l| {
+            let [a, b] = l.params().map(Param::len);
+            let rank = targets.rank(l.path(), config.r);
+            LayerSizes { path: l.path().to_string(), rank, in_features: a, out_features: b }
+        });
+        Ok(AdapterSizes {
+            layers: layers.collect(),
+            full: adapter.others.iter().map(Param::len).collect(),
+            base_elements: adapter.base_elements,
+        })
     }
 
     /// Attaches the adapter of a PEFT directory.

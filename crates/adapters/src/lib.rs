@@ -13,7 +13,7 @@ pub mod merge;
 mod saved;
 mod target;
 
-pub use adapter::{Adapter, Start};
+pub use adapter::{Adapter, AdapterSizes, LayerSizes, Start};
 pub use error::{Error, Result};
 pub use lora::LoraLayer;
 pub use target::Targets;

@@ -20,6 +20,9 @@ pub enum Error {
     /// A weight's bytes do not fit its shape.
     #[error(transparent)]
     Storage(#[from] engobe_kernels::storage::StorageError),
+    /// Whoever watches the tape ([`crate::Tape::watch`]) ended the pass.
+    #[error(transparent)]
+    Stopped(Box<dyn std::error::Error + Send + Sync>),
     /// A tensor is not contiguous f32 on the CPU where the fast form of an op needs it.
     #[error("expected a contiguous f32 tensor on the CPU, found {0}")]
     NotHost(String),

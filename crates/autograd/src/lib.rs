@@ -19,5 +19,5 @@ pub use engobe_kernels::matmul::Activations;
 pub use error::{Error, Result};
 pub use host::{Element, Host, host, host_as, tensor_of, uninit, update, update_as};
 pub use param::{Gradients, Param, ParamId};
-pub use tape::{GradSink, OutGrads, Slot, Tape, Var};
+pub use tape::{GradSink, OutGrads, Slot, Tape, Var, Watch};
 pub use weight::{FrozenWeight, HostBytes, HostScales};

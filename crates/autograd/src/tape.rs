@@ -183,6 +183,9 @@ enum Node<'m> {
     Op(Backward<'m>),
 }
 
+/// Looks at something before each block and each op of the backward; an error ends the pass.
+pub type Watch = Arc<dyn Fn() -> Result<(), Box<dyn std::error::Error + Send + Sync>> + Send + Sync>;
+
 /// The record of one forward pass, and how to walk it back.
 ///
 /// `'m` is the life of the model whose weights the recorded ops borrow.
@@ -194,6 +197,7 @@ pub struct Tape<'m> {
     /// random draws so far: two runs of the same forward see the same dropout masks
     draws: u64,
     touched_param: bool,
+    watch: Option<Watch>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -215,6 +219,20 @@ impl<'m> Tape<'m> {
             options,
             draws: 0,
             touched_param: false,
+            watch: None,
+        }
+    }
+
+    /// Calls `watch` before each block and each op of the backward.
+    pub fn watch(mut self, watch: Option<Watch>) -> Self {
+        self.watch = watch;
+        self
+    }
+
+    fn look(&self) -> Result<()> {
+        match &self.watch {
+            Some(watch) => watch().map_err(crate::Error::Stopped),
+            None => Ok(()),
         }
     }
 
@@ -344,11 +362,13 @@ impl<'m> Tape<'m> {
     where
         F: Fn(&mut Tape<'m>, &[Var]) -> Result<Var> + 'm,
     {
+        self.look()?;
         if !(self.options.recording && self.options.checkpointing) {
             return f(self, inputs);
         }
         let mut first = Tape::with(Options { recording: false, ..self.options });
         first.draws = self.draws;
+        let watch = self.watch.clone();
         let plain: Vec<Var> = inputs.iter().map(|v| Var::constant(v.tensor.clone())).collect();
         let output = f(&mut first, &plain)?.into_tensor();
         let draws_before = std::mem::replace(&mut self.draws, first.draws);
@@ -360,7 +380,7 @@ impl<'m> Tape<'m> {
             upstream.push(self.push(Node::Leaf, 1));
         }
         Ok(self.record1(&upstream, output, move |dy, sink| {
-            let mut tape = Tape::with(options);
+            let mut tape = Tape::with(options).watch(watch);
             tape.draws = draws_before;
             let vars: Vec<Var> = plain
                 .into_iter()
@@ -408,7 +428,10 @@ impl<'m> Tape<'m> {
                         params.add(id, grad.tensor)?;
                     }
                 }
-                Node::Op(backward) => backward(grads, &mut GradSink { pending: &mut pending, params })?,
+                Node::Op(backward) => {
+                    self.look()?;
+                    backward(grads, &mut GradSink { pending: &mut pending, params })?;
+                }
             }
         }
         let take = |v: &Var| {

@@ -29,6 +29,9 @@ pub enum Task {
     Demo(DemoArgs),
     /// Download a known model into the cache
     Fetch(FetchArgs),
+    /// What a run would take in memory, and which settings would fit a limit
+    #[command(after_help = PLAN_EXAMPLES)]
+    Plan(Box<TrainArgs>),
     /// Train an adapter on your rows
     Train(Box<TrainArgs>),
     /// Loss, perplexity, token accuracy and exact match on rows
@@ -154,6 +157,23 @@ pub struct TrainArgs {
     #[allow(missing_docs)]
     pub settings: SettingFlags,
 }
+
+const PLAN_EXAMPLES: &str = "\
+Takes the flags of train and reads headers alone (config.json, safetensors, GGUF): it answers at once, also for a
+model of which only the config.json is there.
+
+  weights      the base: mapped from its files, or quantized or converted (--quantize, --dtype)
+  adapter      what is trained, in f32: 4 bytes a parameter
+  optimizer    adamw: 8 bytes a parameter; adamw_8bit: 2; paged_*: in a file instead of memory
+  gradients    4 bytes a parameter, as far as they exist when memory is fullest
+  activations  what the forward keeps: grows with --batch-size x --max-seq-len; --activation-checkpointing keeps
+               one vector a token and block instead of about 20, for a third more time
+  head         the loss of a block of logits at a time: the logits never exist whole
+
+Examples:
+  engobe plan --model smollm2-135m
+  engobe plan --model ./Llama-2-13B --r 64 --max-seq-len 2048 --memory-limit 16GB
+  engobe plan --model ./config.json --batch-size 8 --optimizer paged_adamw_8bit --json";
 
 const TRAIN_EXAMPLES: &str = "\
 Examples:

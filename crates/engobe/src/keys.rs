@@ -49,7 +49,7 @@ const DATA: &str = "Data";
 const MODEL: &str = "Model and machine";
 
 /// All settings.
-pub const KEYS: [Key; 51] = [
+pub const KEYS: [Key; 53] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
     key(
         "dtype",
@@ -94,7 +94,13 @@ pub const KEYS: [Key; 51] = [
     key("packing", Kind::Flag, LENGTH, "fill bins with several rows, which never see each other [on]"),
     key("shuffle", Kind::Flag, LENGTH, "shuffle the rows in each epoch [on]"),
     key("seed", Kind::Whole, LENGTH, "seed of everything random [42]"),
-    key("optimizer", Kind::Text, OPTIMIZER, "adamw or sgd [adamw]"),
+    key(
+        "optimizer",
+        Kind::Text,
+        OPTIMIZER,
+        "adamw, adamw_8bit, paged_adamw, paged_adamw_8bit or sgd [adamw]",
+    ),
+    key("state_file", Kind::Text, OPTIMIZER, "file of a paged optimizer's state [OUT/optimizer.state]"),
     key("learning_rate", Kind::Number, OPTIMIZER, "peak learning rate [0.0002]"),
     key("lr_scheduler", Kind::Text, OPTIMIZER, "linear, cosine, constant [linear]"),
     key("warmup_steps", Kind::Whole, OPTIMIZER, "steps of linear warm-up [0]"),
@@ -120,6 +126,12 @@ pub const KEYS: [Key; 51] = [
         "a loss must fall by more than this to count as better [0]",
     ),
     key("load_best", Kind::Flag, UPKEEP, "end with the adapter of the best evaluation"),
+    key(
+        "memory_limit",
+        Kind::Text,
+        MODEL,
+        "most memory to take (16GB, 12GiB, 8000MB): settings are chosen to fit, and the run keeps to it",
+    ),
     key(
         "activation_checkpointing",
         Kind::Flag,

@@ -9,6 +9,7 @@ mod commands;
 mod dataset;
 mod demo_rows;
 mod fetch;
+mod forecast;
 mod hub;
 mod keys;
 mod memory;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Task::Demo(args) => commands::demo::run(&args),
         Task::Fetch(args) => commands::fetch::run(&args),
+        Task::Plan(args) => commands::plan::run(&args),
         Task::Train(args) => commands::train::run(&args),
         Task::Eval(args) => commands::eval::run(&args),
         Task::Generate(args) => commands::generate::run(&args),

@@ -154,9 +154,9 @@ impl Given {
         // kinds are checked already: what is left to go wrong is the name of a choice
         Value::Table(self.floats()).try_into().map_err(|e: toml::de::Error| {
             let message = e.message().replace('\n', " ");
-            for name in ["optimizer", "lr_scheduler"] {
+            for name in ["optimizer", "lr_scheduler", "memory_limit"] {
                 if let Some(value) = self.text(name)
-                    && message.contains(&format!("`{value}`"))
+                    && [format!("`{value}`"), format!("{value:?}")].iter().any(|v| message.contains(v))
                 {
                     return anyhow::anyhow!("{name} is {value:?}: {message}");
                 }

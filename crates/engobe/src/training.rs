@@ -2,6 +2,7 @@
 
 use crate::args::Common;
 use crate::dataset::{self, RowSettings};
+use crate::forecast::Forecast;
 use crate::report::{self, RunReport, Shown};
 use crate::settings::Given;
 use crate::terminal::{Note, Progress, say, seconds_text, since_start};
@@ -78,7 +79,7 @@ struct Rows {
 /// Trains as `given` says.
 pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let mut note = Note::new(common);
-    let plan = given.plan()?;
+    let mut plan = given.plan()?;
     let needed = |name: &str| {
         let why = format!("--{} is missing", name.replace('_', "-"));
         given.text(name).map(str::to_string).ok_or(Usage(why))
@@ -92,6 +93,15 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let dtype = workbench::weight_dtype(given.text("dtype").unwrap_or("stored"))?;
     prepare_out(&out, resume)?;
     let path = workbench::resolve(&model, common, &mut note)?;
+    let limit = plan.compute.memory_limit;
+    let guard = match limit.filter(|_| device.is_cpu()) {
+        Some(limit) => {
+            let forecast = Forecast::new(given, &plan, &path, &workbench::load_options(given)?)?;
+            plan = forecast.fit(limit, &mut note)?;
+            Some(forecast.guard(&plan, limit))
+        }
+        None => None,
+    };
     let mut bench = Bench::load(&path, None, dtype, device.clone())?;
     workbench::set_chat_template(bench.tokenizer.as_mut(), given.text("chat_template"))?;
     let init = given.path("init_adapter");
@@ -121,6 +131,7 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let loader = Loader::new(rows.train.clone(), loader_options(&plan));
     let eval = scoring::eval_batches(&rows.val);
     let mut trainer = Trainer::new(bench.model.as_ref(), &adapter, &plan, loader, eval, &out, fingerprint)?;
+    trainer = trainer.guarded_by(guard);
     if resume {
         match trainer.resume()? {
             true => {
@@ -141,7 +152,8 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
         history: metrics::read(&out.join("metrics.jsonl"))?,
         out,
     };
-    let shown = show(&bench, &path, init.as_deref(), rows.shown)?;
+    drop(trainer);
+    let shown = show(bench, &path, init.as_deref(), rows.shown)?;
     let settings = toml::to_string(&table)?;
     report::write(&summary.out, &RunReport { title: model, summary: &summary, settings, shown })?;
     Ok(summary)
@@ -228,7 +240,7 @@ fn shown_prompts(rows: &dataset::Dataset, encoder: &Encoder<'_>) -> Result<Vec<P
 /// What must not change between the parts of a resumed run, a line each. How long the run is, and how often
 /// it is looked at, may change.
 fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<String> {
-    const FREE: [&str; 18] = [
+    const FREE: [&str; 20] = [
         "model",
         "data",
         "val_data",
@@ -247,12 +259,16 @@ fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<
         "load_best",
         "init_adapter",
         "activation_checkpointing",
+        "memory_limit",
+        "state_file",
     ];
-    let mut lines: Vec<String> = table
-        .iter()
-        .filter(|(k, _)| !FREE.contains(&k.as_str()))
-        .map(|(k, v)| format!("{k} = {v}"))
-        .collect();
+    let line = |(k, v): (&String, &toml::Value)| match (k.as_str(), v.as_str()) {
+        // where the moments lie makes no difference
+        ("optimizer", Some(name)) => format!("{k} = {:?}", name.trim_start_matches("paged_")),
+        _ => format!("{k} = {v}"),
+    };
+    let mut lines: Vec<String> =
+        table.iter().filter(|(k, _)| !FREE.contains(&k.as_str())).map(line).collect();
     lines.sort();
     let mut rows = Sha256::new();
     for sample in samples {
@@ -308,16 +324,19 @@ pub fn tell(summary: &Summary, note: &mut Note) {
 }
 
 /// What the model says to the first prompts without what was learned, and with it.
-fn show(bench: &Bench, path: &Path, init: Option<&Path>, prompts: Vec<Prompt>) -> Result<Vec<Shown>> {
+fn show(bench: Bench, path: &Path, init: Option<&Path>, prompts: Vec<Prompt>) -> Result<Vec<Shown>> {
     const TOKENS: usize = 64;
-    let Some(tokenizer) = bench.tokenizer.as_ref().filter(|_| !prompts.is_empty()) else {
+    if bench.tokenizer.is_none() || prompts.is_empty() {
         return Ok(Vec::new());
-    };
-    let after = scoring::complete(bench, &prompts, TOKENS, &mut |_| ())?;
-    // weights stay as stored: mapping them once more costs next to nothing
-    let base = Bench::load(path, init, engobe_models::WeightDtype::Stored, bench.model.device().clone())?;
+    }
+    let after = scoring::complete(&bench, &prompts, TOKENS, &mut |_| ())?;
+    let device = bench.model.device().clone();
+    // one model at a time: both would take twice the memory that the run was planned for
+    drop(bench);
+    let base = Bench::load(path, init, engobe_models::WeightDtype::Stored, device)?;
     let before = scoring::complete(&base, &prompts, TOKENS, &mut |_| ())?;
     let shown = prompts.into_iter().zip(before).zip(after).map(|((prompt, before), after)| {
+        let tokenizer = base.need_tokenizer()?;
         Ok(Shown { prompt: tokenizer.decode(&prompt.ids, true)?, expected: prompt.completion, before, after })
     });
     shown.collect()

@@ -1,6 +1,7 @@
 //! A model on the bench: resolved, loaded, with its tokenizer and adapter.
 
 use crate::args::{Common, ModelArgs};
+use crate::settings::Given;
 use crate::terminal::Note;
 use crate::{Usage, fetch, hub};
 use anyhow::{Context, Result, bail};
@@ -68,6 +69,15 @@ pub fn weight_dtype(name: &str) -> Result<WeightDtype> {
         "bf16" => WeightDtype::Bf16,
         "f16" => WeightDtype::F16,
         _ => bail!(Usage(format!("--dtype {name}: expected stored, f32, bf16 or f16"))),
+    })
+}
+
+/// How the base of a run shall be loaded.
+pub fn load_options(given: &Given) -> Result<LoadOptions> {
+    Ok(LoadOptions {
+        dtype: weight_dtype(given.text("dtype").unwrap_or("stored"))?,
+        quantize: None,
+        device: device(given.text("device").unwrap_or("cpu"))?,
     })
 }
 

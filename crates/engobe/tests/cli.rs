@@ -256,3 +256,52 @@ fn lint_finds_and_shows() {
     let shown = String::from_utf8(done.stdout).unwrap();
     assert!(done.status.success() && shown.contains("[1]⟦[2]|[3]⟧"), "{shown}");
 }
+
+#[test]
+fn a_plan_says_what_a_run_would_take_and_what_would_fit() {
+    let dir = tempfile::tempdir().unwrap();
+    // the configuration is enough
+    let config = dir.path().join("config.json");
+    fs::copy(golden("llama/gqa_tied/config.json"), &config).unwrap();
+    for model in [text(&config), text(dir.path()), text(&golden("llama/gqa_tied"))] {
+        let plan = ["plan", "--model", &model, "--r", "4", "--batch-size", "64", "--max-seq-len", "2048"];
+        let all = json(&mut engobe(&plan));
+        let parts = ["weights", "adapter", "optimizer", "gradients", "activations", "head", "other"];
+        let bytes = |key: &str| all[format!("{key}_bytes")].as_u64().unwrap();
+        let sum: u64 = parts.iter().map(|p| bytes(p)).sum();
+        assert!(bytes("peak") <= sum && parts.iter().all(|p| bytes(p) < bytes("peak")), "{all}");
+        let less = json(engobe(&plan).args(["--memory-limit", "200MB"]));
+        assert_eq!((less["fits"].as_bool(), all["fits"].as_bool()), (Some(false), None));
+        let would = less["would_fit"].as_array().unwrap();
+        assert!(!would.is_empty() && would.iter().all(|s| s["peak_bytes"].as_u64().unwrap() < 200_000_000));
+    }
+    let run = json(&mut engobe(&train(&dir.path().join("run"), &[])));
+    let model = text(&golden("llama/gqa_tied"));
+    let plan = json(&mut engobe(&["plan", "--model", &model, "--r", "4"]));
+    assert_eq!(plan["trainable_parameters"], run["trainable_parameters"]);
+}
+
+#[test]
+fn a_memory_limit_chooses_or_refuses() {
+    let dir = tempfile::tempdir().unwrap();
+    let (plain, limited) = (dir.path().join("plain"), dir.path().join("limited"));
+    let large = ["--batch-size", "8", "--max-seq-len", "4096"];
+    let free = json(&mut engobe(&train(&plain, &large)));
+    let with = |limit: &'static str| [&large[..], &["--memory-limit", limit]].concat();
+    let kept = json(&mut engobe(&train(&limited, &with("150MB"))));
+    let toml = fs::read_to_string(limited.join("run.toml")).unwrap();
+    let table: toml::Table = toml.parse().unwrap();
+    let of = |key: &str| table[key].as_integer().unwrap();
+    assert!(of("batch_size") < 8 && of("batch_size") * of("gradient_accumulation") == 8, "{toml}");
+    assert!(kept["peak_rss_bytes"].as_u64().unwrap() < 150_000_000);
+    // the optimizer saw the same rows together; sums are rounded in another order
+    let (a, b) = (free["final_loss"].as_f64().unwrap(), kept["final_loss"].as_f64().unwrap());
+    assert!((a - b).abs() < 1e-4 * a, "{a} {b}");
+    let refused = dir.path().join("refused");
+    let (status, line) = error(&mut engobe(&train(&refused, &with("25MB"))));
+    assert!(status == 1 && line.contains("memory_limit 25 MB") && line.contains("--max-seq-len"), "{line}");
+    let (_, line) = error(&mut engobe(&train(&refused, &with("60XB"))));
+    assert!(line.contains("memory_limit") && line.contains("16GB"), "{line}");
+    let (_, line) = error(&mut engobe(&train(&refused, &["--state-file", "x"])));
+    assert!(line.contains("state_file") && line.contains("paged_adamw"), "{line}");
+}

@@ -120,13 +120,24 @@ pub fn write_safetensors<B: AsRef<[u8]>>(
     tensors: &[(String, Vec<usize>, B)],
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
+    let typed =
+        tensors.iter().map(|(n, shape, b)| (n.clone(), StorageType::F32.into(), shape.clone(), b.as_ref()));
+    write_typed(path, typed.collect(), metadata)
+}
+
+/// Writes tensors (name, type, shape, bytes) atomically. Each is dropped when it is written.
+pub fn write_typed<B: AsRef<[u8]>>(
+    path: &Path,
+    tensors: Vec<(String, Dtype, Vec<usize>, B)>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
     let listed: Vec<_> =
-        tensors.iter().map(|(n, shape, _)| (n.clone(), StorageType::F32.into(), shape.clone())).collect();
+        tensors.iter().map(|(name, dtype, shape, _)| (name.clone(), dtype.clone(), shape.clone())).collect();
     let mut file = AtomicFile::create(path)?;
     file.write(&header(&listed, metadata).map_err(|what| Error::corrupt(path, what))?)?;
-    for (name, shape, bytes) in tensors {
+    for (name, dtype, shape, bytes) in tensors {
         let bytes = bytes.as_ref();
-        if bytes_of(StorageType::F32, shape) != Some(bytes.len()) {
+        if dtype.bytes_of(&shape) != Some(bytes.len()) {
             return Err(Error::corrupt(path, format!("{name}: {} bytes for shape {shape:?}", bytes.len())));
         }
         file.write(bytes)?;

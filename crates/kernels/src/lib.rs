@@ -7,6 +7,7 @@
 
 pub mod activation;
 pub mod adamw;
+pub mod adamw8;
 pub mod attention;
 pub mod attention_step;
 pub mod codec;

@@ -7,10 +7,12 @@
 pub mod gguf_names;
 mod llama;
 mod llama_config;
+mod outline;
 mod weights;
 
 pub use llama::Llama;
 pub use llama_config::LlamaConfig;
+pub use outline::{DecoderSizes, Outline, TensorUse, scheme_bytes};
 pub use weights::{WeightDtype, Weights, unpermute_rows};
 
 use candle_core::Device;

@@ -1,6 +1,7 @@
 //! From a checkpoint's tensors to frozen weights: names, storage, shape and sanity.
 
 use crate::gguf_names;
+use crate::outline::Blank;
 use crate::{Error, LoadOptions, Result};
 use candle_core::{Device, Tensor};
 use engobe_autograd::{Error as OpError, FrozenWeight, HostBytes, HostScales, tensor_of};
@@ -29,7 +30,7 @@ pub enum WeightDtype {
 
 impl WeightDtype {
     /// The storage that weights get, if not the one that they have.
-    fn storage(self) -> Option<StorageType> {
+    pub(crate) fn storage(self) -> Option<StorageType> {
         match self {
             Self::Stored => None,
             Self::F32 => Some(StorageType::F32),
@@ -41,7 +42,7 @@ impl WeightDtype {
 
 /// Tensors of one checkpoint under Hugging Face names.
 pub struct Weights<'a> {
-    checkpoint: &'a Checkpoint,
+    source: Source<'a>,
     dtype: WeightDtype,
     quantize: Option<Scheme>,
     device: Device,
@@ -49,12 +50,34 @@ pub struct Weights<'a> {
     gguf_heads: Option<(usize, usize)>,
 }
 
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    Checkpoint(&'a Checkpoint),
+    /// zeros that are never read, and the headers if there are any
+    Blank(&'a Blank, Option<&'a Checkpoint>),
+}
+
 impl<'a> Weights<'a> {
+    /// Tensors that are never read: sizes are all that is wanted.
+    pub(crate) fn blank(
+        checkpoint: Option<&'a Checkpoint>,
+        options: &LoadOptions,
+        gguf_heads: Option<(usize, usize)>,
+        blank: &'a Blank,
+    ) -> Result<Self> {
+        let source = Source::Blank(blank, checkpoint);
+        Ok(Self { gguf_heads, ..Self::new(source, options)? })
+    }
+
     /// Tensors of a Hugging Face directory.
     ///
     /// # Errors
     /// Options that contradict each other.
     pub fn hugging_face(checkpoint: &'a Checkpoint, options: &LoadOptions) -> Result<Self> {
+        Self::new(Source::Checkpoint(checkpoint), options)
+    }
+
+    fn new(source: Source<'a>, options: &LoadOptions) -> Result<Self> {
         if options.quantize.is_some() && options.dtype != WeightDtype::Stored {
             let why = "quantized weights are kept in their own type, not in another one";
             return Err(Error::Options(why));
@@ -63,7 +86,7 @@ impl<'a> Weights<'a> {
             return Err(Error::Options("quantized weights live in the memory of the CPU"));
         }
         let LoadOptions { dtype, quantize, device } = options.clone();
-        Ok(Self { checkpoint, dtype, quantize, device, gguf_heads: None })
+        Ok(Self { source, dtype, quantize, device, gguf_heads: None })
     }
 
     /// Tensors of a GGUF file of architecture `llama`, whose q and k rows were permuted by the converter
@@ -100,40 +123,65 @@ impl<'a> Weights<'a> {
         is("q_proj").then_some(heads).or(is("k_proj").then_some(kv_heads))
     }
 
-    fn find(&self, name: &str) -> Result<&'a TensorView> {
-        Ok(self.checkpoint.get(&self.name(name))?)
-    }
-
     /// A matrix `[rows, cols]` that stays as precise as it is stored: an embedding, an output head.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
-        self.load(name, rows, cols, None)
+        self.load(name, rows, cols, None, false)
     }
 
     /// The matrix `[rows, cols]` of a linear layer: quantized while it is read, if that was asked for.
     pub fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
-        self.load(name, rows, cols, self.quantize)
+        self.load(name, rows, cols, self.quantize, true)
     }
 
-    fn load(&self, name: &str, rows: usize, cols: usize, quantize: Option<Scheme>) -> Result<FrozenWeight> {
-        let weight = match bitsandbytes::find(self.checkpoint, &self.name(name))? {
+    fn load(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        quantize: Option<Scheme>,
+        linear: bool,
+    ) -> Result<FrozenWeight> {
+        let checkpoint = match self.source {
+            Source::Checkpoint(checkpoint) => checkpoint,
+            Source::Blank(blank, checkpoint) => {
+                let names = (name, &*self.name(name));
+                let reordered = self.permuted_heads(name).is_some();
+                return blank.matrix(
+                    checkpoint,
+                    names,
+                    (rows, cols),
+                    self.dtype,
+                    quantize,
+                    reordered,
+                    linear,
+                );
+            }
+        };
+        let weight = match bitsandbytes::find(checkpoint, &self.name(name))? {
             Some(found) if quantize.is_some() => {
                 return Err(Error::AlreadyQuantized {
-                    path: self.checkpoint.path().to_path_buf(),
+                    path: checkpoint.path().to_path_buf(),
                     tensor: name.to_string(),
                     storage: found.scheme().to_string(),
                 });
             }
-            Some(found) => self.codes(name, rows, cols, &found)?,
-            None => self.blocks(name, rows, cols, quantize)?,
+            Some(found) => self.codes(checkpoint, name, (rows, cols), &found)?,
+            None => self.blocks(checkpoint, name, (rows, cols), quantize)?,
         };
         if self.device.is_cpu() { Ok(weight) } else { self.to_device(&weight) }
     }
 
     /// A matrix that bitsandbytes quantized: as it lies in the file, or widened.
-    fn codes(&self, name: &str, rows: usize, cols: usize, found: &Quantized<'_>) -> Result<FrozenWeight> {
+    fn codes(
+        &self,
+        checkpoint: &Checkpoint,
+        name: &str,
+        (rows, cols): (usize, usize),
+        found: &Quantized<'_>,
+    ) -> Result<FrozenWeight> {
         if found.shape() != [rows, cols] {
             return Err(Error::Shape {
-                path: self.checkpoint.path().to_path_buf(),
+                path: checkpoint.path().to_path_buf(),
                 tensor: name.to_string(),
                 found: found.shape().to_vec(),
                 expected: vec![rows, cols],
@@ -156,38 +204,23 @@ impl<'a> Weights<'a> {
                 FrozenWeight::int8(rows, cols, mapped(codes), mapped(scales))
             }
         };
-        let weight = weight.map_err(|e| self.unfit(name, &e.to_string()))?;
-        self.check_factors(name, found)?;
+        let weight = weight.map_err(|e| unfit(checkpoint, name, &e.to_string()))?;
+        check_factors(checkpoint, name, found)?;
         match self.dtype.storage() {
             None => Ok(weight),
             Some(wanted) => Ok(FrozenWeight::host(wanted, rows, cols, convert(weight.view()?, wanted)?)?),
         }
     }
 
-    fn unfit(&self, name: &str, what: &str) -> Error {
-        let (path, tensor) = (self.checkpoint.path().to_path_buf(), name.to_string());
-        Error::Unfit { path, tensor, what: what.to_string() }
-    }
-
-    /// Factors are few, and one that is NaN or infinite spoils a block.
-    fn check_factors(&self, name: &str, found: &Quantized<'_>) -> Result<()> {
-        let factors = match found {
-            Quantized::FourBit { scales: Scales::Plain(factors), .. } => vec![factors],
-            Quantized::FourBit { scales: Scales::Double { nested, map, .. }, .. } => vec![nested, map],
-            Quantized::Int8 { scales, .. } => vec![scales],
-        };
-        match factors.iter().find(|f| !all_finite(StorageType::F32, f.bytes())) {
-            None => Ok(()),
-            Some(bad) => Err(Error::NotFinite {
-                path: self.checkpoint.path().to_path_buf(),
-                tensor: format!("{name}: {}", bad.name),
-            }),
-        }
-    }
-
     /// A matrix in plain floats or GGUF blocks.
-    fn blocks(&self, name: &str, rows: usize, cols: usize, quantize: Option<Scheme>) -> Result<FrozenWeight> {
-        let view = self.find(name)?;
+    fn blocks(
+        &self,
+        checkpoint: &Checkpoint,
+        name: &str,
+        (rows, cols): (usize, usize),
+        quantize: Option<Scheme>,
+    ) -> Result<FrozenWeight> {
+        let view = checkpoint.get(&self.name(name))?;
         check_shape(view, &[rows, cols])?;
         let storage = view.storage()?;
         let permuted = self.permuted_heads(name);
@@ -218,7 +251,10 @@ impl<'a> Weights<'a> {
 
     /// A vector `[len]` in f32.
     pub fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
-        let view = self.find(name)?;
+        let Source::Checkpoint(checkpoint) = self.source else {
+            return Ok(tensor_of(vec![0.0; len], len)?);
+        };
+        let view = checkpoint.get(&self.name(name))?;
         check_shape(view, &[len])?;
         let storage = view.storage()?;
         check_finite(view, storage)?;
@@ -233,12 +269,34 @@ impl<'a> Weights<'a> {
 
     /// A vector that may be missing.
     pub fn optional_vector(&self, name: &str) -> Result<Option<Vec<f32>>> {
-        if !self.checkpoint.contains(name) {
-            return Ok(None);
-        }
-        let view = self.checkpoint.get(name)?;
+        let checkpoint = match self.source {
+            Source::Checkpoint(checkpoint) if checkpoint.contains(name) => checkpoint,
+            _ => return Ok(None),
+        };
+        let view = checkpoint.get(name)?;
         let len = view.shape.iter().product();
         Ok(Some(self.vector(name, len)?.to_vec1().map_err(engobe_autograd::Error::from)?))
+    }
+}
+
+fn unfit(checkpoint: &Checkpoint, name: &str, what: &str) -> Error {
+    let (path, tensor) = (checkpoint.path().to_path_buf(), name.to_string());
+    Error::Unfit { path, tensor, what: what.to_string() }
+}
+
+/// Factors are few, and one that is NaN or infinite spoils a block.
+fn check_factors(checkpoint: &Checkpoint, name: &str, found: &Quantized<'_>) -> Result<()> {
+    let factors = match found {
+        Quantized::FourBit { scales: Scales::Plain(factors), .. } => vec![factors],
+        Quantized::FourBit { scales: Scales::Double { nested, map, .. }, .. } => vec![nested, map],
+        Quantized::Int8 { scales, .. } => vec![scales],
+    };
+    match factors.iter().find(|f| !all_finite(StorageType::F32, f.bytes())) {
+        None => Ok(()),
+        Some(bad) => Err(Error::NotFinite {
+            path: checkpoint.path().to_path_buf(),
+            tensor: format!("{name}: {}", bad.name),
+        }),
     }
 }
 

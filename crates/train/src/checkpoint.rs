@@ -5,11 +5,13 @@
 //! name, every file is fsynced, and then it is renamed: what carries the final name is whole, whatever
 //! moment the process was killed at.
 
+use crate::optimizer::StateTensor;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use engobe_autograd::{host, tensor_of};
 use engobe_data::Cursor;
-use engobe_formats::safetensors_file::{SafetensorsFile, write_safetensors};
+use engobe_formats::safetensors_file::{SafetensorsFile, write_safetensors, write_typed};
+use engobe_formats::tensor::TensorView;
 use engobe_kernels::codec;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -53,8 +55,8 @@ pub struct Checkpoint {
     pub state: RunState,
     /// adapter tensors by name
     pub adapter: BTreeMap<String, Tensor>,
-    /// optimizer tensors by name
-    pub optimizer: BTreeMap<String, Tensor>,
+    /// optimizer tensors by name, as they lie in the file
+    pub optimizer: BTreeMap<String, TensorView>,
 }
 
 /// Writes a checkpoint and removes all but the newest `keep`.
@@ -62,7 +64,7 @@ pub fn save(
     out: &Path,
     state: &RunState,
     adapter: &BTreeMap<String, Tensor>,
-    optimizer: &BTreeMap<String, Tensor>,
+    optimizer: Vec<StateTensor<'_>>,
     keep: usize,
 ) -> Result<PathBuf> {
     let dir = out.join(DIR);
@@ -93,10 +95,12 @@ fn write_files(
     dir: &Path,
     state: &RunState,
     adapter: &BTreeMap<String, Tensor>,
-    optimizer: &BTreeMap<String, Tensor>,
+    optimizer: Vec<StateTensor<'_>>,
 ) -> Result<()> {
     write_tensors(&dir.join("adapter.safetensors"), adapter)?;
-    write_tensors(&dir.join("optimizer.safetensors"), optimizer)?;
+    // borrowed: a copy of the optimizer's state would be the run's peak of memory
+    let tensors = optimizer.into_iter().map(|t| (t.name, t.dtype, t.shape, t.data)).collect();
+    write_typed(&dir.join("optimizer.safetensors"), tensors, &BTreeMap::new())?;
     let path = dir.join("state.json");
     let json = serde_json::to_vec_pretty(state)
         .map_err(|e| Error::BadFile { path: path.clone(), what: e.to_string() })?;
@@ -113,11 +117,9 @@ pub fn load(dir: &Path) -> Result<Checkpoint> {
     let path = dir.join("state.json");
     let json = fs::read(&path).map_err(Error::io(&path))?;
     let state = serde_json::from_slice(&json).map_err(|e| Error::BadFile { path, what: e.to_string() })?;
-    Ok(Checkpoint {
-        state,
-        adapter: read_tensors(&dir.join("adapter.safetensors"))?,
-        optimizer: read_tensors(&dir.join("optimizer.safetensors"))?,
-    })
+    let optimizer = SafetensorsFile::open(&dir.join("optimizer.safetensors"))?;
+    let optimizer = optimizer.tensors().map(|t| (t.name.clone(), t.clone())).collect();
+    Ok(Checkpoint { state, adapter: read_tensors(&dir.join("adapter.safetensors"))?, optimizer })
 }
 
 /// Whole checkpoints, oldest first.
@@ -163,7 +165,6 @@ fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> 
     let tensors = tensors.iter().map(|(name, t)| Ok((name, on_host(t)?))).collect::<Result<Vec<_>>>()?;
     let mut rows = Vec::with_capacity(tensors.len());
     for (name, tensor) in &tensors {
-        // borrowed: a copy of the optimizer's state would be the run's peak of memory
         rows.push(((*name).clone(), tensor.dims().to_vec(), host(tensor)?));
     }
     Ok(write_safetensors(path, &rows, &BTreeMap::new())?)

@@ -41,6 +41,18 @@ pub enum Error {
         /// the directory
         path: PathBuf,
     },
+    /// The limit on memory would be passed.
+    #[error(
+        "step {step}: {cause}; the last whole step is saved in {}: go on with --resume and more memory, or with --activation-checkpointing", saved.display()
+    )]
+    OverLimit {
+        /// step that was not done, from 1
+        step: usize,
+        /// the checkpoint
+        saved: PathBuf,
+        /// what was seen
+        cause: crate::memory::guard::OverLimit,
+    },
     /// No label in the data.
     #[error("no row has a label to learn from")]
     NoLabels,

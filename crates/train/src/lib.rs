@@ -6,6 +6,7 @@
 pub mod checkpoint;
 mod error;
 mod evaluate;
+pub mod memory;
 pub mod metrics;
 mod optimizer;
 pub mod plan;
@@ -16,7 +17,7 @@ mod trainer;
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, evaluate};
 pub use metrics::StepMetrics;
-pub use optimizer::Optimizer;
+pub use optimizer::{Optimizer, Saved, StateBytes, StateData, StateTensor, moments_bytes};
 pub use plan::Plan;
 pub use schedule::learning_rate;
 pub use trainer::{Observer, Outcome, Silent, Trainer};

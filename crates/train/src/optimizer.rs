@@ -1,11 +1,21 @@
 //! AdamW and SGD over an adapter's parameters.
 
-use crate::plan::{Optimization, OptimizerKind};
+mod moments;
+
+pub use moments::{Saved, StateBytes, moments_bytes};
+
+use crate::plan::{Optimization, OptimizerKind, PlanError};
 use crate::{Error, Result};
-use candle_core::{DType, Tensor};
-use engobe_autograd::{Gradients, Param, Result as OpResult, host, update};
+use candle_core::{DType, Device, Tensor};
+use engobe_autograd::{Gradients, Param, Result as OpResult, host};
+use engobe_formats::tensor::{Dtype, TensorView};
 use engobe_kernels::adamw::{self, AdamWStep};
+use engobe_kernels::adamw8;
+use engobe_kernels::codec;
+use engobe_kernels::storage::StorageType;
+use moments::{Moment, Moments};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// An optimizer and the state that it keeps for each parameter.
 #[derive(Debug)]
@@ -17,6 +27,8 @@ pub struct Optimizer {
     weight_decay: f64,
     momentum: f64,
     slots: BTreeMap<String, Slot>,
+    /// moments of the parameters in host memory
+    moments: Moments,
 }
 
 /// State of one parameter.
@@ -24,29 +36,81 @@ pub struct Optimizer {
 struct Slot {
     /// steps that moved this parameter
     steps: u64,
-    /// first moment, or SGD's momentum buffer
-    first: Tensor,
-    /// second moment (AdamW)
-    second: Option<Tensor>,
+    shape: Vec<usize>,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    /// number in [`Moments`]
+    Host(usize),
+    /// first moment (or SGD's momentum buffer) and second moment
+    Device(Tensor, Option<Tensor>),
+}
+
+/// A tensor of the state, for checkpoints.
+#[derive(Debug)]
+pub struct StateTensor<'a> {
+    /// name
+    pub name: String,
+    /// type
+    pub dtype: Dtype,
+    /// shape
+    pub shape: Vec<usize>,
+    /// elements
+    pub data: StateData<'a>,
+}
+
+/// Elements of a state's tensor.
+#[derive(Debug)]
+pub enum StateData<'a> {
+    /// where they lie
+    Borrowed(StateBytes<'a>),
+    /// a copy
+    Owned(Vec<f32>),
+}
+
+impl AsRef<[u8]> for StateData<'_> {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Self::Borrowed(bytes) => bytes.as_ref(),
+            Self::Owned(data) => bytemuck::cast_slice(data),
+        }
+    }
 }
 
 impl Optimizer {
-    /// An optimizer whose moments are zero.
-    pub fn new(plan: &Optimization, params: &[&Param]) -> Result<Self> {
+    /// An optimizer whose moments are zero; those of a paged one lie in `file`.
+    ///
+    /// # Errors
+    /// The file can't be made; 8-bit or paged moments for parameters that are not in host memory.
+    pub fn new(plan: &Optimization, params: &[&Param], file: &Path) -> Result<Self> {
+        let kind = plan.optimizer;
         let mut slots = BTreeMap::new();
+        let mut sizes = Vec::new();
         for p in params {
-            let zeros = || Tensor::zeros(p.tensor().dims(), DType::F32, p.tensor().device());
-            let second = matches!(plan.optimizer, OptimizerKind::AdamW).then(zeros).transpose()?;
-            slots.insert(p.name().to_string(), Slot { steps: 0, first: zeros()?, second });
+            let place = if p.tensor().device().is_cpu() {
+                sizes.push(p.len());
+                Place::Host(sizes.len() - 1)
+            } else if kind.is_8bit() || kind.is_paged() {
+                let reason = "keeps its moments in the memory of the CPU: use --device cpu, or adamw";
+                return Err(PlanError { key: "optimizer", value: kind.name().to_string(), reason }.into());
+            } else {
+                let zeros = || Tensor::zeros(p.tensor().dims(), DType::F32, p.tensor().device());
+                Place::Device(zeros()?, (kind.moments() == 2).then(zeros).transpose()?)
+            };
+            let shape = p.tensor().dims().to_vec();
+            slots.insert(p.name().to_string(), Slot { steps: 0, shape, place });
         }
         Ok(Self {
-            kind: plan.optimizer,
+            kind,
             beta1: plan.adam_beta1,
             beta2: plan.adam_beta2,
             epsilon: plan.adam_epsilon,
             weight_decay: plan.weight_decay,
             momentum: plan.momentum,
             slots,
+            moments: Moments::new(kind, &sizes, file)?,
         })
     }
 
@@ -73,52 +137,85 @@ impl Optimizer {
                 },
                 momentum: self.momentum as f32,
             };
-            if param.tensor().device().is_cpu() {
-                rule.on_host(param, grad, slot)?;
-            } else {
-                rule.composed(param, grad, slot)?;
+            match &mut slot.place {
+                Place::Host(i) => self.moments.with(*i, |moments| rule.on_host(param, grad, moments))?,
+                Place::Device(first, second) => rule.composed(param, grad, first, second)?,
             }
         }
         Ok(())
     }
 
-    /// State as named tensors, for checkpoints: `first.<param>`, `second.<param>`, `steps.<param>`.
-    pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
-        let mut state = BTreeMap::new();
+    /// State as named tensors, for checkpoints: `steps.<param>` and what [`Saved`] lists.
+    pub fn state(&self) -> Result<Vec<StateTensor<'_>>> {
+        let f32s = Dtype::Storage(StorageType::F32);
+        let mut state = Vec::new();
         for (name, slot) in &self.slots {
-            state.insert(format!("first.{name}"), slot.first.clone());
-            if let Some(second) = &slot.second {
-                state.insert(format!("second.{name}"), second.clone());
+            match &slot.place {
+                Place::Host(i) => {
+                    state.extend(self.moments.saved(*i, name, &slot.shape).into_iter().map(|s| StateTensor {
+                        name: s.name,
+                        dtype: s.dtype,
+                        shape: s.shape,
+                        data: StateData::Borrowed(s.bytes),
+                    }))
+                }
+                Place::Device(first, second) => {
+                    for (kind, t) in [("first", Some(first)), ("second", second.as_ref())] {
+                        let Some(t) = t else { continue };
+                        let data = t.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?;
+                        let (name, shape) = (format!("{kind}.{name}"), slot.shape.clone());
+                        state.push(StateTensor {
+                            name,
+                            dtype: f32s.clone(),
+                            shape,
+                            data: StateData::Owned(data),
+                        });
+                    }
+                }
             }
             // exact in f32 up to 16.7 million steps
-            let steps = Tensor::full(slot.steps as f32, 1, &candle_core::Device::Cpu)?;
-            state.insert(format!("steps.{name}"), steps);
+            let data = StateData::Owned(vec![slot.steps as f32]);
+            state.push(StateTensor {
+                name: format!("steps.{name}"),
+                dtype: f32s.clone(),
+                shape: vec![1],
+                data,
+            });
         }
+        state.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(state)
     }
 
     /// Restores what [`Optimizer::state`] gave.
-    pub fn restore(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        let expected = self.state()?;
-        if let Some(name) = state.keys().find(|k| !expected.contains_key(*k)) {
-            return Err(Error::Resume { what: format!("optimizer state {name} matches no parameter") });
+    pub fn restore(&mut self, state: &BTreeMap<String, TensorView>) -> Result<()> {
+        {
+            let expected: Vec<String> = self.state()?.into_iter().map(|t| t.name).collect();
+            if let Some(name) = state.keys().find(|k| expected.binary_search(k).is_err()) {
+                return Err(Error::Resume { what: format!("optimizer state {name} matches no parameter") });
+            }
         }
+        let floats = |key: String, shape: &[usize]| -> Result<Vec<f32>> {
+            match state.get(&key) {
+                Some(view) if view.shape == shape => {
+                    let mut data = vec![0f32; view.elements()];
+                    codec::decode(view.storage()?, view.bytes(), &mut data);
+                    Ok(data)
+                }
+                _ => Err(Error::Resume { what: format!("optimizer state {key} is missing or misshapen") }),
+            }
+        };
         for (name, slot) in &mut self.slots {
-            let get = |kind: &str, like: &Tensor| -> Result<Tensor> {
-                let key = format!("{kind}.{name}");
-                match state.get(&key) {
-                    Some(t) if t.dims() == like.dims() => Ok(t.to_device(like.device())?.copy()?),
-                    _ => {
-                        Err(Error::Resume { what: format!("optimizer state {key} is missing or misshapen") })
+            match &mut slot.place {
+                Place::Host(i) => self.moments.restore(*i, name, &slot.shape, |key| state.get(key))?,
+                Place::Device(first, second) => {
+                    for (kind, t) in [("first", Some(first)), ("second", second.as_mut())] {
+                        let Some(t) = t else { continue };
+                        let data = floats(format!("{kind}.{name}"), &slot.shape)?;
+                        *t = Tensor::from_vec(data, slot.shape.as_slice(), t.device())?;
                     }
                 }
-            };
-            slot.first = get("first", &slot.first)?;
-            if let Some(second) = &slot.second {
-                slot.second = Some(get("second", second)?);
             }
-            let one = Tensor::zeros(1, DType::F32, &candle_core::Device::Cpu)?;
-            slot.steps = get("steps", &one)?.to_vec1::<f32>()?[0] as u64;
+            slot.steps = floats(format!("steps.{name}"), &[1])?[0] as u64;
         }
         Ok(())
     }
@@ -132,41 +229,45 @@ struct Rule {
 }
 
 impl Rule {
-    fn on_host(&self, param: &Param, grad: &Tensor, slot: &Slot) -> OpResult<()> {
+    fn on_host(&self, param: &Param, grad: &Tensor, moments: Vec<Moment<'_>>) -> OpResult<()> {
         let grad = grad.contiguous()?;
-        let g = host(&grad)?;
-        param.update_host(|p| {
-            update(&slot.first, |m| match &slot.second {
-                Some(second) => update(second, |v| adamw::adamw_step(&self.adam, p, &g, m, v)),
-                None => {
-                    let a = &self.adam;
-                    adamw::sgd_step(a.lr, self.momentum, a.weight_decay, a.grad_scale, p, &g, m);
-                    Ok(())
-                }
-            })
-        })???;
-        Ok(())
+        let (g, a) = (host(&grad)?, &self.adam);
+        let mut moments = moments.into_iter();
+        param.update_host(|p| match (moments.next(), moments.next()) {
+            (Some(Moment::Full(m)), Some(Moment::Full(v))) => adamw::adamw_step(a, p, &g, m, v),
+            (Some(Moment::Eight(m)), Some(Moment::Eight(v))) => adamw8::adamw8_step(a, p, &g, m, v),
+            (Some(Moment::Full(m)), None) => {
+                adamw::sgd_step(a.lr, self.momentum, a.weight_decay, a.grad_scale, p, &g, m);
+            }
+            _ => unreachable!("Moments::with gives one or two moments of one kind"),
+        })
     }
 
     /// The same with candle's operations, for other devices.
-    fn composed(&self, param: &Param, grad: &Tensor, slot: &mut Slot) -> OpResult<()> {
+    fn composed(
+        &self,
+        param: &Param,
+        grad: &Tensor,
+        first: &mut Tensor,
+        second: &mut Option<Tensor>,
+    ) -> OpResult<()> {
         let a = &self.adam;
         let f = f64::from;
         let (p, g) = (param.tensor(), (grad * f(a.grad_scale))?);
-        match (self.kind, &slot.second) {
-            (OptimizerKind::AdamW, Some(second)) => {
+        match (self.kind, &second) {
+            (OptimizerKind::AdamW, Some(v)) => {
                 let decayed = (p * f(1.0 - a.lr * a.weight_decay))?;
-                slot.first = ((&slot.first * f(a.beta1))? + (&g * f(1.0 - a.beta1))?)?;
-                let v = ((second * f(a.beta2))? + (g.sqr()? * f(1.0 - a.beta2))?)?;
+                *first = ((&*first * f(a.beta1))? + (&g * f(1.0 - a.beta1))?)?;
+                let v = ((v * f(a.beta2))? + (g.sqr()? * f(1.0 - a.beta2))?)?;
                 let denominator = ((v.sqrt()? / f(a.bias_correction2.sqrt()))? + f(a.eps))?;
-                slot.second = Some(v);
-                let step = ((&slot.first / denominator)? * f(a.lr / a.bias_correction1))?;
+                *second = Some(v);
+                let step = ((&*first / denominator)? * f(a.lr / a.bias_correction1))?;
                 param.set(&(decayed - step)?)
             }
             _ => {
                 let g = (g + (p * f(a.weight_decay))?)?;
-                slot.first = ((&slot.first * f(self.momentum))? + &g)?;
-                let direction = if self.momentum == 0.0 { &g } else { &slot.first };
+                *first = ((&*first * f(self.momentum))? + &g)?;
+                let direction = if self.momentum == 0.0 { &g } else { &*first };
                 param.set(&(p - (direction * f(a.lr))?)?)
             }
         }

@@ -3,7 +3,9 @@
 //! The command line turns what was typed into a [`Plan`]; the trainer writes it out as `run.toml`. Field
 //! names are the ones that users of PEFT and transformers know, and are the keys of `--config` and `--set`.
 
+use crate::memory::MemoryLimit;
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
 /// How often, and how long.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -48,8 +50,54 @@ impl Default for Schedule {
 pub enum OptimizerKind {
     /// AdamW (Loshchilov & Hutter 2019) with PyTorch's defaults.
     AdamW,
+    /// AdamW whose moments take 8 bits (Dettmers et al. 2022), as bitsandbytes' `AdamW8bit`.
+    #[serde(rename = "adamw_8bit", alias = "adamw_bnb_8bit")]
+    AdamW8bit,
+    /// AdamW whose moments lie in a memory-mapped file.
+    #[serde(rename = "paged_adamw", alias = "paged_adamw_32bit")]
+    PagedAdamW,
+    /// Both.
+    #[serde(rename = "paged_adamw_8bit")]
+    PagedAdamW8bit,
     /// Stochastic gradient descent with momentum, as `torch.optim.SGD`.
     Sgd,
+}
+
+impl OptimizerKind {
+    /// Name in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AdamW => "adamw",
+            Self::AdamW8bit => "adamw_8bit",
+            Self::PagedAdamW => "paged_adamw",
+            Self::PagedAdamW8bit => "paged_adamw_8bit",
+            Self::Sgd => "sgd",
+        }
+    }
+
+    /// Moments take 8 bits.
+    pub fn is_8bit(self) -> bool {
+        matches!(self, Self::AdamW8bit | Self::PagedAdamW8bit)
+    }
+
+    /// Moments lie in a file.
+    pub fn is_paged(self) -> bool {
+        matches!(self, Self::PagedAdamW | Self::PagedAdamW8bit)
+    }
+
+    /// Moments that it keeps for each parameter.
+    pub fn moments(self) -> usize {
+        if self == Self::Sgd { 1 } else { 2 }
+    }
+
+    /// The same arithmetic with the moments in memory.
+    pub fn unpaged(self) -> Self {
+        match self {
+            Self::PagedAdamW => Self::AdamW,
+            Self::PagedAdamW8bit => Self::AdamW8bit,
+            other => other,
+        }
+    }
 }
 
 /// How the learning rate goes after the warm-up.
@@ -88,6 +136,8 @@ pub struct Optimization {
     pub adam_epsilon: f64,
     /// SGD's momentum
     pub momentum: f64,
+    /// the file of a paged optimizer's moments; without, one in the run's directory
+    pub state_file: Option<PathBuf>,
 }
 
 impl Default for Optimization {
@@ -103,6 +153,7 @@ impl Default for Optimization {
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
             momentum: 0.0,
+            state_file: None,
         }
     }
 }
@@ -144,6 +195,8 @@ impl Default for Upkeep {
 pub struct Compute {
     /// keep each block's input alone and run its forward again in the backward
     pub activation_checkpointing: bool,
+    /// memory that the process may hold; a run that would take more is stopped
+    pub memory_limit: Option<MemoryLimit>,
 }
 
 /// Everything that one run does with a model, an adapter and rows that are already there.
@@ -209,6 +262,10 @@ impl Plan {
             if !(0.0..1.0).contains(&value) {
                 return no(key, value.to_string(), "must lie in [0, 1)");
             }
+        }
+        if let (Some(file), false) = (&o.state_file, o.optimizer.is_paged()) {
+            let reason = "only a paged optimizer has one: --optimizer paged_adamw or paged_adamw_8bit";
+            return no("state_file", file.display().to_string(), reason);
         }
         if !(o.adam_epsilon.is_finite() && o.adam_epsilon > 0.0) {
             return no("adam_epsilon", o.adam_epsilon.to_string(), "must be a number above 0");

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use candle_core::Tensor;
-use engobe_autograd::{Gradients, Tape, ops};
+use engobe_autograd::{Gradients, Tape, Watch, ops};
 use engobe_data::MicroBatch;
 use engobe_nn::{CausalLm, TokenBatch};
 
@@ -32,7 +32,7 @@ impl LossSums {
 }
 
 /// How a training micro-batch is differentiated.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone)]
 pub struct Differentiate {
     /// recompute blocks in the backward
     pub checkpointing: bool,
@@ -40,6 +40,8 @@ pub struct Differentiate {
     pub dropout_seed: u64,
     /// factor on the summed loss before it is differentiated: one over the window's labelled tokens
     pub scale: f32,
+    /// looks on; may end the pass
+    pub watch: Option<Watch>,
 }
 
 /// Loss of a micro-batch without gradients.
@@ -54,7 +56,7 @@ pub fn differentiate(
     how: Differentiate,
     grads: &mut Gradients,
 ) -> Result<LossSums> {
-    let tape = Tape::new().checkpointing(how.checkpointing).dropout_seed(how.dropout_seed);
+    let tape = Tape::new().checkpointing(how.checkpointing).dropout_seed(how.dropout_seed).watch(how.watch);
     forward(model, tape, batch, Some((how.scale, grads)))
 }
 

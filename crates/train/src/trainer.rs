@@ -2,6 +2,7 @@
 
 use crate::checkpoint::{self, RunState};
 use crate::evaluate::{Evaluation, evaluate};
+use crate::memory::guard::{Guard, OverLimit};
 use crate::metrics::{MetricsFile, StepMetrics};
 use crate::optimizer::Optimizer;
 use crate::plan::Plan;
@@ -74,6 +75,7 @@ pub struct Trainer<'a> {
     optimizer: Optimizer,
     state: RunState,
     total_steps: usize,
+    guard: Option<Guard>,
 }
 
 impl<'a> Trainer<'a> {
@@ -89,7 +91,8 @@ impl<'a> Trainer<'a> {
         fingerprint: String,
     ) -> Result<Self> {
         plan.validate()?;
-        let optimizer = Optimizer::new(&plan.optimization, &adapter.params())?;
+        let state_file = plan.optimization.state_file.clone().unwrap_or_else(|| out.join("optimizer.state"));
+        let optimizer = Optimizer::new(&plan.optimization, &adapter.params(), &state_file)?;
         let accumulation = plan.schedule.gradient_accumulation;
         let steps_per_epoch = loader.len_per_epoch().div_ceil(accumulation);
         if steps_per_epoch == 0 {
@@ -109,7 +112,14 @@ impl<'a> Trainer<'a> {
             optimizer,
             state: RunState { fingerprint, ..Default::default() },
             total_steps,
+            guard: None,
         })
+    }
+
+    /// Sets what watches over the run's memory.
+    pub fn guarded_by(mut self, guard: Option<Guard>) -> Self {
+        self.guard = guard;
+        self
     }
 
     /// Steps that the run will take.
@@ -154,7 +164,10 @@ impl<'a> Trainer<'a> {
         let params: Vec<&Param> = params.iter().collect();
         let mut interrupted = false;
         while self.state.step < self.total_steps && !self.state.stopped_early {
-            let mut line = self.optimizer_step(&params)?;
+            let mut line = match self.optimizer_step(&params) {
+                Ok(line) => line,
+                Err(error) => return Err(self.over_limit(error, observer)),
+            };
             let last = self.state.step == self.total_steps;
             if due(self.state.step, self.plan.upkeep.eval_steps) || last {
                 line.eval_loss = self.evaluate(observer)?;
@@ -176,6 +189,19 @@ impl<'a> Trainer<'a> {
             self.finish()?;
         }
         Ok(self.outcome(interrupted))
+    }
+
+    /// Saves the last whole step if it was the guard that ended this one: parameters and optimizer are untouched.
+    fn over_limit(&mut self, error: Error, observer: &mut dyn Observer) -> Error {
+        let cause = match &error {
+            Error::Op(engobe_autograd::Error::Stopped(cause)) => cause.downcast_ref::<OverLimit>().copied(),
+            _ => None,
+        };
+        match cause.map(|cause| (cause, self.save(observer))) {
+            None => error,
+            Some((_, Err(error))) => error,
+            Some((cause, Ok(saved))) => Error::OverLimit { step: self.state.step + 1, saved, cause },
+        }
     }
 
     fn outcome(&self, interrupted: bool) -> Outcome {
@@ -207,8 +233,12 @@ impl<'a> Trainer<'a> {
                 checkpointing: self.plan.compute.activation_checkpointing,
                 dropout_seed: mix(step_seed, i as u64),
                 scale: 1.0 / label_tokens.max(1) as f32,
+                watch: self.guard.as_ref().map(|guard| guard.watch(batch.tokens.len())),
             };
             sums.add(step::differentiate(self.model, batch, how, &mut grads)?);
+            if let Some(guard) = &mut self.guard {
+                guard.passed(batch.tokens.len());
+            }
         }
         let loss = sums.mean();
         let grad_norm = grads.sum_squares()?.sqrt();
@@ -278,12 +308,12 @@ impl<'a> Trainer<'a> {
         self.out.join("best")
     }
 
-    fn save(&mut self, observer: &mut dyn Observer) -> Result<()> {
+    fn save(&mut self, observer: &mut dyn Observer) -> Result<PathBuf> {
         let keep = self.plan.upkeep.save_total_limit;
         let (adapter, optimizer) = (self.adapter.state()?, self.optimizer.state()?);
-        let path = checkpoint::save(&self.out, &self.state, &adapter, &optimizer, keep)?;
+        let path = checkpoint::save(&self.out, &self.state, &adapter, optimizer, keep)?;
         observer.saved(&path);
-        Ok(())
+        Ok(path)
     }
 
     /// Writes the run's adapter: the last one, or the best one.

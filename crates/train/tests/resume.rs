@@ -5,11 +5,14 @@ use engobe_data::{EncodeOptions, Encoder, Loader, LoaderOptions, MicroBatch, Pro
 use engobe_formats::peft::{LoraConfig, TargetModules};
 use engobe_models::{LoadOptions, load_causal_lm};
 use engobe_testkit::golden;
+use engobe_train::memory::guard::Guard;
+use engobe_train::memory::resident::resident_bytes;
 use engobe_train::plan::Plan;
 use engobe_train::{Error, Evaluation, Observer, Outcome, StepMetrics, Trainer, checkpoint, metrics};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Asks to stop after a step.
 struct StopAfter(usize);
@@ -41,10 +44,22 @@ fn plan() -> Plan {
 
 /// Up to `steps` steps in a fresh process, as it were.
 fn part(out: &Path, plan: &Plan, steps: usize, fingerprint: &str) -> Result<Outcome, Error> {
+    guarded(out, plan, steps, fingerprint, None)
+}
+
+/// The same under a limit on memory.
+fn guarded(
+    out: &Path,
+    plan: &Plan,
+    steps: usize,
+    fingerprint: &str,
+    guard: Option<Guard>,
+) -> Result<Outcome, Error> {
     let device = candle_core::Device::Cpu;
     let mut model = load_causal_lm(&golden("llama/gqa_tied"), &LoadOptions::default()).unwrap();
     let config = LoraConfig {
-        r: 4,
+        // 72 rows of 64 numbers are above the 4096 from which moments take 8 bits
+        r: if plan.optimization.optimizer.is_8bit() { 72 } else { 4 },
         lora_dropout: 0.2,
         target_modules: Some(TargetModules::AllLinear),
         ..Default::default()
@@ -58,7 +73,8 @@ fn part(out: &Path, plan: &Plan, steps: usize, fingerprint: &str) -> Result<Outc
     let order = LoaderOptions { batch_size: 2, max_seq_len: 48, packing: s.packing, shuffle: true, seed: 9 };
     let loader = Loader::new(Arc::new(samples), order);
     let mut trainer =
-        Trainer::new(model.as_ref(), &adapter, plan, loader, eval, out, fingerprint.to_string())?;
+        Trainer::new(model.as_ref(), &adapter, plan, loader, eval, out, fingerprint.to_string())?
+            .guarded_by(guard);
     trainer.resume()?;
     trainer.run(&mut StopAfter(steps))
 }
@@ -82,6 +98,77 @@ fn pieces_make_the_whole() {
         }
         assert_eq!(files(whole.path()), files(pieces.path()), "packing {packing}");
     }
+}
+
+#[test]
+fn pieces_make_the_whole_with_every_optimizer() {
+    use engobe_train::plan::OptimizerKind::{AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, Sgd};
+    let run = |kind, pieces: &[usize]| {
+        let mut plan = plan();
+        plan.optimization.optimizer = kind;
+        let out = tempfile::tempdir().unwrap();
+        for steps in pieces {
+            part(out.path(), &plan, *steps, "f").unwrap();
+        }
+        assert!(!out.path().join("optimizer.state").exists(), "a paged state outlives its run");
+        files(out.path())
+    };
+    for kind in [AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, Sgd] {
+        let whole = run(kind, &[99]);
+        assert_eq!(whole, run(kind, &[1, 4, 2, 99]), "{kind:?}");
+        // where the moments lie makes no difference
+        assert_eq!(whole, run(kind.unpaged(), &[99]), "{kind:?}");
+    }
+    // the file of a paged run can lie elsewhere, and an old one there does not matter
+    let elsewhere = tempfile::tempdir().unwrap();
+    let mut plan = plan();
+    plan.optimization.optimizer = PagedAdamW8bit;
+    plan.optimization.state_file = Some(elsewhere.path().join("moments"));
+    std::fs::write(elsewhere.path().join("moments"), vec![7; 100_000]).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    part(out.path(), &plan, 99, "f").unwrap();
+    assert_eq!(files(out.path()), run(PagedAdamW8bit, &[99]));
+}
+
+#[test]
+fn a_limit_ends_the_run_before_it_is_passed_and_loses_no_step() {
+    let whole = tempfile::tempdir().unwrap();
+    part(whole.path(), &plan(), 99, "f").unwrap();
+    for checkpointing in [false, true] {
+        let mut plan = plan();
+        plan.compute.activation_checkpointing = checkpointing;
+        let out = tempfile::tempdir().unwrap();
+        // memory grows with each look, whatever was planned, and passes the limit in the middle of some step
+        let held = Arc::new(AtomicU64::new(0));
+        let grows = move || Some(held.fetch_add(1, Ordering::Relaxed));
+        let guard = Guard::over(300, 0.0, Arc::new(grows));
+        let error = guarded(out.path(), &plan, 99, "f", Some(guard)).unwrap_err();
+        let Error::OverLimit { step, saved, cause } = &error else { panic!("{error}") };
+        assert!((2..14).contains(step) && cause.limit == 300 && cause.held == 301, "{error}");
+        assert!(saved.ends_with(format!("checkpoints/step-{:08}", step - 1)) && saved.exists(), "{error}");
+        assert!(error.to_string().contains("--resume"), "{error}");
+        part(out.path(), &plan, 99, "f").unwrap();
+        assert_eq!(files(whole.path()), files(out.path()), "checkpointing {checkpointing}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_process_that_is_over_the_limit_already_does_no_step() {
+    let out = tempfile::tempdir().unwrap();
+    let guard = Guard::new(resident_bytes().unwrap() / 2, 0.0);
+    let error = guarded(out.path(), &plan(), 99, "f", Some(guard)).unwrap_err();
+    assert!(matches!(error, Error::OverLimit { step: 1, .. }), "{error}");
+    assert!(metrics::read(&out.path().join("metrics.jsonl")).unwrap().is_empty());
+}
+
+#[test]
+fn the_margin_is_what_a_larger_batch_may_add() {
+    let out = tempfile::tempdir().unwrap();
+    // 90 are held, a token may add 1, and the first micro-batch has more than 10 tokens
+    let guard = Guard::over(100, 1.0, Arc::new(|| Some(90)));
+    let error = guarded(out.path(), &plan(), 99, "f", Some(guard)).unwrap_err();
+    assert!(matches!(error, Error::OverLimit { step: 1, .. }), "{error}");
 }
 
 #[test]

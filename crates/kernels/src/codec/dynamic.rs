@@ -1,32 +1,44 @@
-//! The signed dynamic map of 8-bit numbers (Dettmers 2016), and its blocks.
+//! The dynamic maps of 8-bit numbers (Dettmers 2016), and blocks in the signed one.
 //!
-//! Besides 0 and 1 the map holds, for i = 0..7, the numbers ±10^(i-6)·mᵢⱼ with mᵢⱼ the 2^i midpoints of as many equal
-//! parts of 0.1..1: small numbers have a coarse mantissa, large ones a fine one. In bitsandbytes it is called
-//! `create_dynamic_map`. An array is quantized in blocks: D = max|x|, code = the entry nearest to x / D.
+//! Besides 0 and 1 the signed map holds, for i = 0..7, the numbers ±10^(i-6)·mᵢⱼ with mᵢⱼ the 2^i midpoints of as many
+//! equal parts of 0.1..1: small numbers have a coarse mantissa, large ones a fine one. The unsigned map has no negative
+//! numbers and twice as many parts. In bitsandbytes they are called `create_dynamic_map`. An array is quantized in
+//! blocks: D = max|x|, code = the entry nearest to x / D.
 
 use std::sync::OnceLock;
 
 /// Decimal exponents.
 const EXPONENTS: u32 = 7;
 
-/// The 256 numbers, ascending.
+/// The 256 numbers of the signed map, ascending.
 pub fn map() -> &'static [f32; 256] {
     static MAP: OnceLock<[f32; 256]> = OnceLock::new();
-    MAP.get_or_init(|| {
-        let mut numbers = vec![0.0, 1.0];
-        for i in 0..EXPONENTS {
-            let scale = 10f64.powi(i as i32 - EXPONENTS as i32 + 1) as f32;
-            let edges = linspace(0.1, 1.0, (1 << i) + 1);
-            for pair in edges.windows(2) {
-                let number = scale * ((pair[0] + pair[1]) / 2.0);
-                numbers.extend([number, -number]);
+    MAP.get_or_init(|| numbers(true))
+}
+
+/// The 256 numbers of the unsigned map, ascending from 0.
+pub fn unsigned_map() -> &'static [f32; 256] {
+    static MAP: OnceLock<[f32; 256]> = OnceLock::new();
+    MAP.get_or_init(|| numbers(false))
+}
+
+fn numbers(signed: bool) -> [f32; 256] {
+    let mut numbers = vec![0.0, 1.0];
+    for i in 0..EXPONENTS {
+        let scale = 10f64.powi(i as i32 - EXPONENTS as i32 + 1) as f32;
+        let parts = if signed { 1 << i } else { 2 << i };
+        for pair in linspace(0.1, 1.0, parts + 1).windows(2) {
+            let number = scale * ((pair[0] + pair[1]) / 2.0);
+            numbers.push(number);
+            if signed {
+                numbers.push(-number);
             }
         }
-        numbers.sort_by(f32::total_cmp);
-        let mut map = [0.0; 256];
-        map.copy_from_slice(&numbers);
-        map
-    })
+    }
+    numbers.sort_by(f32::total_cmp);
+    let mut map = [0.0; 256];
+    map.copy_from_slice(&numbers);
+    map
 }
 
 /// `torch.linspace` in f32: fused steps from the start in the first half, from the end in the second.
@@ -79,6 +91,8 @@ mod tests {
     fn the_map_ascends_and_holds_its_ends() {
         assert!(map().windows(2).all(|w| w[0] < w[1]));
         assert_eq!((map()[127], map()[255]), (0.0, 1.0));
+        assert!(unsigned_map().windows(2).all(|w| w[0] < w[1]));
+        assert_eq!((unsigned_map()[0], unsigned_map()[255]), (0.0, 1.0));
     }
 
     #[test]

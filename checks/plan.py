@@ -1,0 +1,143 @@
+"""`engobe plan` beside the peak that `engobe train` measures.
+
+    .venv/bin/python checks/plan.py [--only NAME] [--markdown]
+
+Synthetic models are written with random weights; SmolLM2 is fetched. Rows fill max_seq_len, every token is a label. Each
+run does three steps. Fails if a prediction is more than 10 % off.
+"""
+
+import argparse
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGOBE = os.environ.get("ENGOBE", str(ROOT / "target" / "release" / "engobe"))
+LIMIT = 0.10
+
+SMOL = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)
+WIDE = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=6, num_attention_heads=32,
+            num_key_value_heads=4, vocab_size=32000, tie_word_embeddings=False)
+
+# name, model (sizes and stored type, or None for SmolLM2's GGUF), tokens in a row, other flags
+CASES = [
+    ("SmolLM2 Q4_1", None, 512, []),
+    ("SmolLM2 Q4_1", None, 512, ["--activation-checkpointing"]),
+    ("SmolLM2 Q4_1, batch 4", None, 256, ["--batch-size", "4", "--activation-checkpointing"]),
+    ("SmolLM2 Q4_1, 8-bit AdamW, r 64", None, 256, ["--optimizer", "adamw_8bit", "--r", "64", "--activation-checkpointing"]),
+    ("SmolLM2 Q4_1, paged AdamW, r 64", None, 256, ["--optimizer", "paged_adamw", "--r", "64", "--activation-checkpointing"]),
+    ("SmolLM2 Q4_1, accumulation 2", None, 128, ["--gradient-accumulation", "2", "--r", "64"]),
+    ("135M f32", (SMOL, "F32"), 512, []),
+    ("135M bf16", (SMOL, "BF16"), 1024, ["--activation-checkpointing"]),
+    ("135M bf16, dropout, q and v", (SMOL, "BF16"), 512, ["--lora-dropout", "0.1", "--target-modules", "q_proj,v_proj"]),
+    ("135M bf16 widened to f32", (SMOL, "BF16"), 256, ["--dtype", "f32"]),
+    ("400M bf16", (WIDE, "BF16"), 512, []),
+    ("400M bf16, SGD", (WIDE, "BF16"), 2048, ["--activation-checkpointing", "--optimizer", "sgd"]),
+    ("400M bf16 in NF4", (WIDE, "BF16"), 512, ["--quantize", "nf4", "--double-quant", "--activation-checkpointing"]),
+    ("135M f32 in int8", (SMOL, "F32"), 256, ["--quantize", "int8"]),
+]
+
+
+def shapes(c):
+    d, f = c["hidden_size"], c["intermediate_size"]
+    kv = d // c["num_attention_heads"] * c["num_key_value_heads"]
+    yield "model.embed_tokens.weight", (c["vocab_size"], d)
+    for i in range(c["num_hidden_layers"]):
+        p = f"model.layers.{i}"
+        for name, shape in [("self_attn.q_proj", (d, d)), ("self_attn.k_proj", (kv, d)), ("self_attn.v_proj", (kv, d)),
+                            ("self_attn.o_proj", (d, d)), ("mlp.gate_proj", (f, d)), ("mlp.up_proj", (f, d)),
+                            ("mlp.down_proj", (d, f)), ("input_layernorm", (d,)), ("post_attention_layernorm", (d,))]:
+            yield f"{p}.{name}.weight", shape
+    yield "model.norm.weight", (d,)
+    if not c["tie_word_embeddings"]:
+        yield "lm_head.weight", (c["vocab_size"], d)
+
+
+def write_model(directory, sizes, dtype):
+    """A random model, tensor by tensor."""
+    directory.mkdir()
+    config = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_act="silu", rms_norm_eps=1e-5,
+                  max_position_embeddings=4096, rope_theta=10000.0, torch_dtype="float32" if dtype == "F32" else "bfloat16",
+                  **sizes)
+    (directory / "config.json").write_text(json.dumps(config))
+    header, at, width = {}, 0, 4 if dtype == "F32" else 2
+    for name, shape in shapes(sizes):
+        size = int(np.prod(shape)) * width
+        header[name] = dict(dtype=dtype, shape=shape, data_offsets=[at, at + size])
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    rng = np.random.default_rng(0)
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, shape in shapes(sizes):
+            scale = np.float32(0.02)
+            values = rng.standard_normal(shape, dtype=np.float32) * scale + np.float32(len(shape) == 1)
+            file.write(values.tobytes() if dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+
+
+def write_rows(path, vocab, length, count):
+    rng = np.random.default_rng(1)
+    rows = [json.dumps({"input_ids": rng.integers(5, vocab, length).tolist()}) for _ in range(count)]
+    path.write_text("\n".join(rows) + "\n")
+
+
+def engobe(*args):
+    done = subprocess.run([ENGOBE, *map(str, args), "--json", "--quiet"], capture_output=True, text=True)
+    if done.returncode != 0:
+        return None, done.stderr.strip()
+    return json.loads(done.stdout.strip().splitlines()[-1]), None
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="")
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
+    known = subprocess.run([ENGOBE, "train", "--help"], capture_output=True, text=True).stdout
+    failed = 0
+    if args.markdown:
+        print("| model and settings | tokens | predicted | measured | off |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        for i, (name, model, length, flags) in enumerate(CASES):
+            if args.only not in name or any(f.startswith("--") and f not in known for f in flags):
+                continue
+            path, vocab = "smollm2-135m", 49152
+            if model:
+                path, vocab = scratch / f"{model[0]['hidden_size']}-{model[1]}", model[0]["vocab_size"]
+                if not path.exists():
+                    write_model(path, *model)
+            batch = int(flags[flags.index("--batch-size") + 1]) if "--batch-size" in flags else 1
+            rows = scratch / f"rows{i}.jsonl"
+            write_rows(rows, vocab, length, 8 * batch)
+            settings = ["--model", path, "--max-seq-len", length, *flags]
+            planned, error = engobe("plan", *settings)
+            run = ["--data", rows, "--out", scratch / f"run{i}", "--max-steps", 3, "--allow", "eot-never-label"]
+            trained, train_error = engobe("train", *settings, *run) if not error else (None, None)
+            if error or train_error:
+                failed += 1
+                print(f"FAIL {name}: {error or train_error}", flush=True)
+                continue
+            peak, measured = planned["peak_bytes"], trained["peak_rss_bytes"]
+            off = peak / measured - 1
+            good = abs(off) <= LIMIT and planned["trainable_parameters"] == trained["trainable_parameters"]
+            failed += not good
+            what = name + (", checkpointing" if "--activation-checkpointing" in flags else "")
+            if args.markdown:
+                print(f"| {what} | {batch} x {length} | {peak / 1e6:.0f} MB | {measured / 1e6:.0f} MB | {100 * off:+.1f} % |", flush=True)
+            else:
+                parts = " ".join(f"{k[:-6]} {planned[k] / 1e6:.0f}" for k in planned if k.endswith("_bytes") and k != "peak_bytes")
+                print(f"{'ok  ' if good else 'FAIL'} {what}, {batch} x {length}: predicted {peak / 1e6:.0f} MB, "
+                      f"measured {measured / 1e6:.0f} MB ({100 * off:+.1f} %)\n       {parts}", flush=True)
+    sys.exit(f"{failed} failed" if failed else 0)
+
+
+main()
