@@ -7,10 +7,12 @@
 pub mod gguf_names;
 mod llama;
 mod llama_config;
+mod quantize;
 mod weights;
 
 pub use llama::Llama;
 pub use llama_config::LlamaConfig;
+pub use quantize::{QuantizedModel, quantize};
 pub use weights::{WeightDtype, Weights, unpermute_rows};
 
 use candle_core::Device;

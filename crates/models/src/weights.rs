@@ -11,7 +11,6 @@ use engobe_kernels::codec;
 use engobe_kernels::quantize::{QuantizeError, QuantizedWeight, Scheme};
 use engobe_kernels::storage::{StorageType, WeightView};
 use rayon::prelude::*;
-use std::ops::Range;
 
 /// How base weights are kept in memory. Compute is in f32 either way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -117,7 +116,10 @@ impl<'a> Weights<'a> {
                 });
             }
             Some(found) => self.codes(name, rows, cols, &found)?,
-            None => self.blocks(name, rows, cols, quantize)?,
+            None => match quantize {
+                Some(scheme) => FrozenWeight::quantized(self.quantized(name, rows, cols, scheme)?)?,
+                None => self.blocks(name, rows, cols)?,
+            },
         };
         if self.device.is_cpu() { Ok(weight) } else { self.to_device(&weight) }
     }
@@ -179,18 +181,11 @@ impl<'a> Weights<'a> {
     }
 
     /// A matrix in plain floats or GGUF blocks.
-    fn blocks(&self, name: &str, rows: usize, cols: usize, quantize: Option<Scheme>) -> Result<FrozenWeight> {
+    fn blocks(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
         let view = self.find(name)?;
         check_shape(view, &[rows, cols])?;
         let storage = view.storage()?;
-        let permuted = self.gguf_heads.and_then(|(heads, kv_heads)| {
-            let is = |part: &str| name.contains(part);
-            is("q_proj").then_some(heads).or(is("k_proj").then_some(kv_heads))
-        });
-        let owned = permuted.map(|heads| unpermute_rows(view.bytes(), rows, heads));
-        if let Some(scheme) = quantize {
-            return quantized(view, scheme, (rows, cols), owned.as_deref());
-        }
+        let owned = self.permuted_heads(name).map(|heads| unpermute_rows(view.bytes(), rows, heads));
         check_finite(view, storage)?;
         if self.quantize.is_some() {
             // what the check has read need not stay in memory
@@ -206,6 +201,42 @@ impl<'a> Weights<'a> {
             None => mapped(view),
         };
         Ok(FrozenWeight::host(wanted, rows, cols, host)?)
+    }
+
+    /// The matrix `[rows, cols]` of a linear layer, quantized; the file's pages are let go of behind the work.
+    ///
+    /// # Errors
+    /// A matrix of another shape, or that is quantized already or not finite.
+    pub fn quantized(&self, name: &str, rows: usize, cols: usize, scheme: Scheme) -> Result<QuantizedWeight> {
+        let view = self.find(name)?;
+        check_shape(view, &[rows, cols])?;
+        let storage = view.storage()?;
+        let made = match self.permuted_heads(name) {
+            Some(heads) if !storage.is_quantized() => {
+                let reordered = unpermute_rows(view.bytes(), rows, heads);
+                view.release(0..view.bytes().len());
+                QuantizedWeight::new(scheme, storage, rows, cols, &reordered, &|_| ())
+            }
+            _ => {
+                let done = |range| view.release(range);
+                QuantizedWeight::new(scheme, storage, rows, cols, view.bytes(), &done)
+            }
+        };
+        let (path, tensor) = (view.file.path().to_path_buf(), view.name.clone());
+        made.map_err(|e| match e {
+            QuantizeError::AlreadyQuantized { storage } => {
+                Error::AlreadyQuantized { path, tensor, storage: storage.to_string() }
+            }
+            QuantizeError::NotFinite => Error::NotFinite { path, tensor },
+            other => Error::Unfit { path, tensor, what: other.to_string() },
+        })
+    }
+
+    /// Heads by which the converter reordered the rows of a tensor, if it did.
+    fn permuted_heads(&self, name: &str) -> Option<usize> {
+        let (heads, kv_heads) = self.gguf_heads?;
+        let is = |part: &str| name.contains(part);
+        is("q_proj").then_some(heads).or(is("k_proj").then_some(kv_heads))
     }
 
     fn to_device(&self, weight: &FrozenWeight) -> Result<FrozenWeight> {
@@ -237,35 +268,6 @@ impl<'a> Weights<'a> {
 /// A tensor as it lies in its file.
 fn mapped(view: &TensorView) -> HostBytes {
     HostBytes::new(view.file.clone(), view.range.clone())
-}
-
-/// Quantizes a matrix, letting go of the file's pages behind the work; or its `reordered` copy.
-fn quantized(
-    view: &TensorView,
-    scheme: Scheme,
-    (rows, cols): (usize, usize),
-    reordered: Option<&[u8]>,
-) -> Result<FrozenWeight> {
-    let storage = view.storage()?;
-    let done = |range: Range<usize>| {
-        if reordered.is_none() {
-            view.release(range);
-        }
-    };
-    let bytes = reordered.unwrap_or(view.bytes());
-    let made = QuantizedWeight::new(scheme, storage, rows, cols, bytes, &done);
-    if reordered.is_some() {
-        view.release(0..view.bytes().len());
-    }
-    let (path, tensor) = (view.file.path().to_path_buf(), view.name.clone());
-    let weight = made.map_err(|e| match e {
-        QuantizeError::AlreadyQuantized { storage } => {
-            Error::AlreadyQuantized { path, tensor, storage: storage.to_string() }
-        }
-        QuantizeError::NotFinite => Error::NotFinite { path, tensor },
-        other => Error::Unfit { path, tensor, what: other.to_string() },
-    })?;
-    Ok(FrozenWeight::quantized(weight)?)
 }
 
 fn check_shape(view: &TensorView, expected: &[usize]) -> Result<()> {

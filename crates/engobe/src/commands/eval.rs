@@ -2,7 +2,7 @@
 
 use crate::args::EvalArgs;
 use crate::dataset::{self, RowSettings};
-use crate::scoring;
+use crate::{memory, scoring};
 use crate::terminal::{Note, Progress, print, print_json};
 use crate::workbench::Bench;
 use anyhow::{Result, bail};
@@ -50,6 +50,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
             "token_accuracy": found.token_accuracy,
             "label_tokens": found.label_tokens,
             "rows": rows.samples.len(),
+            "peak_rss_bytes": memory::peak_resident_bytes(),
             "exact_match": exact.map(|(hits, of)| hits as f64 / of as f64),
         }));
     }

@@ -7,4 +7,5 @@ pub mod generate;
 pub mod inspect;
 pub mod lint;
 pub mod merge;
+pub mod quantize;
 pub mod train;
