@@ -100,7 +100,7 @@ def main(path):
                         seed += 1
                         x = tensor(form, seed, rows * cols).to(DTYPES[dtype]).reshape(rows, cols)
                         f.write(struct.pack("<BBBIIII", kind, dtype, form, rows, cols, block, seed) + four_bit(name, x, block))
-        for rows, cols in [(5, 64), (3, 33), (7, 100), (1, 1000)]:
+        for rows, cols in [(5, 64), (3, 33), (7, 100), (1, 1000), (40, 96)]:
             for form in (PLAIN, OUTLIERS, ZEROS):
                 for dtype in range(3):
                     seed += 1

@@ -40,6 +40,8 @@ pub enum Task {
     Generate(GenerateArgs),
     /// Bake an adapter into its model: a new Hugging Face directory
     Merge(MergeArgs),
+    /// Quantize a model as bitsandbytes does: a new Hugging Face directory
+    Quantize(QuantizeArgs),
     /// What is in a model, adapter, checkpoint or GGUF file
     Inspect(InspectArgs),
     /// Check rows as training would, before training
@@ -75,6 +77,15 @@ pub struct ModelArgs {
     /// How base weights are kept: stored, f32, bf16, f16 (compute is f32)
     #[arg(long, value_name = "DTYPE", default_value = "stored")]
     pub dtype: String,
+    /// Quantize linear layers as they are read: nf4, fp4, int8
+    #[arg(long, value_name = "TYPE")]
+    pub quantize: Option<String>,
+    /// Quantize the factors of 4-bit blocks too
+    #[arg(long)]
+    pub double_quant: bool,
+    /// Elements in a 4-bit block: 32 to 4096, a power of two [64]
+    #[arg(long, value_name = "N")]
+    pub quant_block_size: Option<usize>,
     /// cpu, cuda, `cuda:N` or metal
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
@@ -348,6 +359,38 @@ pub struct MergeArgs {
     /// Most bytes in one file, in GB
     #[arg(long, value_name = "GB", default_value_t = 5.0)]
     pub max_shard_size: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
+
+/// `engobe quantize`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  engobe quantize --model ./Llama-3.2-1B --to nf4 --double-quant --out llama-nf4\n  engobe quantize --model ./Llama-3.2-1B --to int8 --out llama-int8"
+)]
+pub struct QuantizeArgs {
+    /// Hugging Face directory, .gguf file, hub id, or known name; its weights in f32, bf16 or f16
+    #[arg(long, value_name = "MODEL")]
+    pub model: String,
+    /// nf4, fp4 or int8
+    #[arg(long, value_name = "TYPE")]
+    pub to: String,
+    /// Quantize the factors of 4-bit blocks too
+    #[arg(long)]
+    pub double_quant: bool,
+    /// Elements in a 4-bit block: 32 to 4096, a power of two [64]
+    #[arg(long, value_name = "N")]
+    pub block_size: Option<usize>,
+    /// Directory to write; must not exist, or be empty
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Most bytes in one file, in GB
+    #[arg(long, value_name = "GB", default_value_t = 5.0, allow_negative_numbers = true)]
+    pub max_shard_size: f64,
+    /// Threads [all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: Common,

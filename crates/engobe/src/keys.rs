@@ -49,7 +49,7 @@ const DATA: &str = "Data";
 const MODEL: &str = "Model and machine";
 
 /// All settings.
-pub const KEYS: [Key; 53] = [
+pub const KEYS: [Key; 57] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
     key(
         "dtype",
@@ -57,6 +57,15 @@ pub const KEYS: [Key; 53] = [
         MODEL,
         "how base weights are kept: stored, f32, bf16, f16 (compute is f32) [stored]",
     ),
+    key(
+        "method",
+        Kind::Text,
+        MODEL,
+        "lora, or qlora: the base is quantized to NF4 with double quantization [lora]",
+    ),
+    key("quantize", Kind::Text, MODEL, "quantize the base's linear layers as they are read: nf4, fp4, int8"),
+    key("double_quant", Kind::Flag, MODEL, "quantize the factors of 4-bit blocks too [on with qlora]"),
+    key("quant_block_size", Kind::Whole, MODEL, "elements in a 4-bit block: 32 to 4096, a power of two [64]"),
     key("device", Kind::Text, MODEL, "cpu, cuda[:N] or metal [cpu]"),
     key("threads", Kind::Whole, MODEL, "threads [all cores]"),
     key(

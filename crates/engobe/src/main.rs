@@ -13,6 +13,7 @@ mod forecast;
 mod hub;
 mod keys;
 mod memory;
+mod quantization;
 mod report;
 mod scoring;
 mod settings;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         Task::Eval(args) => commands::eval::run(&args),
         Task::Generate(args) => commands::generate::run(&args),
         Task::Merge(args) => commands::merge::run(&args),
+        Task::Quantize(args) => commands::quantize::run(&args),
         Task::Inspect(args) => commands::inspect::run(&args),
         Task::Lint(args) => commands::lint::run(&args),
     };

@@ -1,8 +1,11 @@
 //! From what was typed to what it means: defaults, then the file, then flags and `--set`.
 
 use crate::keys::{self, Kind};
+use crate::quantization::Asked;
+use crate::workbench;
 use anyhow::{Context, Result, bail};
 use engobe_formats::peft::{LoraConfig, TargetModules};
+use engobe_models::LoadOptions;
 use engobe_train::Plan;
 use engobe_train::plan::{Compute, Optimization, Schedule, Upkeep};
 use serde_json::{Value as Json, json};
@@ -137,6 +140,18 @@ impl Given {
         self.table.get(name)?.as_integer().and_then(|i| usize::try_from(i).ok())
     }
 
+    /// How the base shall be held.
+    pub fn load_options(&self) -> Result<LoadOptions> {
+        let asked = Asked {
+            method: self.text("method"),
+            to: self.text("quantize"),
+            double: self.table.get("double_quant").and_then(Value::as_bool),
+            block: self.whole("quant_block_size"),
+        };
+        let (dtype, device) = (self.text("dtype").unwrap_or("stored"), self.text("device").unwrap_or("cpu"));
+        workbench::load_options(dtype, device, asked)
+    }
+
     /// The training plan, validated.
     pub fn plan(&self) -> Result<Plan> {
         let plan = Plan {
@@ -222,6 +237,10 @@ impl Given {
         for name in [
             "model",
             "dtype",
+            "method",
+            "quantize",
+            "double_quant",
+            "quant_block_size",
             "device",
             "data",
             "val_data",

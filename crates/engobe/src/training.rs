@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use engobe_adapters::{Adapter, Start};
 use engobe_data::{ChatTemplate, Encoder, Loader, LoaderOptions, Prompt, Sample};
 use engobe_formats::atomic::write_atomic;
+use engobe_models::{LoadOptions, WeightDtype};
 use engobe_train::{Evaluation, Observer, Outcome, Plan, StepMetrics, Trainer, metrics};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -89,20 +90,20 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
         bail!(Usage("--data is missing: a file of rows to train on".to_string()));
     }
     workbench::set_threads(given.whole("threads"))?;
-    let device = workbench::device(given.text("device").unwrap_or("cpu"))?;
-    let dtype = workbench::weight_dtype(given.text("dtype").unwrap_or("stored"))?;
+    let options = given.load_options()?;
+    let device = options.device.clone();
     prepare_out(&out, resume)?;
     let path = workbench::resolve(&model, common, &mut note)?;
     let limit = plan.compute.memory_limit;
     let guard = match limit.filter(|_| device.is_cpu()) {
         Some(limit) => {
-            let forecast = Forecast::new(given, &plan, &path, &workbench::load_options(given)?)?;
+            let forecast = Forecast::new(given, &plan, &path, &options)?;
             plan = forecast.fit(limit, &mut note)?;
             Some(forecast.guard(&plan, limit))
         }
         None => None,
     };
-    let mut bench = Bench::load(&path, None, dtype, device.clone())?;
+    let mut bench = Bench::load(&path, None, &options)?;
     workbench::set_chat_template(bench.tokenizer.as_mut(), given.text("chat_template"))?;
     let init = given.path("init_adapter");
     let adapter = match &init {
@@ -143,7 +144,7 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let startup_seconds = since_start().as_secs_f64();
     let mut watcher = Watcher::new(&trainer, &note);
     let outcome = trainer.run(&mut watcher)?;
-    drop(watcher);
+    drop((watcher, trainer));
     let summary = Summary {
         outcome,
         startup_seconds,
@@ -152,8 +153,8 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
         history: metrics::read(&out.join("metrics.jsonl"))?,
         out,
     };
-    drop(trainer);
-    let shown = show(bench, &path, init.as_deref(), rows.shown)?;
+    drop(adapter);
+    let shown = show(bench, &path, init.as_deref(), &options, rows.shown)?;
     let settings = toml::to_string(&table)?;
     report::write(&summary.out, &RunReport { title: model, summary: &summary, settings, shown })?;
     Ok(summary)
@@ -324,16 +325,22 @@ pub fn tell(summary: &Summary, note: &mut Note) {
 }
 
 /// What the model says to the first prompts without what was learned, and with it.
-fn show(bench: Bench, path: &Path, init: Option<&Path>, prompts: Vec<Prompt>) -> Result<Vec<Shown>> {
+fn show(
+    bench: Bench,
+    path: &Path,
+    init: Option<&Path>,
+    options: &LoadOptions,
+    prompts: Vec<Prompt>,
+) -> Result<Vec<Shown>> {
     const TOKENS: usize = 64;
     if bench.tokenizer.is_none() || prompts.is_empty() {
         return Ok(Vec::new());
     }
     let after = scoring::complete(&bench, &prompts, TOKENS, &mut |_| ())?;
-    let device = bench.model.device().clone();
-    // one model at a time: both would take twice the memory that the run was planned for
+    // two models at once may be more than there is room for
     drop(bench);
-    let base = Bench::load(path, init, engobe_models::WeightDtype::Stored, device)?;
+    // weights stay as stored, or are quantized again: mapping them once more costs next to nothing
+    let base = Bench::load(path, init, &LoadOptions { dtype: WeightDtype::Stored, ..options.clone() })?;
     let before = scoring::complete(&base, &prompts, TOKENS, &mut |_| ())?;
     let shown = prompts.into_iter().zip(before).zip(after).map(|((prompt, before), after)| {
         let tokenizer = base.need_tokenizer()?;

@@ -1,7 +1,7 @@
 //! A model on the bench: resolved, loaded, with its tokenizer and adapter.
 
 use crate::args::{Common, ModelArgs};
-use crate::settings::Given;
+use crate::quantization::{Asked, SETTINGS};
 use crate::terminal::Note;
 use crate::{Usage, fetch, hub};
 use anyhow::{Context, Result, bail};
@@ -72,13 +72,30 @@ pub fn weight_dtype(name: &str) -> Result<WeightDtype> {
     })
 }
 
-/// How the base of a run shall be loaded.
-pub fn load_options(given: &Given) -> Result<LoadOptions> {
-    Ok(LoadOptions {
-        dtype: weight_dtype(given.text("dtype").unwrap_or("stored"))?,
-        quantize: None,
-        device: device(given.text("device").unwrap_or("cpu"))?,
-    })
+/// How a model shall be held: what was said of its type, its place, and of quantizing it.
+pub fn load_options(dtype: &str, place: &str, asked: Asked<'_>) -> Result<LoadOptions> {
+    let (storage, device, quantize) = (weight_dtype(dtype)?, device(place)?, asked.scheme(SETTINGS)?);
+    if let Some(scheme) = quantize {
+        if storage != WeightDtype::Stored {
+            bail!(Usage(format!("--dtype {dtype} contradicts quantizing to {scheme}: give one of both")));
+        }
+        if !device.is_cpu() {
+            bail!(Usage(format!(
+                "--device {place} contradicts quantizing to {scheme}: that works on the CPU"
+            )));
+        }
+    }
+    Ok(LoadOptions { dtype: storage, quantize, device })
+}
+
+/// Says what to leave out if a base is quantized already.
+fn explain(error: engobe_models::Error) -> anyhow::Error {
+    match error {
+        engobe_models::Error::AlreadyQuantized { .. } => {
+            anyhow::anyhow!("{error}: to work over it as it is, leave --quantize and --method qlora out")
+        }
+        other => other.into(),
+    }
 }
 
 /// The directory or file that a model's name stands for; fetched if it must be.
@@ -139,26 +156,29 @@ impl Bench {
     /// Loads a model by what was typed, with at most one adapter.
     pub fn open(args: &ModelArgs, common: &Common, note: &mut Note) -> Result<Self> {
         set_threads(args.threads)?;
-        let device = device(&args.device)?;
-        let dtype = weight_dtype(&args.dtype)?;
+        let asked = Asked {
+            method: None,
+            to: args.quantize.as_deref(),
+            double: args.double_quant.then_some(true),
+            block: args.quant_block_size,
+        };
+        let options = load_options(&args.dtype, &args.device, asked)?;
         let path = resolve(&args.model, common, note)?;
         let adapter = match args.adapter.as_slice() {
             [] => None,
             [one] => Some(adapter_dir(one)),
             more => bail!(Usage(format!("--adapter was given {} times: one at a time here", more.len()))),
         };
-        let bench = Self::load(&path, adapter.as_deref(), dtype, device)?;
+        let bench = Self::load(&path, adapter.as_deref(), &options)?;
         let activations = if args.exact_activations { Activations::Exact } else { Activations::Rounded };
         Ok(Self { activations, ..bench })
     }
 
     /// Loads a model from a directory or GGUF file.
-    pub fn load(path: &Path, adapter: Option<&Path>, dtype: WeightDtype, device: Device) -> Result<Self> {
-        let (model, tokenizer) = rayon::join(
-            || load_causal_lm(path, &LoadOptions { dtype, quantize: None, device: device.clone() }),
-            || tokenizer(path),
-        );
-        let mut model = model?;
+    pub fn load(path: &Path, adapter: Option<&Path>, options: &LoadOptions) -> Result<Self> {
+        let (model, tokenizer) = rayon::join(|| load_causal_lm(path, options), || tokenizer(path));
+        let device = options.device.clone();
+        let mut model = model.map_err(explain)?;
         let adapter = adapter.map(|dir| Adapter::load(model.as_mut(), dir, &device)).transpose()?;
         let (path, tokenizer) = (path.to_path_buf(), tokenizer?);
         Ok(Self { path, model, tokenizer, adapter, activations: Activations::default() })

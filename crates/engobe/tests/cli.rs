@@ -173,6 +173,18 @@ fn mistakes_end_with_one_line_that_names_them() {
         (1, words(&["eval", "--model", &model, "--data", &broken]), vec!["broken.jsonl", "line 2"]),
         (1, words(&["eval", "--model", &model, "--data", "/no/rows.jsonl"]), vec!["/no/rows.jsonl"]),
         (1, with(&["--r", "0"]), vec!["r is 0"]),
+        (2, with(&["--method", "dora"]), vec!["dora", "qlora"]),
+        (2, with(&["--quantize", "nf3"]), vec!["--quantize nf3", "fp4"]),
+        (2, with(&["--double-quant"]), vec!["--double-quant", "--quantize"]),
+        (2, with(&["--quantize", "int8", "--quant-block-size", "64"]), vec!["--quant-block-size", "int8"]),
+        (2, with(&["--method", "qlora", "--dtype", "bf16"]), vec!["--dtype bf16", "NF4+dq"]),
+        (2, words(&["quantize", "--model", &model, "--to", "q4", "--out", "x"]), vec!["--to q4", "nf4"]),
+        (
+            2,
+            words(&["quantize", "--model", &model, "--to", "int8", "--double-quant", "--out", "x"]),
+            vec!["--to int8"],
+        ),
+        (1, words(&["quantize", "--model", "/no/where", "--to", "nf4", "--out", "x"]), vec!["/no/where"]),
         (1, with(&["--r", "-4"]), vec!["r is", "-4"]),
         (1, with(&["--lora-alpha", "0"]), vec!["lora_alpha"]),
         (1, with(&["--target-modules", "query"]), vec!["query", "q_proj"]),
@@ -212,6 +224,71 @@ fn mistakes_end_with_one_line_that_names_them() {
     }
 }
 
+/// Quantized on the way in, or into a directory first: the same model, for evaluation and for training.
+#[test]
+fn quantized_on_the_way_or_beforehand_is_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = (text(&golden("llama/gqa_tied")), text(&golden("peft/rows.jsonl")));
+    let plain = json(&mut engobe(&["eval", "--model", &model, "--data", &data]));
+    for (i, (flags, qlora)) in [
+        (vec!["nf4", "--double-quant"], vec!["--method", "qlora"]),
+        (
+            vec!["nf4", "--double-quant", "--block-size", "128"],
+            vec!["--method", "qlora", "--quant-block-size", "128"],
+        ),
+        (vec!["fp4"], vec!["--quantize", "fp4"]),
+        (vec!["int8"], vec!["--quantize", "int8", "--method", "lora"]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = text(&dir.path().join(format!("quantized{i}")));
+        let args = ["quantize", "--model", &model, "--out", &out, "--max-shard-size", "2e-5", "--to"];
+        let done = json(&mut engobe(&[&args[..], &flags].concat()));
+        assert!(done["bytes_after"].as_u64() < done["bytes_before"].as_u64(), "{done}");
+        assert_eq!(done["quantized"], 14);
+        let before = json(&mut engobe(&["eval", "--model", &out, "--data", &data]));
+        let block: Vec<&str> =
+            flags.iter().map(|f| if *f == "--block-size" { "--quant-block-size" } else { f }).collect();
+        let args = ["eval", "--model", &model, "--data", &data, "--quantize"];
+        let on_the_way = json(&mut engobe(&[&args[..], &block].concat()));
+        assert_eq!(before["loss"], on_the_way["loss"], "{flags:?}");
+        assert_ne!(before["loss"], plain["loss"], "{flags:?}");
+        let (a, b) = (dir.path().join(format!("a{i}")), dir.path().join(format!("b{i}")));
+        json(&mut engobe(&train(&a, &qlora)));
+        let mut over = train(&b, &[]);
+        let at = over.iter().position(|a| a == "--model").unwrap();
+        over[at + 1] = out.clone();
+        json(&mut engobe(&over));
+        let adapter = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
+        assert_eq!(adapter(&a), adapter(&b), "{qlora:?}");
+        let run = fs::read_to_string(a.join("run.toml")).unwrap();
+        assert!(run.contains(qlora[1]), "{run}");
+    }
+    // a merge over codes gives plain floats
+    let (quantized, merged) = (text(&dir.path().join("quantized0")), text(&dir.path().join("merged")));
+    let adapter = text(&dir.path().join("b0"));
+    let over = ["--model", &quantized, "--adapter", &adapter];
+    json(&mut engobe(&[&["merge"], &over[..], &["--out", &merged]].concat()));
+    let with = json(&mut engobe(&[&["eval"], &over[..], &["--data", &data]].concat()));
+    let baked = json(&mut engobe(&["eval", "--model", &merged, "--data", &data]));
+    let (a, b) = (baked["loss"].as_f64().unwrap(), with["loss"].as_f64().unwrap());
+    assert!((a - b).abs() < 1e-5 * b, "{a} {b}"); // one rounding of W + sBA to f32
+    let (status, line) = error(&mut engobe(&[
+        "quantize",
+        "--model",
+        &quantized,
+        "--to",
+        "fp4",
+        "--out",
+        &text(&dir.path().join("again")),
+    ]));
+    assert!(status == 1 && line.contains("quantized already (NF4+dq)"), "{line}");
+    let (_, line) =
+        error(&mut engobe(&["eval", "--model", &quantized, "--data", &data, "--quantize", "nf4"]));
+    assert!(line.contains("leave --quantize"), "{line}");
+}
+
 #[test]
 fn a_loss_that_is_no_number_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
@@ -232,7 +309,8 @@ fn a_loss_that_is_no_number_is_an_error() {
 
 #[test]
 fn help_fits_a_person() {
-    for command in ["", "demo", "fetch", "train", "eval", "generate", "merge", "inspect", "lint"] {
+    for command in ["", "demo", "fetch", "train", "eval", "generate", "merge", "quantize", "inspect", "lint"]
+    {
         let args: Vec<&str> = [command, "--help"].into_iter().filter(|a| !a.is_empty()).collect();
         let done = engobe(&args).output().unwrap();
         let text = String::from_utf8(done.stdout).unwrap();

@@ -118,6 +118,7 @@ pub fn find<'a>(checkpoint: &'a Checkpoint, weight: &str) -> Result<Option<Quant
 }
 
 /// What makes a 4-bit matrix besides its codes.
+#[derive(Debug)]
 struct State {
     block: usize,
     shape: [usize; 2],
@@ -336,4 +337,86 @@ pub fn quantization_config(scheme: Scheme, skipped: &[String], compute: &str) ->
         "load_in_8bit": !four,
         "quant_method": "bitsandbytes",
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sharded::ShardedWriter;
+    use proptest::prelude::*;
+
+    fn quantized(scheme: Scheme, rows: usize, cols: usize) -> QuantizedWeight {
+        let x: Vec<u8> =
+            (0..rows * cols).flat_map(|i| (((i * 37 % 101) as f32 - 50.0) / 64.0).to_le_bytes()).collect();
+        QuantizedWeight::new(scheme, StorageType::F32, rows, cols, &x, &|_| ()).unwrap()
+    }
+
+    #[test]
+    fn what_is_written_is_found() {
+        let four = |kind, block, double| Scheme::FourBit { kind, block, double };
+        for scheme in [
+            four(FourBit::Nf4, 64, true),
+            four(FourBit::Nf4, 32, false),
+            four(FourBit::Fp4, 4096, true),
+            Scheme::Int8,
+        ] {
+            let (name, dims) = ("model.layers.0.mlp.up_proj.weight", (33, 35));
+            let weight = quantized(scheme, dims.0, dims.1);
+            let mut plain = vec![0f32; 33 * 35];
+            weight.view().unwrap().decode_rows(0..33, &mut plain);
+            let dir = tempfile::tempdir().unwrap();
+            let announced = announce(name, scheme, dims, StorageType::BF16);
+            // shards of one tensor each
+            let mut writer = ShardedWriter::create(dir.path(), announced, 1).unwrap();
+            for (name, bytes) in tensors(name, weight.clone(), StorageType::BF16) {
+                writer.write(&name, &bytes).unwrap();
+            }
+            writer.finish().unwrap();
+            let checkpoint = Checkpoint::open(dir.path()).unwrap();
+            let found = find(&checkpoint, name).unwrap().unwrap();
+            assert_eq!((found.scheme(), found.shape()), (scheme, [33, 35]));
+            let (codes, scales) = weight.into_parts();
+            match (found, scales) {
+                (Quantized::Int8 { codes: c, scales: s, .. }, OwnedScales::Plain(absmax)) => {
+                    assert_eq!(c.bytes(), codes);
+                    assert_eq!(s.bytes(), absmax.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
+                }
+                (Quantized::FourBit { codes: c, scales, .. }, owned) => {
+                    assert_eq!(c.bytes(), codes);
+                    match (scales, owned) {
+                        (Scales::Plain(s), OwnedScales::Plain(absmax)) => {
+                            assert_eq!(s.elements(), absmax.len());
+                        }
+                        (Scales::Double { codes, nested, offset, .. }, OwnedScales::Double(d)) => {
+                            assert_eq!((codes.bytes(), offset), (&d.codes[..], d.offset));
+                            assert_eq!(nested.elements(), d.nested.len());
+                        }
+                        other => panic!("{other:?}"),
+                    }
+                }
+                other => panic!("{other:?}"),
+            }
+            assert!(find(&checkpoint, "model.norm.weight").unwrap().is_none());
+        }
+    }
+
+    #[test]
+    fn a_state_is_what_bitsandbytes_writes() {
+        let written = state(FourBit::Nf4, 64, false, (64, 32), StorageType::F32).to_string();
+        assert_eq!(written, r#"{"quant_type":"nf4","blocksize":64,"dtype":"float32","shape":[64,32]}"#);
+        let theirs = br#"{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64, 64], "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.3852013349533081}"#;
+        let read = parse_state(FourBit::Nf4, theirs).unwrap();
+        assert_eq!((read.block, read.shape, read.offset), (64, [64, 64], Some(0.385_201_33)));
+        assert!(parse_state(FourBit::Fp4, theirs).unwrap_err().contains("quant_type"));
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_states_are_errors_or_sane(text in r#"\{("(quant_type|blocksize|shape|nested_offset|nested_blocksize)": ?("nf4"|-?[0-9e.]{1,24}|\[[0-9, ]{0,30}\]|null),? ?){0,5}\}"#) {
+            if let Ok(state) = parse_state(FourBit::Nf4, text.as_bytes()) {
+                prop_assert!(is_block_size(state.block) && state.shape.iter().all(|n| *n <= 1 << 28));
+                prop_assert!(state.offset.is_none_or(f32::is_finite));
+            }
+        }
+    }
 }

@@ -8,11 +8,13 @@ pub mod gguf_names;
 mod llama;
 mod llama_config;
 mod outline;
+mod quantize;
 mod weights;
 
 pub use llama::Llama;
 pub use llama_config::LlamaConfig;
 pub use outline::{DecoderSizes, Outline, TensorUse, scheme_bytes};
+pub use quantize::{QuantizedModel, quantize};
 pub use weights::{WeightDtype, Weights, unpermute_rows};
 
 use candle_core::Device;

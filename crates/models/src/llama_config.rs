@@ -32,6 +32,24 @@ impl LlamaConfig {
         self.num_key_value_heads * self.head_dim
     }
 
+    /// Module paths and sizes (out, in) of the linear layers, without the output head.
+    pub fn linears(&self) -> Vec<(String, (usize, usize))> {
+        let (d, ff) = (self.hidden_size, self.intermediate_size);
+        let (all, kv) = (self.num_attention_heads * self.head_dim, self.kv_width());
+        let block = [
+            ("self_attn.q_proj", (all, d)),
+            ("self_attn.k_proj", (kv, d)),
+            ("self_attn.v_proj", (kv, d)),
+            ("self_attn.o_proj", (d, all)),
+            ("mlp.gate_proj", (ff, d)),
+            ("mlp.up_proj", (ff, d)),
+            ("mlp.down_proj", (d, ff)),
+        ];
+        (0..self.num_hidden_layers)
+            .flat_map(|i| block.map(|(name, dims)| (format!("model.layers.{i}.{name}"), dims)))
+            .collect()
+    }
+
     /// Reads a `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
     pub fn from_hf(config: &HfConfig) -> Result<Self> {
         let act = config.opt_str("hidden_act")?.unwrap_or("silu");

@@ -12,7 +12,6 @@ use engobe_kernels::codec;
 use engobe_kernels::quantize::{QuantizeError, QuantizedWeight, Scheme};
 use engobe_kernels::storage::{StorageType, WeightView};
 use rayon::prelude::*;
-use std::ops::Range;
 
 /// How base weights are kept in memory. Compute is in f32 either way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -166,7 +165,12 @@ impl<'a> Weights<'a> {
                 });
             }
             Some(found) => self.codes(checkpoint, name, (rows, cols), &found)?,
-            None => self.blocks(checkpoint, name, (rows, cols), quantize)?,
+            None => match quantize {
+                Some(scheme) => {
+                    FrozenWeight::quantized(self.quantized(checkpoint, name, (rows, cols), scheme)?)?
+                }
+                None => self.blocks(checkpoint, name, (rows, cols))?,
+            },
         };
         if self.device.is_cpu() { Ok(weight) } else { self.to_device(&weight) }
     }
@@ -218,16 +222,12 @@ impl<'a> Weights<'a> {
         checkpoint: &Checkpoint,
         name: &str,
         (rows, cols): (usize, usize),
-        quantize: Option<Scheme>,
     ) -> Result<FrozenWeight> {
         let view = checkpoint.get(&self.name(name))?;
         check_shape(view, &[rows, cols])?;
         let storage = view.storage()?;
         let permuted = self.permuted_heads(name);
         let owned = permuted.map(|heads| unpermute_rows(view.bytes(), rows, heads));
-        if let Some(scheme) = quantize {
-            return quantized(view, scheme, (rows, cols), owned.as_deref());
-        }
         check_finite(view, storage)?;
         if self.quantize.is_some() {
             // what the check has read need not stay in memory
@@ -243,6 +243,41 @@ impl<'a> Weights<'a> {
             None => mapped(view),
         };
         Ok(FrozenWeight::host(wanted, rows, cols, host)?)
+    }
+
+    /// The matrix `[rows, cols]` of a linear layer, quantized; the file's pages are let go of behind the work.
+    ///
+    /// # Errors
+    /// A matrix of another shape, or that is quantized already or not finite.
+    pub(crate) fn quantized(
+        &self,
+        checkpoint: &Checkpoint,
+        name: &str,
+        (rows, cols): (usize, usize),
+        scheme: Scheme,
+    ) -> Result<QuantizedWeight> {
+        let view = checkpoint.get(&self.name(name))?;
+        check_shape(view, &[rows, cols])?;
+        let storage = view.storage()?;
+        let made = match self.permuted_heads(name) {
+            Some(heads) if !storage.is_quantized() => {
+                let reordered = unpermute_rows(view.bytes(), rows, heads);
+                view.release(0..view.bytes().len());
+                QuantizedWeight::new(scheme, storage, rows, cols, &reordered, &|_| ())
+            }
+            _ => {
+                let done = |range| view.release(range);
+                QuantizedWeight::new(scheme, storage, rows, cols, view.bytes(), &done)
+            }
+        };
+        let (path, tensor) = (view.file.path().to_path_buf(), view.name.clone());
+        made.map_err(|e| match e {
+            QuantizeError::AlreadyQuantized { storage } => {
+                Error::AlreadyQuantized { path, tensor, storage: storage.to_string() }
+            }
+            QuantizeError::NotFinite => Error::NotFinite { path, tensor },
+            other => Error::Unfit { path, tensor, what: other.to_string() },
+        })
     }
 
     fn to_device(&self, weight: &FrozenWeight) -> Result<FrozenWeight> {
@@ -303,35 +338,6 @@ fn check_factors(checkpoint: &Checkpoint, name: &str, found: &Quantized<'_>) -> 
 /// A tensor as it lies in its file.
 fn mapped(view: &TensorView) -> HostBytes {
     HostBytes::new(view.file.clone(), view.range.clone())
-}
-
-/// Quantizes a matrix, letting go of the file's pages behind the work; or its `reordered` copy.
-fn quantized(
-    view: &TensorView,
-    scheme: Scheme,
-    (rows, cols): (usize, usize),
-    reordered: Option<&[u8]>,
-) -> Result<FrozenWeight> {
-    let storage = view.storage()?;
-    let done = |range: Range<usize>| {
-        if reordered.is_none() {
-            view.release(range);
-        }
-    };
-    let bytes = reordered.unwrap_or(view.bytes());
-    let made = QuantizedWeight::new(scheme, storage, rows, cols, bytes, &done);
-    if reordered.is_some() {
-        view.release(0..view.bytes().len());
-    }
-    let (path, tensor) = (view.file.path().to_path_buf(), view.name.clone());
-    let weight = made.map_err(|e| match e {
-        QuantizeError::AlreadyQuantized { storage } => {
-            Error::AlreadyQuantized { path, tensor, storage: storage.to_string() }
-        }
-        QuantizeError::NotFinite => Error::NotFinite { path, tensor },
-        other => Error::Unfit { path, tensor, what: other.to_string() },
-    })?;
-    Ok(FrozenWeight::quantized(weight)?)
 }
 
 fn check_shape(view: &TensorView, expected: &[usize]) -> Result<()> {

@@ -8,10 +8,9 @@ use crate::terminal::{Note, Progress, print, print_json, seconds_text, sparkline
 use crate::workbench::{self, Bench};
 use crate::{scoring, training};
 use anyhow::{Context, Result, bail};
-use candle_core::Device;
 use engobe_data::{Content, EncodeOptions, Encoder, Prompt, PromptStyle, TrainOn, reader};
 use engobe_formats::atomic::write_atomic;
-use engobe_models::WeightDtype;
+use engobe_models::LoadOptions;
 use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -165,7 +164,7 @@ fn shorten(text: &str) -> String {
 }
 
 fn score(model: &Path, adapter: Option<&Path>, rows: &Path, note: &Note) -> Result<Score> {
-    let bench = Bench::load(model, adapter, WeightDtype::Stored, Device::Cpu)?;
+    let bench = Bench::load(model, adapter, &LoadOptions::default())?;
     let options =
         EncodeOptions { train_on: TrainOn::Completions, style: PromptStyle::Auto, max_seq_len: MAX_SEQ_LEN };
     let encoder = Encoder::new(bench.tokenizer.as_ref(), bench.model.info().vocab_size, options)?;

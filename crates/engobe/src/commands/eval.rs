@@ -2,9 +2,9 @@
 
 use crate::args::EvalArgs;
 use crate::dataset::{self, RowSettings};
-use crate::scoring;
 use crate::terminal::{Note, Progress, print, print_json};
 use crate::workbench::{self, Bench};
+use crate::{memory, scoring};
 use anyhow::{Result, bail};
 use engobe_data::Prompt;
 use engobe_train::evaluate;
@@ -51,6 +51,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
             "token_accuracy": found.token_accuracy,
             "label_tokens": found.label_tokens,
             "rows": rows.samples.len(),
+            "peak_rss_bytes": memory::peak_resident_bytes(),
             "exact_match": exact.map(|(hits, of)| hits as f64 / of as f64),
         }));
     }

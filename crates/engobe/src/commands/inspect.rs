@@ -5,14 +5,13 @@ use crate::memory::bytes_text;
 use crate::terminal::{Note, print, print_json};
 use crate::workbench::{self, Bench, thousands};
 use anyhow::{Context, Result, bail};
-use candle_core::Device;
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::gguf::Gguf;
 use engobe_formats::hf_config::HfConfig;
 use engobe_formats::peft::PeftAdapter;
 use engobe_formats::safetensors_file::SafetensorsFile;
 use engobe_formats::tensor::TensorView;
-use engobe_models::WeightDtype;
+use engobe_models::LoadOptions;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -33,7 +32,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     let mut found = look(&path)?;
     if let Some(model) = &args.model {
         let base = workbench::resolve(model, &args.common, &mut note)?;
-        let mut bench = Bench::load(&base, Some(&path), WeightDtype::Stored, Device::Cpu)?;
+        let mut bench = Bench::load(&base, Some(&path), &LoadOptions::default())?;
         let adapter = bench.adapter.take().context("no adapter")?;
         let all = adapter.num_added() + workbench::base_parameters(bench.model.as_mut());
         found.fact("trainable_parameters", adapter.num_parameters());

@@ -5,13 +5,12 @@ use crate::args::MergeArgs;
 use crate::terminal::{Note, Progress, print, print_json};
 use crate::workbench::{self, Bench};
 use anyhow::{Context, Result, bail};
-use candle_core::Device;
 use engobe_adapters::merge::{MergeOptions, Merged, merge};
 use engobe_formats::atomic::write_atomic;
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::storage::StorageType;
-use engobe_models::WeightDtype;
+use engobe_models::LoadOptions;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -59,7 +58,7 @@ fn storage(name: &str) -> Result<StorageType> {
 }
 
 /// Makes the directory, or takes an empty one.
-fn prepare(out: &Path) -> Result<()> {
+pub(super) fn prepare(out: &Path) -> Result<()> {
     match fs::read_dir(out) {
         Ok(mut entries) => match entries.next() {
             None => Ok(()),
@@ -78,7 +77,7 @@ fn write(
     dtype: Option<StorageType>,
     note: &Note,
 ) -> Result<(Merged, Vec<String>)> {
-    let mut bench = Bench::load(model, Some(&args.adapter), WeightDtype::Stored, Device::Cpu)?;
+    let mut bench = Bench::load(model, Some(&args.adapter), &LoadOptions::default())?;
     let checkpoint = Checkpoint::open(model)?;
     // a tensor keeps its float type; quantized ones become f32
     let stored = |name: &str| match checkpoint.get(name).and_then(|view| view.storage()) {
@@ -108,7 +107,7 @@ fn write(
 }
 
 /// Files beside the weights that travel with a model.
-const COMPANIONS: [&str; 9] = [
+pub(super) const COMPANIONS: [&str; 9] = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -146,6 +145,10 @@ fn copy_companions(
         write_atomic(&out.join("generation_config.json"), &serde_json::to_vec_pretty(&ends)?)?;
         engobe_models::hf_config_of(&gguf)?
     };
+    if let Some(config) = config.as_object_mut() {
+        // merged weights are plain floats
+        config.remove("quantization_config");
+    }
     config["tie_word_embeddings"] = json!(merged.tied_head);
     // the widest type loses nothing
     let widest =

@@ -8,4 +8,5 @@ pub mod inspect;
 pub mod lint;
 pub mod merge;
 pub mod plan;
+pub mod quantize;
 pub mod train;

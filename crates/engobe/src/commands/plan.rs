@@ -19,7 +19,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let plan = given.plan()?;
     let model = given.text("model").ok_or(Usage("--model is missing".to_string()))?;
     workbench::set_threads(given.whole("threads"))?;
-    let options = workbench::load_options(&given)?;
+    let options = given.load_options()?;
     let path = workbench::resolve(model, &args.common, &mut note)?;
     let forecast = Forecast::new(&given, &plan, &path, &options)?;
     let estimate = forecast.estimate();

@@ -1,10 +1,11 @@
 //! 8-bit integers with one factor for each row: the weights of LLM.int8 (Dettmers et al. 2022).
 //!
 //! ```text
-//! absmax = max|x| over a row        q = round(x·(127 / absmax)), halves to even        x̃ = q·(absmax / 127)
+//! absmax = max|x| over a row        q = round(x·(1/absmax·127)), halves to even        x̃ = q·(absmax / 127)
 //! ```
 //!
-//! bitsandbytes rounds weights to f16 first, and so does [`encode_int8`]: codes and factors are then equal to its own.
+//! bitsandbytes rounds weights to f16 first and takes the reciprocal of absmax before it multiplies with 127; so does
+//! [`encode_int8`], and codes and factors are equal to its own.
 
 use super::scales::F32s;
 use super::simd::multiversion;
@@ -25,7 +26,7 @@ pub fn encode_int8(x: &[f32], cols: usize, codes: &mut [u8], absmax: &mut [f32])
         halves.convert_from_f32_slice(x);
         halves.convert_to_f32_slice(&mut rounded);
         *absmax = rounded.iter().fold(0f32, |most, x| most.max(x.abs()));
-        to_integers(&rounded, 127.0 / *absmax, codes);
+        to_integers(&rounded, 1.0 / *absmax * 127.0, codes);
     }
 }
 

@@ -1,0 +1,195 @@
+"""Quantized bases beside transformers, PEFT and bitsandbytes; GGUF trained in place; memory while quantizing.
+
+    python checks/quantized.py [--seed N] [--only exchange|curves|gguf|memory]
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
+from common import CONFIGS, Report, engobe, label_loss, make_model, make_rows
+from parity import perturb, relative, train_peft
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+# rows of weights are whole blocks of 64: where blocks straddle rows, bitsandbytes' AVX-512 kernel errs
+WIDE = dict(vocab_size=160, hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4)
+
+
+def four(kind, double=False):
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.float32)
+
+
+KINDS = {
+    "nf4": (["--to", "nf4"], four("nf4")),
+    "nf4+dq": (["--to", "nf4", "--double-quant"], four("nf4", True)),
+    "fp4": (["--to", "fp4"], four("fp4")),
+    "fp4+dq": (["--to", "fp4", "--double-quant"], four("fp4", True)),
+    "int8": (["--to", "int8"], BitsAndBytesConfig(load_in_8bit=True)),
+}
+
+
+def load(directory, dtype=torch.float32, config=None):
+    """In training mode: in evaluation, bitsandbytes repacks 4-bit weights on some CPUs, and computes in bf16."""
+    more = {"quantization_config": config} if config else {}
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype, device_map="cpu", **more).train()
+    for p in model.parameters():
+        if not isinstance(p, (Params4bit, Int8Params)):
+            p.data = p.data.float()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.float32  # the files name the 16-bit type of the original
+    return model
+
+
+def tensors(directory):
+    found = {}
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(file, "pt") as f:
+            found.update({name: f.get_tensor(name) for name in f.keys()})
+    return found
+
+
+def same_numbers(report, name, ours, theirs):
+    """The files' tensors: codes and factors equal; double-quantized factors within one code."""
+    report.true(f"{name}: the same tensors", set(ours) == set(theirs), str(set(ours) ^ set(theirs))[:200])
+    worst, moved, codes = 0, 0, 0
+    for key in ours:
+        a, b = ours[key], theirs[key]
+        if "quant_state" in key:
+            a, b = (json.loads(bytes(t.numpy())) for t in (a, b))
+            mean = [s.pop("nested_offset", 0.0) for s in (a, b)]
+            if a != b or relative(mean[0] + 1, mean[1] + 1) > 1e-6:
+                report.true(f"{name}: {key}", False, f"{a} {b} {mean}")
+        elif key.endswith(".absmax") and a.dtype == torch.uint8:
+            differ = (a.int() - b.int()).abs()
+            worst, moved, codes = max(worst, differ.max().item()), moved + int((differ > 0).sum()), codes + differ.numel()
+        elif key.endswith("nested_absmax"):
+            if not torch.allclose(a, b, rtol=1e-5):
+                report.true(f"{name}: {key}", False)
+        elif not torch.equal(a, b):
+            report.true(f"{name}: {key}", False, f"{(a != b).sum().item()} of {a.numel()} differ")
+    if codes:
+        report(f"{name}: codes of factors, {moved} of {codes} moved, at most by", worst, 1)
+
+
+def exchange(report, work, seed):
+    """Point 1: what either side writes loads in the other, with equal numbers and losses."""
+    bases = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+    for i, (storage, dtype) in enumerate(bases.items()):
+        kind = "gqa_tied" if i == 1 else ("head_dim_bias" if i == 2 else "plain")
+        changes = {**CONFIGS[kind], "head_dim": 32}
+        directory = work / f"base-{storage}"
+        make_model(directory, seed + i, dtype, **{**WIDE, **changes})
+        rows = make_rows(work / "rows.jsonl", seed + i, 10, (5, 60))
+        for name, (flags, config) in KINDS.items():
+            label = f"{storage} {name}"
+            theirs, ours = work / f"bnb-{storage}-{name}", work / f"ours-{storage}-{name}"
+            load_as = LlamaForCausalLM.from_pretrained(directory, dtype=dtype, device_map="cpu", quantization_config=config)
+            load_as.save_pretrained(theirs)
+            shard = 5.0 if i else 0.0001
+            engobe("quantize", "--model", directory, "--out", ours, "--max-shard-size", shard, *flags)
+            report.true(f"{label}: shards", len(list(ours.glob("*.safetensors"))) > 1 or i > 0)
+            same_numbers(report, label, tensors(ours), tensors(theirs))
+            with torch.no_grad():
+                (a, count), (b, _) = (label_loss(load(d), rows) for d in (ours, theirs))
+            a, b = a.item() / count, b.item() / count
+            report(f"{label}: engobe's and bitsandbytes' files in transformers", relative(a, b), 1e-4 if "dq" in name else 1e-6)
+            for who, where, expected in (("bitsandbytes'", theirs, b), ("engobe's", ours, a)):
+                found = engobe("eval", "--model", where, "--data", work / "rows.jsonl")
+                report(f"{label}: {who} files in engobe", relative(found["loss"], expected), 1e-5)
+
+
+LORAS = {
+    "q, v": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+    "all-linear": dict(r=8, lora_alpha=16, target_modules="all-linear"),
+}
+
+
+def curves(report, work, seed):
+    """Point 3: twenty steps over NF4 with double quantization, quantized by each side itself."""
+    for i, (name, lora) in enumerate(LORAS.items()):
+        directory = work / f"curve-{i}"
+        make_model(directory, seed + 70 + i, **{**WIDE, **CONFIGS["gqa_tied" if i else "plain"]})
+        data = work / f"curve-{i}.jsonl"
+        rows = make_rows(data, seed + i, 30, (4, 40))
+        theirs = get_peft_model(load(directory, config=four("nf4", True)), LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **lora))
+        perturb(theirs, seed + i)
+        start, out = work / f"curve-start-{i}", work / f"curve-out-{i}"
+        theirs.save_pretrained(start)
+        engobe(
+            "train", "--model", directory, "--method", "qlora", "--data", data, "--init-adapter", start, "--out", out,
+            "--no-shuffle", "--no-packing", "--max-steps", 20, "--batch-size", 2, "--learning-rate", 1e-3,
+            "--allow", "eot-never-label",
+        )
+        mine = [json.loads(l) for l in (out / "metrics.jsonl").read_text().splitlines()]
+        curve = train_peft(theirs.train(), rows, 20, 2, 1)
+        report(f"NF4+dq, {name}: losses", max(relative(m["loss"], c[0]) for m, c in zip(mine, curve)), 2e-3)
+        report(f"NF4+dq, {name}: norms", max(relative(m["grad_norm"], c[1]) for m, c in zip(mine, curve)), 1e-2)
+
+
+def gguf(report, work, seed):
+    """Point 3: over SmolLM2's 4-bit blocks as they lie, and over their f32 copies."""
+    model = engobe("fetch", "smollm2-135m")["path"]
+    rows = make_rows(work / "smol.jsonl", seed, 12, (100, 250), vocab=40000)
+    curves = []
+    for dtype in ("stored", "f32"):
+        out = work / f"smol-{dtype}"
+        done = engobe(
+            "train", "--model", model, "--dtype", dtype, "--data", work / "smol.jsonl", "--out", out, "--max-steps", 12,
+            "--learning-rate", 1e-3, "--max-seq-len", 256, "--allow", "eot-never-label",
+        )
+        print(f"     {dtype}: {done['tokens_per_second']:.0f} tokens/s, peak {done['peak_rss_bytes'] / 1e6:.0f} MB")
+        curves.append([json.loads(l) for l in (out / "metrics.jsonl").read_text().splitlines()])
+    report.true("12 steps", len(curves[0]) == len(curves[1]) == 12)
+    for key in ("loss", "grad_norm"):
+        report(f"Q4_1 in place and as f32: {key}", max(relative(a[key], b[key]) for a, b in zip(*curves)), 1e-4)
+
+
+def memory(report, work, seed):
+    """Peak memory of quantizing: the quantized size and one tensor, beside what any run takes."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=2000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=8, num_attention_heads=16)
+    directory = work / "large"
+    make_model(directory, seed, torch.bfloat16, **sizes, num_key_value_heads=4, tie_word_embeddings=True)
+    source = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+    tensor = sizes["hidden_size"] * sizes["intermediate_size"] * 2
+    rows = make_rows(work / "few.jsonl", seed, 1, (4, 5), vocab=2000)
+    assert rows
+    nothing = engobe("eval", "--model", make_tiny(work), "--data", work / "tiny.jsonl")["peak_rss_bytes"]
+    print(f"     source {source / 1e6:.0f} MB, largest tensor {tensor / 1e6:.0f} MB, a run over nothing {nothing / 1e6:.0f} MB")
+    for name, (flags, _) in KINDS.items():
+        out = work / f"large-{name}"
+        done = engobe("quantize", "--model", directory, "--out", out, *flags)
+        size = done["bytes_after"]
+        report(f"quantize to {name}: peak less a run over nothing, in tensors", (done["peak_rss_bytes"] - nothing) / tensor, 1.0)
+        flags = ["--quantize", *flags[1:]]
+        found = engobe("eval", "--model", directory, "--data", work / "few.jsonl", *flags)
+        over = found["peak_rss_bytes"] - nothing - size
+        print(f"     {name}: {size / 1e6:.0f} MB quantized; eval over it peaks at {found['peak_rss_bytes'] / 1e6:.0f} MB")
+        report(f"quantized as {name} while read: peak less the quantized size, in tensors", over / tensor, 1.0)
+
+
+def make_tiny(work):
+    make_model(work / "tiny", 1, **CONFIGS["plain"])
+    make_rows(work / "tiny.jsonl", 1, 1, (4, 5))
+    return work / "tiny"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    report = Report()
+    for part in (exchange, curves, gguf, memory):
+        if args.only in part.__name__:
+            with tempfile.TemporaryDirectory() as work:
+                part(report, Path(work), args.seed)
+    report.exit()
