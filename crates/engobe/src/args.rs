@@ -83,7 +83,7 @@ pub struct ModelArgs {
     /// Quantize the factors of 4-bit blocks too
     #[arg(long)]
     pub double_quant: bool,
-    /// Elements in a 4-bit block: 32 to 4096, a power of two [64]
+    /// Elements in a 4-bit block: 32 to 4096, a power of two [default: 64]
     #[arg(long, value_name = "N")]
     pub quant_block_size: Option<usize>,
     /// cpu, cuda, `cuda:N` or metal
@@ -379,7 +379,7 @@ pub struct QuantizeArgs {
     /// Quantize the factors of 4-bit blocks too
     #[arg(long)]
     pub double_quant: bool,
-    /// Elements in a 4-bit block: 32 to 4096, a power of two [64]
+    /// Elements in a 4-bit block: 32 to 4096, a power of two [default: 64]
     #[arg(long, value_name = "N")]
     pub block_size: Option<usize>,
     /// Directory to write; must not exist, or be empty
