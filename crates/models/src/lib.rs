@@ -7,11 +7,13 @@
 pub mod gguf_names;
 mod llama;
 mod llama_config;
+mod outline;
 mod weights;
 
 pub use llama::Llama;
 pub use llama_config::LlamaConfig;
-pub use weights::{WeightDtype, Weights, unpermute_rows};
+pub use outline::{LinearOutline, Outline};
+pub use weights::{WeightDtype, Weights, permute_rows, unpermute_rows};
 
 use candle_core::Device;
 use engobe_formats::checkpoint::Checkpoint;
