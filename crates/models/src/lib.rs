@@ -12,7 +12,7 @@ mod weights;
 
 pub use llama::Llama;
 pub use llama_config::LlamaConfig;
-pub use outline::{LinearOutline, Outline};
+pub use outline::{GgufSettings, LinearOutline, Outline};
 pub use weights::{WeightDtype, Weights, permute_rows, unpermute_rows};
 
 use candle_core::Device;

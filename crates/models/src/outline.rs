@@ -20,6 +20,15 @@ pub struct LinearOutline {
     pub head: bool,
 }
 
+/// An architecture's settings in a GGUF file.
+#[derive(Clone, Debug)]
+pub struct GgufSettings {
+    /// keys and values
+    pub metadata: Vec<(String, GgufValue)>,
+    /// vectors that stand for settings, by name (`rope_freqs.weight`)
+    pub tensors: Vec<(String, Vec<f32>)>,
+}
+
 /// The modules of a model, and how GGUF files name and order them.
 #[derive(Clone, Debug)]
 pub struct Outline {
@@ -109,11 +118,11 @@ impl Outline {
         self.config.vocab_size
     }
 
-    /// The architecture's metadata in a GGUF file, and tensors that stand for settings (name, values).
+    /// The settings as a GGUF file says them.
     ///
     /// # Errors
     /// A setting that llama.cpp cannot express.
-    pub fn gguf_metadata(&self) -> Result<(Vec<(String, GgufValue)>, Vec<(String, Vec<f32>)>)> {
+    pub fn gguf_settings(&self) -> Result<GgufSettings> {
         let c = &self.config;
         let count = |n: usize| GgufValue::Unsigned(n as u64);
         let float = |v: f64| GgufValue::Float(v);
@@ -177,7 +186,7 @@ impl Outline {
             }
         }
         let named = values.into_iter().map(|(key, v)| (format!("{}.{key}", self.architecture), v));
-        Ok((named.collect(), tensors))
+        Ok(GgufSettings { metadata: named.collect(), tensors })
     }
 }
 
@@ -205,7 +214,7 @@ mod tests {
         for (name, part) in [("dynamic", "rope_scaling is dynamic"), ("longrope", "rope_scaling is longrope")]
         {
             let outline = Outline::read(&golden(format!("llama/{name}"))).unwrap();
-            let error = outline.gguf_metadata().unwrap_err().to_string();
+            let error = outline.gguf_settings().unwrap_err().to_string();
             assert!(error.contains(part) && error.contains("config.json"), "{error}");
         }
     }
