@@ -146,15 +146,15 @@ fn planned(module: &ModuleMut<'_>) -> Vec<Planned> {
         |kind: &str, shape: Vec<usize>, changed| Planned { name: format!("{path}.{kind}"), shape, changed };
     match module {
         ModuleMut::Linear(m) => {
-            let mut all = vec![of("weight", vec![m.out_features(), m.in_features()], !m.is_plain())];
-            all.extend(m.bias().map(|b| of("bias", b.dims().to_vec(), !m.is_plain())));
+            let mut all = vec![of("weight", vec![m.out_features(), m.in_features()], !m.weight_is_plain())];
+            all.extend(m.bias().map(|b| of("bias", b.dims().to_vec(), !m.bias_is_plain())));
             all
         }
         ModuleMut::Embedding(m) => {
             let (rows, cols) = m.weight().dims();
             vec![of("weight", vec![rows, cols], matches!(m.weight(), Weight::Trained(_)))]
         }
-        ModuleMut::RmsNorm(m) => vec![of("weight", m.weight().dims().to_vec(), false)],
+        ModuleMut::RmsNorm(m) => vec![of("weight", m.weight().dims().to_vec(), m.is_trained())],
     }
 }
 
