@@ -4,6 +4,8 @@ and random f32 with the blocks that it encodes them to.
     pip install gguf==0.19.0 numpy==2.4.6
     python golden/gguf_blocks.py crates/kernels/tests/golden/gguf_blocks.bin
 
+A second argument asks for so many more random blocks of every type: a larger check, whose file is not kept.
+
 File, little-endian: b"EGBLOCK1", then records until the end:
     u8 direction (0 decode, 1 encode), u8 length of name, name, u32 byte count, u32 element count, bytes, f32s.
 """
@@ -27,10 +29,13 @@ SCALES = {
 EDGE_SCALES = [0x2E66, 0xAE66, 0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x7BFF]
 
 
+MORE = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+
+
 def random_blocks(name, rng):
-    """u8 [blocks, bytes]: one block per edge scale, then one with random finite scales."""
+    """u8 [blocks, bytes]: one block per edge scale, then one (or more) with random finite scales."""
     size = GGML_QUANT_SIZES[T[name]][1]
-    blocks = rng.integers(0, 256, (len(EDGE_SCALES) + 1, size), dtype=np.uint8)
+    blocks = rng.integers(0, 256, (len(EDGE_SCALES) + 1 + MORE, size), dtype=np.uint8)
     for i, block in enumerate(blocks):
         for j, at in enumerate(SCALES[name]):
             if i < len(EDGE_SCALES):
@@ -47,9 +52,9 @@ def decode_case(name, rng):
         data = random_blocks(name, rng)
         return data.tobytes(), dequantize(data, T[name]).astype(np.float32).ravel()
     if name == "F32":
-        values = rng.normal(size=67).astype(np.float32)
+        values = rng.normal(size=67 + MORE).astype(np.float32)
         return values.tobytes(), values
-    bits = rng.integers(0, 1 << 16, 301, dtype=np.uint16)
+    bits = rng.integers(0, 1 << 16, 301 + MORE, dtype=np.uint16)
     if name == "F16":
         bits = bits[(bits & 0x7C00) != 0x7C00]  # finite
         return bits.tobytes(), dequantize(bits.view(np.uint8).reshape(1, -1), T.F16).ravel()
@@ -58,7 +63,7 @@ def decode_case(name, rng):
 
 
 def encode_case(name, rng):
-    blocks = rng.normal(size=(12, 32)).astype(np.float32) * np.float32(0.05)
+    blocks = rng.normal(size=(12 + MORE, 32)).astype(np.float32) * np.float32(0.05)
     blocks[1] = 0.0
     blocks[2] = 0.25  # constant: scale 0 with a minimum
     blocks[3] = np.abs(blocks[3])

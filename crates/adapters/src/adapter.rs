@@ -192,8 +192,7 @@ impl Adapter {
         let state = self.state()?;
         let mut tensors = Vec::new();
         for (name, tensor) in &state {
-            let bytes = host(tensor)?.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-            tensors.push((name.clone(), tensor.dims().to_vec(), bytes));
+            tensors.push((name.clone(), tensor.dims().to_vec(), host(tensor)?));
         }
         Ok(PeftAdapter::save(dir, &self.config, &tensors)?)
     }

@@ -107,8 +107,11 @@ pub fn merge(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Merged> {
     let plan = plan(model, options.tied_head);
-    let announced =
-        plan.tensors.iter().map(|p| (p.name.clone(), (options.storage)(&p.name), p.shape.clone())).collect();
+    let announced = plan
+        .tensors
+        .iter()
+        .map(|p| (p.name.clone(), (options.storage)(&p.name).into(), p.shape.clone()))
+        .collect();
     let mut writer = ShardedWriter::create(dir, announced, options.max_shard_bytes)?;
     let mut done = 0;
     each_tensor(model, Some(adapter), &plan, &mut |tensor, value| -> Result<()> {

@@ -23,6 +23,13 @@ impl Deref for Host<'_> {
     }
 }
 
+impl AsRef<[u8]> for Host<'_> {
+    /// The elements' bytes, in the machine's order.
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(self)
+    }
+}
+
 /// Borrows the elements of a contiguous f32 CPU tensor.
 pub fn host(tensor: &Tensor) -> Result<Host<'_>> {
     let (storage, layout) = tensor.storage_and_layout();

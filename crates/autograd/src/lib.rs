@@ -15,8 +15,9 @@ mod param;
 mod tape;
 mod weight;
 
+pub use engobe_kernels::matmul::Activations;
 pub use error::{Error, Result};
 pub use host::{Host, host, tensor_of, uninit, update};
 pub use param::{Gradients, Param, ParamId};
 pub use tape::{GradSink, OutGrads, Slot, Tape, Var};
-pub use weight::{FrozenWeight, HostBytes};
+pub use weight::{FrozenWeight, HostBytes, HostScales};

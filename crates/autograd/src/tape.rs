@@ -3,7 +3,9 @@
 use crate::param::{Gradients, Param, ParamId};
 use crate::{Result, host};
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
+use engobe_kernels::matmul::Activations;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// Where the gradient of a value goes: nowhere if nothing trainable is upstream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -17,16 +19,57 @@ impl Slot {
 }
 
 /// A tensor and its place on the tape.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Var {
     tensor: Tensor,
     slot: Slot,
+    recipe: Option<Recipe>,
+}
+
+/// Makes a value again from tensors that are kept anyway.
+pub type Recipe = Arc<dyn Fn() -> Result<Tensor> + Send + Sync>;
+
+/// A value that an op keeps for its backward: the tensor, or how to make it again.
+pub(crate) enum Kept {
+    Tensor(Tensor),
+    Again(Recipe),
+}
+
+impl Kept {
+    /// The value.
+    pub fn get(self) -> Result<Tensor> {
+        match self {
+            Self::Tensor(tensor) => Ok(tensor),
+            Self::Again(recipe) => recipe(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Var {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Var {:?} {:?}", self.tensor.dims(), self.slot)
+    }
 }
 
 impl Var {
     /// A value with nothing trainable upstream.
     pub fn constant(tensor: Tensor) -> Self {
-        Self { tensor, slot: Slot(None) }
+        Self { tensor, slot: Slot(None), recipe: None }
+    }
+
+    /// Says that the value is cheap to make again from what is kept anyway: ops that need it in their backward then
+    /// keep `recipe` instead of the tensor.
+    pub fn made_by(mut self, recipe: impl Fn() -> Result<Tensor> + Send + Sync + 'static) -> Self {
+        self.recipe = Some(Arc::new(recipe));
+        self
+    }
+
+    /// The value, for an op's backward.
+    pub(crate) fn keep(&self) -> Kept {
+        match &self.recipe {
+            Some(recipe) => Kept::Again(recipe.clone()),
+            None => Kept::Tensor(self.tensor.clone()),
+        }
     }
 
     /// The value.
@@ -103,7 +146,7 @@ impl GradSink<'_> {
 }
 
 /// `sum += term`, for tensors of one shape.
-fn add_in_place(sum: &Tensor, term: &Tensor) -> Result<()> {
+pub(crate) fn add_in_place(sum: &Tensor, term: &Tensor) -> Result<()> {
     struct AddAssign;
     impl InplaceOp2 for AddAssign {
         fn name(&self) -> &'static str {
@@ -153,12 +196,14 @@ pub struct Tape<'m> {
     touched_param: bool,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Options {
     recording: bool,
     composed: bool,
     checkpointing: bool,
     dropout_seed: Option<u64>,
+    second_run: bool,
+    generating: Option<Activations>,
 }
 
 impl<'m> Tape<'m> {
@@ -175,12 +220,23 @@ impl<'m> Tape<'m> {
 
     /// A tape that records, for training.
     pub fn new() -> Self {
-        Self::with(Options { recording: true, composed: false, checkpointing: false, dropout_seed: None })
+        Self::with(Options { recording: true, ..Options::default() })
     }
 
-    /// A tape that records nothing, for evaluation and generation.
+    /// A tape that records nothing, for evaluation: its numbers are those of training.
     pub fn inference() -> Self {
-        Self::with(Options { recording: false, composed: false, checkpointing: false, dropout_seed: None })
+        Self::with(Options::default())
+    }
+
+    /// A tape that records nothing, for generation. Ops may take forms that are faster for few tokens, and
+    /// products with quantized weights take activations as `activations` says.
+    pub fn generation(activations: Activations) -> Self {
+        Self::with(Options { generating: Some(activations), ..Options::default() })
+    }
+
+    /// How activations go into products, on a tape for generation.
+    pub fn generating(&self) -> Option<Activations> {
+        self.options.generating
     }
 
     /// Turns dropout on; `seed` fixes all masks of this forward pass.
@@ -206,6 +262,12 @@ impl<'m> Tape<'m> {
         !self.options.composed && tensor.device().is_cpu()
     }
 
+    /// True while [`Tape::block`] runs a block again in the backward: nobody will read the block's output, so the op
+    /// that makes it need not compute it.
+    pub fn is_second_run(&self) -> bool {
+        self.options.second_run
+    }
+
     /// The seed of the next dropout mask, if dropout is on.
     pub fn next_dropout_seed(&mut self) -> Option<u64> {
         let seed = self.options.dropout_seed?;
@@ -221,17 +283,17 @@ impl<'m> Tape<'m> {
             return Var::constant(tensor);
         }
         if let Some(slot) = self.params.get(&param.id()) {
-            return Var { tensor, slot: *slot };
+            return Var { tensor, slot: *slot, recipe: None };
         }
         let slot = self.push(Node::Param(param.id()), 1);
         self.params.insert(param.id(), slot);
-        Var { tensor, slot }
+        Var { tensor, slot, recipe: None }
     }
 
     /// A value whose gradient [`Tape::backward_to`] hands out.
     pub fn leaf(&mut self, tensor: Tensor) -> Var {
         let slot = if self.options.recording { self.push(Node::Leaf, 1) } else { Slot(None) };
-        Var { tensor, slot }
+        Var { tensor, slot, recipe: None }
     }
 
     fn push(&mut self, node: Node<'m>, outputs: usize) -> Slot {
@@ -257,7 +319,7 @@ impl<'m> Tape<'m> {
         outputs
             .into_iter()
             .enumerate()
-            .map(|(i, tensor)| Var { tensor, slot: Slot(Some((node, i))) })
+            .map(|(i, tensor)| Var { tensor, slot: Slot(Some((node, i))), recipe: None })
             .collect()
     }
 
@@ -290,7 +352,7 @@ impl<'m> Tape<'m> {
         let plain: Vec<Var> = inputs.iter().map(|v| Var::constant(v.tensor.clone())).collect();
         let output = f(&mut first, &plain)?.into_tensor();
         let draws_before = std::mem::replace(&mut self.draws, first.draws);
-        let options = Options { checkpointing: false, ..self.options };
+        let options = Options { checkpointing: false, second_run: true, ..self.options };
         let slots: Vec<Slot> = inputs.iter().map(Var::slot).collect();
         let mut upstream = slots.clone();
         if first.touched_param {

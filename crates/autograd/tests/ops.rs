@@ -8,8 +8,12 @@
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, RopeSpec};
 use engobe_autograd::{FrozenWeight, Gradients, Param, Result, Tape, Var};
+use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::{AttentionShape, Segment};
+use engobe_kernels::codec::FourBit;
+use engobe_kernels::quantize::{QuantizedWeight, Scheme};
 use engobe_kernels::rope::RopeTable;
+use engobe_kernels::storage::StorageType;
 use std::sync::Arc;
 
 const STEP: f32 = 1e-2;
@@ -137,13 +141,16 @@ fn rms_norm() {
 }
 
 #[test]
-fn silu_mul() {
+fn activations_alone_and_gated() {
     let (g, u) = (param("gate", 5, &[3, 5]), param("up", 6, &[3, 5]));
-    check(&[&g, &u], &|tape| {
-        let (g, u) = (tape.param(&g), tape.param(&u));
-        let y = ops::silu_mul(tape, &g, &u)?;
-        weigh(tape, &[y])
-    });
+    for f in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Tanh] {
+        check(&[&g, &u], &|tape| {
+            let (g, u) = (tape.param(&g), tape.param(&u));
+            let y = ops::gated(tape, f, &g, &u)?;
+            let z = ops::activate(tape, f, &u)?;
+            weigh(tape, &[y, z])
+        });
+    }
 }
 
 #[test]
@@ -250,6 +257,57 @@ fn linear_group() {
     }
 }
 
+/// A layer behind an op whose output is made again in the backward, with a residual, and enough rows for the tiled
+/// products.
+#[test]
+fn linear_residual_behind_recomputed_inputs() {
+    let (g, u, w) = (param("gate", 33, &[9, 6]), param("up", 34, &[9, 6]), param("norm", 35, &[6]));
+    let (a, b, bias) = (param("a", 36, &[2, 6]), param("b", 37, &[4, 2]), param("bias", 38, &[4]));
+    let r = param("residual", 39, &[9, 4]);
+    check(&[&g, &u, &w, &a, &b, &bias, &r], &|tape| {
+        let (g, u, w, r) = (tape.param(&g), tape.param(&u), tape.param(&w), tape.param(&r));
+        let low_rank =
+            LowRank { a: tape.param(&a), b: tape.param(&b), b_bias: None, scale: 0.5, dropout: 0.0 };
+        let spec =
+            LinearSpec { weight: frozen(45, 4, 6), bias: Some(tape.param(&bias)), low_rank: vec![low_rank] };
+        let gated = ops::gated(tape, Activation::Silu, &g, &u)?;
+        let first = ops::linear_residual(tape, &gated, spec.clone(), &r)?;
+        let normed = ops::rms_norm(tape, &g, &w, 1e-5)?;
+        let second = ops::linear_residual(tape, &normed, spec, &first)?;
+        weigh(tape, &[second])
+    });
+}
+
+/// The last product of a block is left out when the block runs again; gradients are the same bits.
+#[test]
+fn a_block_may_leave_out_its_output() {
+    let (x, a, b) = (param("x", 62, &[9, 6]), param("a", 63, &[2, 6]), param("b", 64, &[6, 2]));
+    let weight = frozen(65, 6, 6);
+    let build = |checkpointing: bool| {
+        let mut tape = Tape::new().checkpointing(checkpointing);
+        let start = tape.param(&x);
+        let (a, b, weight) = (&a, &b, &weight);
+        let y = tape
+            .block(&[start], move |tape, xs| {
+                let low_rank =
+                    LowRank { a: tape.param(a), b: tape.param(b), b_bias: None, scale: 0.5, dropout: 0.0 };
+                let spec = LinearSpec { weight: weight.clone(), bias: None, low_rank: vec![low_rank] };
+                let y = ops::linear_residual(tape, &xs[0], spec.clone(), &xs[0])?;
+                let z = ops::linear_residual_last(tape, &y, spec, &y)?;
+                let all_zero = values(z.tensor()).iter().all(|v| *v == 0.0);
+                assert_eq!(all_zero, tape.is_second_run(), "left out in the second run only");
+                Ok(z)
+            })
+            .unwrap();
+        let loss = weigh(&mut tape, &[y]).unwrap();
+        let mut grads = Gradients::new();
+        tape.backward(&loss, Tensor::ones(1, candle_core::DType::F32, &Device::Cpu).unwrap(), &mut grads)
+            .unwrap();
+        [&x, a, b].map(|p| values(grads.get(p).unwrap()))
+    };
+    assert_eq!(build(false), build(true));
+}
+
 /// One output of a group may go unused.
 #[test]
 fn linear_group_with_an_unused_output() {
@@ -288,6 +346,42 @@ fn head_loss_trained_with_delta() {
     });
 }
 
+fn quantized(scheme: Scheme, seed: u64, rows: usize, cols: usize) -> FrozenWeight {
+    let bytes: Vec<u8> = randn(seed, rows * cols).iter().flat_map(|x| x.to_le_bytes()).collect();
+    let weight = QuantizedWeight::new(scheme, StorageType::F32, rows, cols, &bytes, &|_| ()).unwrap();
+    FrozenWeight::quantized(weight).unwrap()
+}
+
+/// Weights with factors beside their codes, as a linear layer, an embedding and a head; 20 columns straddle blocks.
+#[test]
+fn quantized_weights_in_every_place() {
+    let block = |kind, double| Scheme::FourBit { kind, block: 32, double };
+    for (scheme, name) in [
+        (block(FourBit::Nf4, false), "NF4/32"),
+        (block(FourBit::Nf4, true), "NF4/32+dq"),
+        (block(FourBit::Fp4, false), "FP4/32"),
+        (Scheme::Int8, "INT8"),
+    ] {
+        let w = quantized(scheme, 62, 20, 20);
+        assert_eq!(w.storage_name(), name);
+        assert!(w.size_bytes() < 20 * 20 * 4);
+        let head = Matrix::Frozen(quantized(scheme, 63, 9, 20));
+        let (x, a, b) = (param("x", 64, &[7, 20]), param("a", 65, &[2, 20]), param("b", 66, &[20, 2]));
+        check(&[&x, &a, &b], &|tape| {
+            let ids: Arc<[u32]> = Arc::from([3u32, 0, 8, 8, 1, 2, 4]);
+            let rows = ops::embedding(tape, &head, ids.clone(), &Device::Cpu)?;
+            let x = tape.param(&x);
+            let x = ops::add(tape, &x, &rows)?;
+            let low_rank =
+                LowRank { a: tape.param(&a), b: tape.param(&b), b_bias: None, scale: 0.1, dropout: 0.0 };
+            let spec = LinearSpec { weight: Matrix::Frozen(w.clone()), bias: None, low_rank: vec![low_rank] };
+            let y = ops::linear(tape, &x, spec)?;
+            let head = Head { weight: head.clone(), bias: None, low_rank: None };
+            Ok(ops::head_loss(tape, &y, head, ids)?.loss)
+        });
+    }
+}
+
 /// Blocks: parameters inside, an input from outside, dropout masks that must come out the same twice.
 #[test]
 fn a_block_recomputes_to_the_same_bits() {
@@ -322,7 +416,7 @@ fn untracked_inputs_record_nothing() {
     let mut tape = Tape::new();
     let x = Var::constant(tensor(70, &[2, 4]));
     let y = ops::linear(&mut tape, &x, LinearSpec::plain(frozen(71, 3, 4))).unwrap();
-    let z = ops::silu_mul(&mut tape, &y, &y).unwrap();
+    let z = ops::gated(&mut tape, Activation::Silu, &y, &y).unwrap();
     assert!(!z.is_tracked());
 }
 
@@ -332,7 +426,7 @@ fn shapes_that_do_not_fit_are_errors() {
     let x = Var::constant(tensor(80, &[2, 4]));
     let y = Var::constant(tensor(81, &[2, 5]));
     assert!(ops::add(&mut tape, &x, &y).is_err());
-    assert!(ops::silu_mul(&mut tape, &x, &y).is_err());
+    assert!(ops::gated(&mut tape, Activation::Silu, &x, &y).is_err());
     assert!(ops::rms_norm(&mut tape, &x, &y, 1e-5).is_err());
     assert!(ops::linear(&mut tape, &y, LinearSpec::plain(frozen(82, 3, 4))).is_err());
     assert!(ops::select_rows(&mut tape, &x, Arc::from([1u32, 0])).is_err());

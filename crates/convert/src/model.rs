@@ -11,7 +11,7 @@ use engobe_autograd::tensor_of;
 use engobe_data::TextTokenizer;
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::gguf::{Announced, GgufValue, GgufWriter, MetaValue};
-use engobe_formats::tensor::TensorView;
+use engobe_formats::tensor::{Dtype, TensorView};
 use engobe_kernels::storage::StorageType;
 use engobe_models::{Outline, permute_rows};
 use engobe_nn::CausalLm;
@@ -191,7 +191,10 @@ impl Job<'_> {
                 None => Output { name, storage: StorageType::F32, shape, from: From::Module },
             });
         };
-        let own = stored.as_ref().map(TensorView::storage).transpose()?;
+        let own = match &stored {
+            Some(view) => Some(self.own_storage(view)?),
+            None => None,
+        };
         let matrix = Matrix {
             cols: *cols,
             head: self.is_head(tensor),
@@ -208,6 +211,20 @@ impl Job<'_> {
             _ => From::Module,
         };
         Ok(Output { name, storage, shape, from })
+    }
+
+    /// What a matrix is stored as. The codes of bitsandbytes' weights count as 16-bit floats, from which they were
+    /// made: GGUF has nothing like them.
+    fn own_storage(&self, view: &TensorView) -> Result<StorageType> {
+        match view.dtype {
+            Dtype::U8 | Dtype::I8 if self.wanted == GgufType::Keep => {
+                let why =
+                    "GGUF has no type for the codes of bitsandbytes: give --type, f16 or q8_0 for example";
+                Err(self.cannot(&view.name, why))
+            }
+            Dtype::U8 | Dtype::I8 => Ok(StorageType::F16),
+            _ => Ok(view.storage()?),
+        }
     }
 
     /// True for output heads, and for an embedding that serves as one.

@@ -77,6 +77,10 @@ pub struct ModelArgs {
     /// Threads [all cores]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+    /// When generating over quantized weights, keep activations in f32 instead of rounding them to 8 bits per
+    /// block as llama.cpp does: slower, a little more exact
+    #[arg(long)]
+    pub exact_activations: bool,
 }
 
 /// How rows become tokens.

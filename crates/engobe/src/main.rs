@@ -3,6 +3,7 @@
 //! This crate is the command line: what was typed ([`args`]), what it means ([`settings`]), and how it is told
 //! ([`terminal`], [`report`]). The work is in the library crates.
 
+mod allocator;
 mod args;
 mod commands;
 mod dataset;
@@ -21,12 +22,12 @@ mod workbench;
 use args::{Cli, Task};
 use std::process::ExitCode;
 
-// glibc gives large buffers back to the system at each free, and page faults are slow on virtual machines
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 fn main() -> ExitCode {
     terminal::start_clock();
+    allocator::keep_freed_pages();
     std::panic::set_hook(Box::new(|info| {
         let place = info.location().map(|l| format!("{}:{}", l.file(), l.line())).unwrap_or_default();
         eprintln!("engobe: a mistake of ours at {place}: please report it with the command that you ran");

@@ -62,6 +62,7 @@ fn continuations(
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<String>> {
     let tokenizer = bench.need_tokenizer()?;
-    let outputs = complete_all(bench.model.as_ref(), prompts, max_new_tokens, &bench.end_ids()?, progress)?;
+    let (model, end) = (bench.model.as_ref(), bench.end_ids()?);
+    let outputs = complete_all(model, prompts, max_new_tokens, &end, bench.activations, progress)?;
     outputs.iter().map(|ids| Ok(tokenizer.decode(ids, true)?)).collect()
 }

@@ -8,6 +8,7 @@ use candle_core::Device;
 use engobe_adapters::Adapter;
 use engobe_data::TextTokenizer;
 use engobe_formats::gguf::Gguf;
+use engobe_infer::Activations;
 use engobe_models::{LoadOptions, WeightDtype, load_causal_lm};
 use engobe_nn::{CausalLm, ModuleMut};
 use std::path::{Path, PathBuf};
@@ -22,6 +23,8 @@ pub struct Bench {
     pub tokenizer: Option<TextTokenizer>,
     /// the adapter, if one was asked for
     pub adapter: Option<Adapter>,
+    /// how generation takes activations
+    pub activations: Activations,
 }
 
 /// Uses `threads` threads from here on.
@@ -29,7 +32,8 @@ pub fn set_threads(threads: Option<usize>) -> Result<()> {
     if threads == Some(0) {
         bail!(Usage("--threads 0: give a number above 0, or leave it out for all cores".to_string()));
     }
-    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    // this thread works in the pool instead of sleeping until others are done: no wake-up at each parallel job
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).use_current_thread();
     // a second call finds the pool built: the first one counts
     let _ = builder.build_global();
     Ok(())
@@ -111,18 +115,21 @@ impl Bench {
             [one] => Some(PathBuf::from(one.split_once('=').map_or(one.as_str(), |(_, dir)| dir))),
             more => bail!(Usage(format!("--adapter was given {} times: one at a time here", more.len()))),
         };
-        Self::load(&path, adapter.as_deref(), dtype, device)
+        let bench = Self::load(&path, adapter.as_deref(), dtype, device)?;
+        let activations = if args.exact_activations { Activations::Exact } else { Activations::Rounded };
+        Ok(Self { activations, ..bench })
     }
 
     /// Loads a model from a directory or GGUF file.
     pub fn load(path: &Path, adapter: Option<&Path>, dtype: WeightDtype, device: Device) -> Result<Self> {
         let (model, tokenizer) = rayon::join(
-            || load_causal_lm(path, &LoadOptions { dtype, device: device.clone() }),
+            || load_causal_lm(path, &LoadOptions { dtype, quantize: None, device: device.clone() }),
             || tokenizer(path),
         );
         let mut model = model?;
         let adapter = adapter.map(|dir| Adapter::load(model.as_mut(), dir, &device)).transpose()?;
-        Ok(Self { path: path.to_path_buf(), model, tokenizer: tokenizer?, adapter })
+        let (path, tokenizer) = (path.to_path_buf(), tokenizer?);
+        Ok(Self { path, model, tokenizer, adapter, activations: Activations::default() })
     }
 
     /// The tokenizer, or an error that says what is missing.

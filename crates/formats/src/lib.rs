@@ -6,6 +6,7 @@
 //! Must not know: layers, candle.
 
 pub mod atomic;
+pub mod bitsandbytes;
 pub mod checkpoint;
 mod error;
 pub mod gguf;

@@ -30,6 +30,21 @@ impl MappedFile {
         Ok(Arc::new(Self { path: path.to_path_buf(), map }))
     }
 
+    /// Lets go of the pages that hold `range`. What is read there later comes from the file again.
+    pub fn release(&self, range: std::ops::Range<usize>) {
+        #[cfg(unix)]
+        {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the map is read-only and backed by the file, so pages that are let go hold nothing that the
+            // file does not; whoever reads them meanwhile or later gets the same bytes.
+            let done = unsafe { self.map.unchecked_advise_range(advice, range.start, range.len()) };
+            // advice that is not taken costs memory, nothing else
+            let _ = done;
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+
     /// Where the file is.
     pub fn path(&self) -> &Path {
         &self.path

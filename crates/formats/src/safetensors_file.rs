@@ -33,6 +33,8 @@ pub fn parse(bytes: &[u8]) -> std::result::Result<(Vec<Entry>, BTreeMap<String, 
             safetensors::Dtype::F32 => Dtype::Storage(StorageType::F32),
             safetensors::Dtype::F16 => Dtype::Storage(StorageType::F16),
             safetensors::Dtype::BF16 => Dtype::Storage(StorageType::BF16),
+            safetensors::Dtype::U8 => Dtype::U8,
+            safetensors::Dtype::I8 => Dtype::I8,
             other => Dtype::Other(format!("{other:?}")),
         };
         if let Dtype::Storage(storage) = dtype
@@ -81,7 +83,7 @@ impl SafetensorsFile {
 
 /// The header of a file with these tensors, in this order, 8-byte aligned, length included.
 pub(crate) fn header(
-    tensors: &[(String, StorageType, Vec<usize>)],
+    tensors: &[(String, Dtype, Vec<usize>)],
     metadata: &BTreeMap<String, String>,
 ) -> std::result::Result<Vec<u8>, String> {
     let mut map = Map::new();
@@ -89,15 +91,17 @@ pub(crate) fn header(
         map.insert("__metadata__".to_string(), json!(metadata));
     }
     let mut at = 0usize;
-    for (name, storage, shape) in tensors {
-        let dtype = match storage {
-            StorageType::F32 => "F32",
-            StorageType::F16 => "F16",
-            StorageType::BF16 => "BF16",
+    for (name, dtype, shape) in tensors {
+        let written = match dtype {
+            Dtype::Storage(StorageType::F32) => "F32",
+            Dtype::Storage(StorageType::F16) => "F16",
+            Dtype::Storage(StorageType::BF16) => "BF16",
+            Dtype::U8 => "U8",
+            Dtype::I8 => "I8",
             other => return Err(format!("{name}: safetensors has no type for {other}")),
         };
-        let size = bytes_of(*storage, shape).ok_or_else(|| format!("{name}: shape {shape:?} overflows"))?;
-        let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]});
+        let size = dtype.bytes_of(shape).ok_or_else(|| format!("{name}: shape {shape:?} overflows"))?;
+        let entry = json!({"dtype": written, "shape": shape, "data_offsets": [at, at + size]});
         if map.insert(name.clone(), entry).is_some() {
             return Err(format!("{name}: listed twice"));
         }
@@ -111,16 +115,17 @@ pub(crate) fn header(
 }
 
 /// Writes f32 tensors (name, shape, little-endian bytes) atomically.
-pub fn write_safetensors(
+pub fn write_safetensors<B: AsRef<[u8]>>(
     path: &Path,
-    tensors: &[(String, Vec<usize>, Vec<u8>)],
+    tensors: &[(String, Vec<usize>, B)],
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
     let listed: Vec<_> =
-        tensors.iter().map(|(n, shape, _)| (n.clone(), StorageType::F32, shape.clone())).collect();
+        tensors.iter().map(|(n, shape, _)| (n.clone(), StorageType::F32.into(), shape.clone())).collect();
     let mut file = AtomicFile::create(path)?;
     file.write(&header(&listed, metadata).map_err(|what| Error::corrupt(path, what))?)?;
     for (name, shape, bytes) in tensors {
+        let bytes = bytes.as_ref();
         if bytes_of(StorageType::F32, shape) != Some(bytes.len()) {
             return Err(Error::corrupt(path, format!("{name}: {} bytes for shape {shape:?}", bytes.len())));
         }

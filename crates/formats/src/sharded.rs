@@ -2,15 +2,14 @@
 
 use crate::atomic::{AtomicFile, write_atomic};
 use crate::safetensors_file::header;
-use crate::tensor::bytes_of;
+use crate::tensor::Dtype;
 use crate::{Error, Result};
-use engobe_kernels::storage::StorageType;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// Name, storage and shape of a tensor to come.
-pub type Announced = (String, StorageType, Vec<usize>);
+/// Name, type and shape of a tensor to come.
+pub type Announced = (String, Dtype, Vec<usize>);
 
 /// Writes `model.safetensors`, or `model-00001-of-0000N.safetensors` and their index.
 #[derive(Debug)]
@@ -29,7 +28,7 @@ impl ShardedWriter {
         let mut shards: Vec<Vec<Announced>> = vec![Vec::new()];
         let (mut filled, mut total) = (0usize, 0usize);
         for tensor in tensors {
-            let size = bytes_of(tensor.1, &tensor.2).ok_or_else(|| {
+            let size = tensor.1.bytes_of(&tensor.2).ok_or_else(|| {
                 Error::corrupt(dir, format!("{}: shape {:?} overflows", tensor.0, tensor.2))
             })?;
             if filled > 0 && filled + size > max_shard_bytes {
@@ -63,7 +62,7 @@ impl ShardedWriter {
             Some(announced) => announced,
             None => self.next_shard()?,
         };
-        let expected = bytes_of(announced.1, &announced.2);
+        let expected = announced.1.bytes_of(&announced.2);
         if announced.0 != name || expected != Some(bytes.len()) {
             let what =
                 format!("{name} ({} bytes) where {} ({expected:?}) was announced", bytes.len(), announced.0);

@@ -6,7 +6,7 @@
 
 use crate::generate::last_logits;
 use crate::{Error, Sampler, Sampling};
-use engobe_autograd::Tape;
+use engobe_autograd::{Activations, Tape};
 use engobe_nn::{CausalLm, KvCache};
 use std::collections::VecDeque;
 
@@ -29,6 +29,7 @@ pub fn complete_all(
     prompts: &[Vec<u32>],
     max_new_tokens: &[usize],
     end: &[u32],
+    activations: Activations,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<Vec<u32>>, Error> {
     if prompts.iter().any(Vec::is_empty) {
@@ -52,7 +53,7 @@ pub fn complete_all(
         if running.iter().all(Option::is_none) {
             return Ok(outputs);
         }
-        for (slot, token) in step(model, &mut cache, &mut running, &mut greedy)? {
+        for (slot, token) in step(model, &mut cache, &mut running, activations, &mut greedy)? {
             let Some(sequence) = &mut running[slot] else { continue };
             let ended = end.contains(&token);
             if !ended {
@@ -74,14 +75,15 @@ fn step(
     model: &dyn CausalLm,
     cache: &mut KvCache,
     running: &mut [Option<Running>],
+    activations: Activations,
     greedy: &mut Sampler,
 ) -> Result<Vec<(usize, u32)>, Error> {
     let alive = || running.iter().enumerate().filter_map(|(slot, r)| Some((slot, r.as_ref()?)));
     let rows: Vec<(usize, &[u32])> = alive().map(|(slot, r)| (slot, r.pending.as_slice())).collect();
     let batch = cache.batch(&rows)?;
-    let hidden = model.hidden_states(&mut Tape::inference(), &batch, Some(cache))?;
+    let hidden = model.hidden_states(&mut Tape::generation(activations), &batch, Some(cache))?;
     let last: Vec<usize> = batch.segments.iter().map(|s| s.q.end - 1).collect();
-    let logits = last_logits(model, hidden.tensor(), &last)?;
+    let logits = last_logits(model, hidden.tensor(), &last, activations)?;
     let slots: Vec<usize> = rows.iter().map(|(slot, _)| *slot).collect();
     let mut next = Vec::new();
     for (slot, mut logits) in slots.into_iter().zip(logits) {

@@ -2,7 +2,7 @@
 
 use crate::{Error, Sampler};
 use candle_core::Tensor;
-use engobe_autograd::{Tape, Var, host, ops};
+use engobe_autograd::{Activations, Tape, Var, host, ops};
 use engobe_nn::{CausalLm, KvCache};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -46,6 +46,7 @@ impl Generated {
 /// A dialogue with a model: keeps the cache between turns.
 pub struct Generator<'m> {
     model: &'m dyn CausalLm,
+    activations: Activations,
     cache: KvCache,
     /// tokens whose keys and values are in the cache
     seen: Vec<u32>,
@@ -53,8 +54,8 @@ pub struct Generator<'m> {
 
 impl<'m> Generator<'m> {
     /// An empty context with room for `capacity` tokens before the cache must grow.
-    pub fn new(model: &'m dyn CausalLm, capacity: usize) -> Result<Self, Error> {
-        Ok(Self { model, cache: model.new_cache(1, capacity)?, seen: Vec::new() })
+    pub fn new(model: &'m dyn CausalLm, capacity: usize, activations: Activations) -> Result<Self, Error> {
+        Ok(Self { model, activations, cache: model.new_cache(1, capacity)?, seen: Vec::new() })
     }
 
     /// Continues `prompt` (the whole context: what is already cached is not computed again) by up to
@@ -113,13 +114,14 @@ impl<'m> Generator<'m> {
     /// Logits after `tokens`, which join the context.
     fn advance(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Error> {
         let hidden = self.hidden(tokens)?;
-        let mut logits = last_logits(self.model, &hidden, &[tokens.len() - 1])?;
+        let mut logits = last_logits(self.model, &hidden, &[tokens.len() - 1], self.activations)?;
         Ok(logits.pop().unwrap_or_default())
     }
 
     fn hidden(&mut self, tokens: &[u32]) -> Result<Tensor, Error> {
         let batch = self.cache.batch(&[(0, tokens)])?;
-        let hidden = self.model.hidden_states(&mut Tape::inference(), &batch, Some(&mut self.cache))?;
+        let mut tape = Tape::generation(self.activations);
+        let hidden = self.model.hidden_states(&mut tape, &batch, Some(&mut self.cache))?;
         self.seen.extend_from_slice(tokens);
         Ok(hidden.into_tensor())
     }
@@ -130,8 +132,9 @@ pub(crate) fn last_logits(
     model: &dyn CausalLm,
     hidden: &Tensor,
     rows: &[usize],
+    activations: Activations,
 ) -> Result<Vec<Vec<f32>>, Error> {
-    let mut tape = Tape::inference();
+    let mut tape = Tape::generation(activations);
     let rows: Vec<u32> = rows.iter().map(|r| *r as u32).collect();
     let chosen = ops::select_rows(&mut tape, &Var::constant(hidden.clone()), rows.into())?;
     let logits = model.logits(&mut tape, &chosen)?.to_device(&candle_core::Device::Cpu)?;

@@ -8,6 +8,7 @@ mod sampling;
 mod stop;
 
 pub use batch::complete_all;
+pub use engobe_autograd::Activations;
 pub use generate::{Generated, Generator, StopReason};
 pub use sampling::{Sampler, Sampling, SamplingError};
 pub use stop::{Emit, StopStrings};

@@ -1,6 +1,6 @@
 //! The cache, the batch and the sampler at work on a tiny model.
 
-use engobe_infer::{Generator, Sampler, Sampling, StopReason, complete_all};
+use engobe_infer::{Activations, Generator, Sampler, Sampling, StopReason, complete_all};
 use engobe_models::{LoadOptions, load_causal_lm};
 use engobe_nn::CausalLm;
 use engobe_testkit::{golden, golden_json};
@@ -19,7 +19,7 @@ fn model(name: &str) -> Box<dyn CausalLm> {
 
 fn greedy(model: &dyn CausalLm, prompt: &[u32], n: usize, end: &[u32]) -> (Vec<u32>, StopReason) {
     let mut sampler = Sampler::new(Sampling::default()).unwrap();
-    let mut generator = Generator::new(model, prompt.len() + n).unwrap();
+    let mut generator = Generator::new(model, prompt.len() + n, Activations::Rounded).unwrap();
     let found = generator.generate(prompt, n, end, &mut sampler, &mut |_| ControlFlow::Continue(())).unwrap();
     (found.token_ids, found.reason)
 }
@@ -43,7 +43,9 @@ fn many_at_once_are_what_each_is_alone() {
     let most: Vec<usize> = (0..70).map(|i| i % 9).collect();
     let end = [3, 17];
     let mut finished = 0;
-    let found = complete_all(model.as_ref(), &prompts, &most, &end, &mut |n| finished = n).unwrap();
+    let found =
+        complete_all(model.as_ref(), &prompts, &most, &end, Activations::Rounded, &mut |n| finished = n)
+            .unwrap();
     assert_eq!(finished, 70);
     for ((prompt, n), found) in prompts.iter().zip(most).zip(found) {
         assert_eq!(found, greedy(model.as_ref(), prompt, n, &end).0, "{prompt:?}");
@@ -65,7 +67,7 @@ fn a_dialogue_reuses_its_cache_and_says_the_same() {
     let expected: Expected = golden_json("llama/plain/expected.json");
     let model = model("plain");
     let mut sampler = Sampler::new(Sampling::default()).unwrap();
-    let mut generator = Generator::new(model.as_ref(), 4).unwrap();
+    let mut generator = Generator::new(model.as_ref(), 4, Activations::Rounded).unwrap();
     for n in [6, 20, 12, 30] {
         let prompt = &expected.ids[..n];
         let mut go = |_| ControlFlow::Continue(());
@@ -80,7 +82,7 @@ fn a_seed_repeats_itself() {
     let draw = |seed| {
         let settings = Sampling { temperature: 1.0, seed, ..Default::default() };
         let mut sampler = Sampler::new(settings).unwrap();
-        let mut generator = Generator::new(model.as_ref(), 64).unwrap();
+        let mut generator = Generator::new(model.as_ref(), 64, Activations::Rounded).unwrap();
         let mut go = |_| ControlFlow::Continue(());
         generator.generate(&[1, 2, 3], 24, &[], &mut sampler, &mut go).unwrap().token_ids
     };

@@ -1,7 +1,7 @@
 //! SmolLM2's own GGUF beside llama.cpp, where there is one:
 //! `ENGOBE_SMOLLM2_GGUF=path cargo test -p engobe-infer --test smollm2`.
 
-use engobe_infer::{Generator, Sampler, Sampling};
+use engobe_infer::{Activations, Generator, Sampler, Sampling};
 use engobe_models::{LoadOptions, load_causal_lm};
 use engobe_testkit::golden_json;
 use serde::Deserialize;
@@ -30,7 +30,7 @@ fn clear_choices_are_those_of_llama_cpp() {
     let cases: Vec<Case> = golden_json("smollm2_greedy.json");
     let (mut clear, mut same, mut all) = (0, 0, 0);
     for case in cases {
-        let mut generator = Generator::new(model.as_ref(), 256).unwrap();
+        let mut generator = Generator::new(model.as_ref(), 256, Activations::Rounded).unwrap();
         let mut sampler = Sampler::new(Sampling::default()).unwrap();
         let mut context = case.ids.clone();
         for (token, margin) in case.tokens.iter().zip(&case.margins) {

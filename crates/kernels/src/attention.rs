@@ -4,19 +4,25 @@
 //!
 //! ```text
 //! O = P·V                                  D = rowsum(dO ⊙ O) = rowsum(dP ⊙ P)
-//! dV = Pᵀ·dO    dP = dO·Vᵀ    dS = P ⊙ (dP - D)    dQ = s·dS·K    dK = s·dSᵀ·Q
+//! dV = Pᵀ·dO    dP = dO·Vᵀ    dS = s·P ⊙ (dP - D)    dQ = dS·K    dK = dSᵀ·Q
 //! ```
 //!
-//! P is computed again in the backward (Dao et al. 2022). Queries go through in blocks of rows; a causal
-//! block meets only the keys that its last row sees, so that blocks above the diagonal cost nothing. One task
-//! is one head of one segment; the gradients of shared key/value heads are summed over the group afterwards,
-//! in a fixed order.
+//! P is computed again in the backward (Dao et al. 2022). Keys and values are packed once for all the query heads of
+//! their group, as the products' inner loops read them. Queries go through in blocks of [`BLOCK`] rows; a causal
+//! block meets only the keys that its last row sees, so that blocks above the diagonal cost nothing.
+//!
+//! A task is a part of the queries of one head of one segment. The parts hold about equally many scores, and how
+//! many there are depends on the segment's length alone. In the backward each part sums its own dK and dV; they are
+//! added up over parts and the heads of a group in a fixed order, so results do not depend on the number of threads.
 
 use crate::exp;
-use crate::mat::{MatMut, MatRef};
-use crate::matmul::sgemm_serial;
+use crate::mat::MatRef;
+use crate::matmul::micro::{self, Isa, NR, Tile};
+use crate::matmul::pack::{self, Right};
 use crate::norm::dot;
 use rayon::prelude::*;
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Sizes and rules of an attention layer.
@@ -44,144 +50,329 @@ pub struct Segment {
     pub kv: Range<usize>,
 }
 
-/// Queries that go through together.
-const BLOCK: usize = 64;
+/// Queries that go through together: a multiple of a tile's height. Half a block of scores a row is wasted above
+/// the diagonal; shorter blocks would read and write dK and dV more often.
+const BLOCK: usize = 48;
+/// Queries in a part, at least; there are at most [`MOST_PARTS`] parts.
+const PART: usize = 128;
+const MOST_PARTS: usize = 4;
+/// Keys whose gradients are summed up by one worker.
+const SUM_ROWS: usize = 64;
 
-/// One head of one segment.
-struct Task<'a> {
+thread_local! {
+    /// Scores, their gradients, and packed queries, kept between calls.
+    static SCRATCH: Cell<[Vec<f32>; 4]> = const { Cell::new([Vec::new(), Vec::new(), Vec::new(), Vec::new()]) };
+}
+
+/// A buffer that tasks write in parts that do not overlap.
+#[derive(Clone, Copy)]
+struct Shared<'a>(*mut f32, usize, PhantomData<&'a mut [f32]>);
+
+// SAFETY: users write rows of their own segment and head only.
+unsafe impl Sync for Shared<'_> {}
+// SAFETY: as above.
+unsafe impl Send for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    fn new(data: &'a mut [f32]) -> Self {
+        Self(data.as_mut_ptr(), data.len(), PhantomData)
+    }
+
+    fn at(&self, index: usize) -> *mut f32 {
+        assert!(index <= self.1);
+        self.0.wrapping_add(index)
+    }
+}
+
+/// Keys and values of one head of one segment, packed.
+struct Packed {
+    /// s·Kᵀ: panels of keys, `[head_dim, NR]` each
+    keys_t: Vec<f32>,
+    /// V: panels of columns, `[keys, NR]` each
+    values: Vec<f32>,
+    /// K: like `values`; backward only
+    keys: Vec<f32>,
+    /// Vᵀ: like `keys_t`; backward only
+    values_t: Vec<f32>,
+}
+
+/// Packs all columns of `b`.
+fn panels(isa: Isa, b: MatRef, scale: f32) -> Vec<f32> {
+    let (inner, columns) = (b.rows, b.cols);
+    let mut out = vec![0f32; inner * columns.next_multiple_of(NR)];
+    if !out.is_empty() {
+        pack::pack(isa, &Right::Dense(b), scale, 0..inner, 0..columns, &mut out, &mut []);
+    }
+    out
+}
+
+/// The call's inputs.
+struct Call<'a> {
+    isa: Isa,
     shape: &'a AttentionShape,
-    segment: &'a Segment,
+    segments: &'a [Segment],
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    /// rows of q
+    queries: usize,
+}
+
+/// A part of one head's queries.
+struct Task {
+    segment: usize,
     head: usize,
+    /// rows, counted from the segment's first
+    rows: Range<usize>,
 }
 
-/// The tasks of a call, heads of a segment next to each other.
-fn tasks<'a>(shape: &'a AttentionShape, segments: &'a [Segment]) -> Vec<Task<'a>> {
-    let each = |segment| (0..shape.heads).map(move |head| Task { shape, segment, head });
-    segments.iter().flat_map(each).collect()
-}
+impl<'a> Call<'a> {
+    fn new(
+        shape: &'a AttentionShape,
+        segments: &'a [Segment],
+        q: &'a [f32],
+        k: &'a [f32],
+        v: &'a [f32],
+    ) -> Self {
+        let queries = q.len() / (shape.heads * shape.head_dim).max(1);
+        assert!(v.len() == k.len());
+        Self { isa: Isa::best(), shape, segments, q, k, v, queries }
+    }
 
-impl Task<'_> {
-    /// Blocks of queries, and how many keys each may see.
-    fn blocks(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
-        let (nq, nkv, causal) = (self.segment.q.len(), self.segment.kv.len(), self.shape.causal);
-        (0..nq).step_by(BLOCK).map(move |start| {
-            let end = (start + BLOCK).min(nq);
-            (start..end, if causal { nkv - nq + end } else { nkv })
+    fn group(&self) -> usize {
+        self.shape.heads / self.shape.kv_heads
+    }
+
+    /// The tasks, those of a segment and head next to each other.
+    fn tasks(&self) -> Vec<Task> {
+        let mut tasks = Vec::new();
+        for (segment, s) in self.segments.iter().enumerate() {
+            let cuts = self.cuts(s);
+            for head in 0..self.shape.heads {
+                tasks.extend(cuts.windows(2).map(|c| Task { segment, head, rows: c[0]..c[1] }));
+            }
+        }
+        tasks
+    }
+
+    /// Where the queries of a segment are cut: parts of about as many scores.
+    fn cuts(&self, s: &Segment) -> Vec<usize> {
+        let (n, ahead) = (s.q.len(), s.kv.len() - if self.shape.causal { s.q.len() } else { 0 });
+        let parts = (n / PART).clamp(1, MOST_PARTS);
+        let scores = |rows: usize| match self.shape.causal {
+            true => rows * ahead + rows * rows / 2,
+            false => rows * ahead,
+        };
+        let mut cuts = vec![0];
+        for part in 1..parts {
+            let wanted = scores(n) * part / parts;
+            let last = cuts[cuts.len() - 1];
+            let cut = (last..n).step_by(BLOCK).find(|rows| scores(*rows) >= wanted).unwrap_or(n);
+            if cut > last && cut < n {
+                cuts.push(cut);
+            }
+        }
+        cuts.push(n);
+        cuts
+    }
+
+    /// Keys and values of every segment and key/value head.
+    fn packed(&self, backward: bool) -> Vec<Packed> {
+        let AttentionShape { kv_heads, head_dim: hd, scale, .. } = *self.shape;
+        (0..self.segments.len() * kv_heads)
+            .into_par_iter()
+            .map(|i| {
+                let (s, head) = (&self.segments[i / kv_heads], i % kv_heads);
+                let k = view(self.k, s.kv.clone(), head, kv_heads, hd);
+                let v = view(self.v, s.kv.clone(), head, kv_heads, hd);
+                let only =
+                    |wanted: bool, b: MatRef| if wanted { panels(self.isa, b, 1.0) } else { Vec::new() };
+                Packed {
+                    keys_t: panels(self.isa, k.t(), scale),
+                    values: only(!backward, v),
+                    keys: only(backward, k),
+                    values_t: only(backward, v.t()),
+                }
+            })
+            .collect()
+    }
+
+    fn of<'p>(&self, packed: &'p [Packed], task: &Task) -> &'p Packed {
+        &packed[task.segment * self.shape.kv_heads + task.head / self.group()]
+    }
+
+    /// Blocks of a task's queries, and how many keys each may see.
+    fn blocks<'t>(&'t self, task: &'t Task) -> impl Iterator<Item = (Range<usize>, usize)> + 't {
+        let (nq, nkv) = (self.segments[task.segment].q.len(), self.segments[task.segment].kv.len());
+        task.rows.clone().step_by(BLOCK).map(move |start| {
+            let end = (start + BLOCK).min(task.rows.end);
+            (start..end, if self.shape.causal { nkv - nq + end } else { nkv })
         })
     }
 
-    /// Rows `rows` (within the segment) of this head in a buffer of queries.
-    fn queries<'b>(&self, q: &'b [f32], rows: &Range<usize>) -> MatRef<'b> {
-        view(
-            q,
-            self.segment.q.start + rows.start,
-            rows.len(),
-            self.head,
-            self.shape.heads,
-            self.shape.head_dim,
-        )
-    }
-
-    /// The first `n` keys or values of this head's group.
-    fn keys<'b>(&self, k: &'b [f32], n: usize) -> MatRef<'b> {
-        let group = self.shape.heads / self.shape.kv_heads;
-        view(k, self.segment.kv.start, n, self.head / group, self.shape.kv_heads, self.shape.head_dim)
-    }
-
-    /// Sets the scores of row `row` (of a block's scores) that it may not see to minus infinity.
+    /// How many of the `seen` keys of a block row `row` of it may see.
     fn visible(&self, block: &Range<usize>, row: usize, seen: usize) -> usize {
         if self.shape.causal { seen - (block.len() - 1 - row) } else { seen }
     }
 
-    /// Output `[nq, hd]` and log-sum-exp `[nq]`.
-    fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>) {
-        let (nq, hd) = (self.segment.q.len(), self.shape.head_dim);
-        let mut out = vec![0f32; nq * hd];
-        let mut lse = vec![0f32; nq];
-        let mut scores = Vec::new();
-        for (block, seen) in self.blocks() {
-            self.scores(q, k, &block, seen, &mut scores);
+    /// Rows `rows` of the task's head in a buffer like q.
+    fn queries<'b>(&self, data: &'b [f32], task: &Task, rows: &Range<usize>) -> MatRef<'b> {
+        let first = self.segments[task.segment].q.start;
+        view(data, first + rows.start..first + rows.end, task.head, self.shape.heads, self.shape.head_dim)
+    }
+
+    /// Index of the first element of row `row` of the task's head in a buffer like q.
+    fn index(&self, task: &Task, row: usize) -> usize {
+        let AttentionShape { heads, head_dim, .. } = *self.shape;
+        ((self.segments[task.segment].q.start + row) * heads + task.head) * head_dim
+    }
+
+    /// `c[rows, width] = a·b` for packed panels of `b`, over the first `k` rows of b.
+    ///
+    /// # Safety
+    /// c has `a.rows` rows of `width` elements, `c_row` apart, that nobody else uses.
+    unsafe fn multiply(
+        &self,
+        a: MatRef,
+        panels: &[f32],
+        panel_rows: usize,
+        width: usize,
+        c: *mut f32,
+        c_row: usize,
+        accumulate: bool,
+    ) {
+        a.check();
+        let (panel_len, k) = (panel_rows * NR, a.cols);
+        assert!(k <= panel_rows && panels.len() >= width.div_ceil(NR) * panel_len);
+        for (panel, left) in panels.chunks_exact(panel_len.max(1)).zip((0..width).step_by(NR)) {
+            let tile = Tile {
+                a: a.data.as_ptr(),
+                a_row: a.row_stride,
+                a_col: a.col_stride,
+                b: panel.as_ptr(),
+                b_row: NR,
+                k,
+                c: c.wrapping_add(left),
+                c_row,
+                rows: a.rows,
+                width: (width - left).min(NR),
+                accumulate,
+            };
+            // SAFETY: a was checked, the panel has k rows, the caller vouches for c.
+            unsafe { micro::run(self.isa, &tile) };
+        }
+    }
+
+    /// Output and log-sum-exp of a task.
+    fn forward(&self, task: &Task, packed: &Packed, out: Shared, lse: Option<Shared>) {
+        let (heads, hd) = (self.shape.heads, self.shape.head_dim);
+        let nkv = self.segments[task.segment].kv.len();
+        let [mut scores, s1, s2, s3] = SCRATCH.take();
+        for (block, seen) in self.blocks(task) {
+            let n = block.len();
+            resize(&mut scores, n * seen);
+            // SAFETY: the scratch has n rows of `seen` elements.
+            unsafe {
+                self.multiply(
+                    self.queries(self.q, task, &block),
+                    &packed.keys_t,
+                    hd,
+                    seen,
+                    scores.as_mut_ptr(),
+                    seen,
+                    false,
+                )
+            };
             let mut sums = [0f32; BLOCK];
-            for (row, scores) in scores.chunks_exact_mut(seen).enumerate() {
+            for (row, scores) in scores[..n * seen].chunks_exact_mut(seen).enumerate() {
                 let visible = self.visible(&block, row, seen);
                 let mut most = f32::NEG_INFINITY;
                 exp::max(&scores[..visible], &mut most);
                 exp::exp_shifted(&mut scores[..visible], most, &mut sums[row]);
                 scores[visible..].fill(0.0);
-                lse[block.start + row] = most + sums[row].ln();
-            }
-            let out = &mut out[block.start * hd..block.end * hd];
-            let p = MatRef::new(&scores, block.len(), seen);
-            sgemm_serial(1.0, p, self.keys(v, seen), 0.0, &mut MatMut::new(out, block.len(), hd));
-            for (row, sum) in out.chunks_exact_mut(hd).zip(sums) {
-                row.iter_mut().for_each(|v| *v /= sum);
-            }
-        }
-        (out, lse)
-    }
-
-    /// `scores = s·Q·Kᵀ` of a block, `[block, seen]`.
-    fn scores(&self, q: &[f32], k: &[f32], block: &Range<usize>, seen: usize, scores: &mut Vec<f32>) {
-        scores.resize(block.len() * seen, 0.0);
-        let mut into = MatMut::new(scores, block.len(), seen);
-        sgemm_serial(self.shape.scale, self.queries(q, block), self.keys(k, seen).t(), 0.0, &mut into);
-    }
-
-    /// dq `[nq, hd]`, dk and dv `[nkv, hd]` of this head alone.
-    fn backward(&self, x: &Inputs<'_>) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-        let (nq, nkv, hd) = (self.segment.q.len(), self.segment.kv.len(), self.shape.head_dim);
-        let mut dq = vec![0f32; nq * hd];
-        let (mut dk, mut dv) = (vec![0f32; nkv * hd], vec![0f32; nkv * hd]);
-        let (mut p, mut ds) = (Vec::new(), Vec::new());
-        for (block, seen) in self.blocks() {
-            let n = block.len();
-            let (q, dout) = (self.queries(x.q, &block), self.queries(x.dout, &block));
-            let out = self.queries(x.out, &block);
-            self.scores(x.q, x.k, &block, seen, &mut p);
-            ds.resize(n * seen, 0.0);
-            sgemm_serial(1.0, dout, self.keys(x.v, seen).t(), 0.0, &mut MatMut::new(&mut ds, n, seen));
-            for (row, (p, ds)) in p.chunks_exact_mut(seen).zip(ds.chunks_exact_mut(seen)).enumerate() {
-                let visible = self.visible(&block, row, seen);
-                let lse = x.lse[self.head * x.queries + self.segment.q.start + block.start + row];
-                exp::exp_shifted(&mut p[..visible], lse, &mut 0.0);
-                p[visible..].fill(0.0);
-                let at = row * out.row_stride;
-                let d = dot(&out.data[at..at + hd], &dout.data[at..at + hd]);
-                for (ds, p) in ds.iter_mut().zip(p.iter()) {
-                    *ds = p * (*ds - d);
+                if let Some(lse) = lse {
+                    let at =
+                        task.head * self.queries + self.segments[task.segment].q.start + block.start + row;
+                    // SAFETY: a row of this task.
+                    unsafe { *lse.at(at) = most + sums[row].ln() };
                 }
             }
-            let (p, ds) = (MatRef::new(&p, n, seen), MatRef::new(&ds, n, seen));
-            let s = self.shape.scale;
-            let dq = &mut dq[block.start * hd..block.end * hd];
-            sgemm_serial(s, ds, self.keys(x.k, seen), 0.0, &mut MatMut::new(dq, n, hd));
-            sgemm_serial(s, ds.t(), q, 1.0, &mut MatMut::new(&mut dk[..seen * hd], seen, hd));
-            sgemm_serial(1.0, p.t(), dout, 1.0, &mut MatMut::new(&mut dv[..seen * hd], seen, hd));
+            let p = MatRef::new(&scores, n, seen);
+            let first = out.at(self.index(task, block.start));
+            // SAFETY: the block's rows of `out` are this task's alone.
+            unsafe { self.multiply(p, &packed.values, nkv, hd, first, heads * hd, false) };
+            for (row, sum) in sums[..n].iter().enumerate() {
+                // SAFETY: as above; each row has `hd` elements.
+                let out = unsafe { std::slice::from_raw_parts_mut(first.wrapping_add(row * heads * hd), hd) };
+                let factor = 1.0 / sum;
+                out.iter_mut().for_each(|v| *v *= factor);
+            }
         }
-        (dq, dk, dv)
+        SCRATCH.set([scores, s1, s2, s3]);
+    }
+
+    /// dq of a task, into place; its share of dk and dv `[seen, hd]` each.
+    fn backward(&self, task: &Task, packed: &Packed, x: &Given, dq: Shared) -> (Vec<f32>, Vec<f32>) {
+        let (heads, hd, s) = (self.shape.heads, self.shape.head_dim, self.shape.scale);
+        let nkv = self.segments[task.segment].kv.len();
+        let most_seen = self.blocks(task).map(|(_, seen)| seen).max().unwrap_or(0);
+        let (mut dk, mut dv) = (vec![0f32; most_seen * hd], vec![0f32; most_seen * hd]);
+        let [mut p, mut ds, mut q_panels, mut dout_panels] = SCRATCH.take();
+        let padded = hd.next_multiple_of(NR);
+        for (block, seen) in self.blocks(task) {
+            let n = block.len();
+            let q = self.queries(self.q, task, &block);
+            let (dout, out) = (self.queries(x.dout, task, &block), self.queries(x.out, task, &block));
+            resize(&mut p, n * seen);
+            resize(&mut ds, n * seen);
+            // SAFETY: the scratch has n rows of `seen` elements.
+            unsafe {
+                self.multiply(q, &packed.keys_t, hd, seen, p.as_mut_ptr(), seen, false);
+                self.multiply(dout, &packed.values_t, hd, seen, ds.as_mut_ptr(), seen, false);
+            }
+            let rows = p[..n * seen].chunks_exact_mut(seen).zip(ds[..n * seen].chunks_exact_mut(seen));
+            for (row, (p, ds)) in rows.enumerate() {
+                let visible = self.visible(&block, row, seen);
+                let lse =
+                    x.lse[task.head * self.queries + self.segments[task.segment].q.start + block.start + row];
+                let at = row * out.row_stride;
+                let d = dot(&out.data[at..at + hd], &dout.data[at..at + hd]);
+                exp::probabilities_and_gradient(&mut p[..visible], &mut ds[..visible], lse, d, s);
+                p[visible..].fill(0.0);
+                ds[visible..].fill(0.0);
+            }
+            let (p, ds) = (MatRef::new(&p, n, seen), MatRef::new(&ds, n, seen));
+            for (m, panels) in [(q, &mut q_panels), (dout, &mut dout_panels)] {
+                resize(panels, n * padded);
+                pack::pack(self.isa, &Right::Dense(m), 1.0, 0..n, 0..hd, &mut panels[..n * padded], &mut []);
+            }
+            // SAFETY: the block's rows of dq are this task's alone; dk and dv have `seen` rows.
+            unsafe {
+                let dq = dq.at(self.index(task, block.start));
+                self.multiply(ds, &packed.keys, nkv, hd, dq, heads * hd, false);
+                self.multiply(ds.t(), &q_panels, n, hd, dk.as_mut_ptr(), hd, true);
+                self.multiply(p.t(), &dout_panels, n, hd, dv.as_mut_ptr(), hd, true);
+            }
+        }
+        SCRATCH.set([p, ds, q_panels, dout_panels]);
+        (dk, dv)
     }
 }
 
-/// `n` rows from `start` of head `head` in a buffer `[_, heads·hd]`.
-fn view(data: &[f32], start: usize, n: usize, head: usize, heads: usize, hd: usize) -> MatRef<'_> {
-    let width = heads * hd;
+fn resize(buffer: &mut Vec<f32>, len: usize) {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+}
+
+/// Rows `rows` of head `head` in a buffer `[_, heads·hd]`.
+fn view(data: &[f32], rows: Range<usize>, head: usize, heads: usize, hd: usize) -> MatRef<'_> {
+    let (width, n) = (heads * hd, rows.len());
     if n == 0 {
         return MatRef::strided(&[], 0, hd, width);
     }
-    let from = start * width + head * hd;
+    let from = rows.start * width + head * hd;
     MatRef::strided(&data[from..from + (n - 1) * width + hd], n, hd, width)
-}
-
-/// Writes (`add` = false) or adds a head's rows into a buffer `[_, heads·hd]`.
-fn put(part: &[f32], start: usize, head: usize, heads: usize, hd: usize, into: &mut [f32], add: bool) {
-    for (i, row) in part.chunks_exact(hd).enumerate() {
-        let dst = &mut into[(start + i) * heads * hd + head * hd..][..hd];
-        if add {
-            dst.iter_mut().zip(row).for_each(|(d, v)| *d += v);
-        } else {
-            dst.copy_from_slice(row);
-        }
-    }
 }
 
 /// Attention of `q` `[nq, heads·hd]` over `k`, `v` `[nkv, kv_heads·hd]` into `out` (like q); `lse`
@@ -197,31 +388,18 @@ pub fn attention(
     out: &mut [f32],
     lse: Option<&mut [f32]>,
 ) {
-    let (heads, hd) = (shape.heads, shape.head_dim);
-    let nq = q.len() / (heads * hd).max(1);
-    assert!(out.len() == q.len() && v.len() == k.len());
-    let tasks = tasks(shape, segments);
-    let parts: Vec<(Vec<f32>, Vec<f32>)> = tasks.par_iter().map(|t| t.forward(q, k, v)).collect();
-    for (task, (part, _)) in tasks.iter().zip(&parts) {
-        put(part, task.segment.q.start, task.head, heads, hd, out, false);
-    }
-    if let Some(lse) = lse {
-        assert_eq!(lse.len(), heads * nq);
-        for (task, (_, part)) in tasks.iter().zip(&parts) {
-            lse[task.head * nq + task.segment.q.start..][..part.len()].copy_from_slice(part);
-        }
-    }
+    let call = Call::new(shape, segments, q, k, v);
+    assert!(out.len() == q.len() && lse.as_ref().is_none_or(|l| l.len() == shape.heads * call.queries));
+    let packed = call.packed(false);
+    let (out, lse) = (Shared::new(out), lse.map(Shared::new));
+    call.tasks().par_iter().with_max_len(1).for_each(|t| call.forward(t, call.of(&packed, t), out, lse));
 }
 
-/// What the backward reads.
-struct Inputs<'a> {
-    q: &'a [f32],
-    k: &'a [f32],
-    v: &'a [f32],
+/// What the backward reads beside q, k and v.
+struct Given<'a> {
     out: &'a [f32],
     lse: &'a [f32],
     dout: &'a [f32],
-    queries: usize,
 }
 
 /// Gradients of q, k and v, overwritten; keys that no segment shows get zero.
@@ -240,130 +418,53 @@ pub fn attention_backward(
     dk: &mut [f32],
     dv: &mut [f32],
 ) {
-    let AttentionShape { heads, kv_heads, head_dim: hd, .. } = *shape;
-    let queries = q.len() / (heads * hd).max(1);
+    let call = Call::new(shape, segments, q, k, v);
     assert!(out.len() == q.len() && dout.len() == q.len() && dq.len() == q.len());
-    assert!(v.len() == k.len() && dk.len() == k.len() && dv.len() == k.len() && lse.len() == heads * queries);
+    assert!(dk.len() == k.len() && dv.len() == k.len() && lse.len() == shape.heads * call.queries);
+    let packed = call.packed(true);
+    let tasks = call.tasks();
+    let (given, dq) = (Given { out, lse, dout }, Shared::new(dq));
+    let parts: Vec<_> =
+        tasks.par_iter().with_max_len(1).map(|t| call.backward(t, call.of(&packed, t), &given, dq)).collect();
     dk.fill(0.0);
     dv.fill(0.0);
-    let inputs = Inputs { q, k, v, out, lse, dout, queries };
-    let tasks = tasks(shape, segments);
-    let parts: Vec<_> = tasks.par_iter().map(|t| t.backward(&inputs)).collect();
-    for (task, (dq_part, dk_part, dv_part)) in tasks.iter().zip(&parts) {
-        let (start, kv_head) = (task.segment.kv.start, task.head / (heads / kv_heads));
-        put(dq_part, task.segment.q.start, task.head, heads, hd, dq, false);
-        put(dk_part, start, kv_head, kv_heads, hd, dk, true);
-        put(dv_part, start, kv_head, kv_heads, hd, dv, true);
+    // some rows of a key/value head are one worker's, who adds what the tasks have for them in order (segments may
+    // share keys)
+    let (dk, dv) = (Shared::new(dk), Shared::new(dv));
+    let rows = k.len() / (shape.kv_heads * shape.head_dim).max(1);
+    (0..shape.kv_heads * rows.div_ceil(SUM_ROWS)).into_par_iter().for_each(|i| {
+        let (kv_head, start) = (i % shape.kv_heads, i / shape.kv_heads * SUM_ROWS);
+        let range = start..rows.min(start + SUM_ROWS);
+        for (task, (dk_part, dv_part)) in tasks.iter().zip(&parts) {
+            if task.head / call.group() == kv_head {
+                let first = segments[task.segment].kv.start;
+                add_rows(dk_part, first, &range, kv_head, shape, dk);
+                add_rows(dv_part, first, &range, kv_head, shape, dv);
+            }
+        }
+    });
+}
+
+/// Adds those of a head's rows, which begin at row `first`, that lie in `range` to a buffer `[_, kv_heads·hd]`.
+fn add_rows(
+    part: &[f32],
+    first: usize,
+    range: &Range<usize>,
+    kv_head: usize,
+    shape: &AttentionShape,
+    whole: Shared,
+) {
+    let AttentionShape { kv_heads, head_dim: hd, .. } = *shape;
+    let (start, end) = (range.start.max(first), range.end.min(first + part.len() / hd));
+    for row in start..end {
+        let at = (row * kv_heads + kv_head) * hd;
+        assert!(at + hd <= whole.1);
+        // SAFETY: inside the buffer; nobody else touches these rows of this head.
+        let to = unsafe { std::slice::from_raw_parts_mut(whole.at(at), hd) };
+        to.iter_mut().zip(&part[(row - first) * hd..]).for_each(|(d, v)| *d += v);
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::dropout::mix;
-
-    fn numbers(seed: u64, n: usize) -> Vec<f32> {
-        (0..n as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
-    }
-
-    /// Straight from the definition, in f64.
-    fn reference(shape: &AttentionShape, segments: &[Segment], q: &[f32], k: &[f32], v: &[f32]) -> Vec<f64> {
-        let AttentionShape { heads, kv_heads, head_dim: hd, scale, causal } = *shape;
-        let mut out = vec![0f64; q.len()];
-        for s in segments {
-            for (i, qi) in s.q.clone().enumerate() {
-                for h in 0..heads {
-                    let g = h / (heads / kv_heads);
-                    let last = if causal { s.kv.len() - s.q.len() + i + 1 } else { s.kv.len() };
-                    let at = |buffer: &[f32], j: usize, c: usize| {
-                        f64::from(buffer[(s.kv.start + j) * kv_heads * hd + g * hd + c])
-                    };
-                    let score = |j: usize| -> f64 {
-                        (0..hd).map(|c| f64::from(q[qi * heads * hd + h * hd + c]) * at(k, j, c)).sum::<f64>()
-                            * f64::from(scale)
-                    };
-                    let scores: Vec<f64> = (0..last).map(score).collect();
-                    let total: f64 = scores.iter().map(|s| s.exp()).sum();
-                    for c in 0..hd {
-                        out[qi * heads * hd + h * hd + c] =
-                            (0..last).map(|j| scores[j].exp() / total * at(v, j, c)).sum();
-                    }
-                }
-            }
-        }
-        out
-    }
-
-    fn segment(q: Range<usize>, kv: Range<usize>) -> Segment {
-        Segment { q, kv }
-    }
-
-    #[test]
-    fn forward_agrees_with_the_definition() {
-        for causal in [true, false] {
-            for (heads, kv_heads, hd) in [(1, 1, 8), (4, 2, 16), (9, 3, 64)] {
-                let shape = AttentionShape { heads, kv_heads, head_dim: hd, scale: 0.2, causal };
-                let segments = [segment(0..70, 0..70), segment(70..71, 70..71), segment(71..80, 71..230)];
-                let (q, k, v) = (
-                    numbers(1, 80 * heads * hd),
-                    numbers(2, 230 * kv_heads * hd),
-                    numbers(3, 230 * kv_heads * hd),
-                );
-                let mut out = vec![0.0; q.len()];
-                attention(&shape, &segments, &q, &k, &v, &mut out, None);
-                for (a, b) in out.iter().zip(reference(&shape, &segments, &q, &k, &v)) {
-                    assert!((f64::from(*a) - b).abs() < 1e-5, "{a} {b}"); // means of numbers below 1
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn backward_agrees_with_finite_differences() {
-        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 8, scale: 0.4, causal: true };
-        let segments = [segment(0..67, 0..67), segment(67..70, 67..75)];
-        let (q, k, v, dout) =
-            (numbers(1, 70 * 32), numbers(2, 80 * 16), numbers(3, 80 * 16), numbers(4, 70 * 32));
-        let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 4 * 70]);
-        attention(&shape, &segments, &q, &k, &v, &mut out, Some(&mut lse));
-        let (mut dq, mut dk, mut dv) = (vec![9.0; q.len()], vec![9.0; k.len()], vec![9.0; v.len()]);
-        attention_backward(&shape, &segments, &q, &k, &v, &out, &lse, &dout, &mut dq, &mut dk, &mut dv);
-        let loss = |q: &[f32], k: &[f32], v: &[f32]| -> f64 {
-            reference(&shape, &segments, q, k, v).iter().zip(&dout).map(|(o, g)| o * f64::from(*g)).sum()
-        };
-        let h = 1e-3f32;
-        for which in 0..3 {
-            let grads = [&dq, &dk, &dv][which];
-            for i in (0..grads.len()).step_by(97) {
-                let moved = |delta: f32| {
-                    let mut parts = [q.clone(), k.clone(), v.clone()];
-                    parts[which][i] += delta;
-                    loss(&parts[0], &parts[1], &parts[2])
-                };
-                let slope = (moved(h) - moved(-h)) / (2.0 * f64::from(h));
-                let got = f64::from(grads[i]);
-                // the step's own rounding in f32 is 1e-4 of it
-                assert!((slope - got).abs() < 1e-3 * slope.abs().max(0.1), "{which} {i}: {slope} {got}");
-            }
-        }
-        assert!(dk[75 * 16..].iter().all(|v| *v == 0.0), "keys that nobody sees");
-    }
-
-    #[test]
-    fn threads_do_not_change_a_bit() {
-        let shape = AttentionShape { heads: 6, kv_heads: 2, head_dim: 16, scale: 0.25, causal: true };
-        let segments = [segment(0..100, 0..100), segment(100..130, 100..130)];
-        let (q, k, v) = (numbers(1, 130 * 96), numbers(2, 130 * 32), numbers(3, 130 * 32));
-        let run = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| {
-                let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 6 * 130]);
-                attention(&shape, &segments, &q, &k, &v, &mut out, Some(&mut lse));
-                let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-                attention_backward(&shape, &segments, &q, &k, &v, &out, &lse, &q, &mut dq, &mut dk, &mut dv);
-                (out, dq, dk, dv)
-            })
-        };
-        assert_eq!(run(1), run(2));
-    }
-}
+#[path = "attention_tests.rs"]
+mod tests;

@@ -1,16 +1,21 @@
-//! Between stored numbers and f32: ggml's quantized blocks, f16 and bf16.
+//! Between stored numbers and f32: ggml's quantized blocks, f16 and bf16; bitsandbytes' NF4, FP4 and int8.
 //!
 //! One file per family of blocks. Each states the block's layout, holds a scalar reference that follows the
 //! layout literally, and a fast version. Both round as ggml and the `gguf` Python package do (every product and
 //! sum rounded on its own, never fused), so decoding is equal to theirs bit for bit on every CPU.
 //!
-//! Layouts: `ggml-common.h` and `ggml-quants.c` of llama.cpp.
+//! Layouts: `ggml-common.h` and `ggml-quants.c` of llama.cpp. Those of bitsandbytes keep their factors beside the
+//! codes, in arrays of their own (`four_bit.rs`, `scales.rs`, `int8.rs`).
 
+pub mod dynamic;
 mod encode;
 mod encode_k;
 mod floats;
-mod kquants;
+mod four_bit;
+mod int8;
+pub(crate) mod kquants;
 mod legacy;
+mod scales;
 pub(crate) mod simd;
 
 use crate::storage::StorageType;
@@ -18,6 +23,9 @@ use rayon::prelude::*;
 
 pub use encode::{EncodeError, encode};
 pub use floats::f16_to_f32;
+pub use four_bit::{FourBit, FourBitView, encode_four_bit, is_block_size};
+pub use int8::{Int8View, encode_int8};
+pub use scales::{BlockScales, DoubleQuantized, DoubleScales, F32s, NESTED_BLOCK, double_quantize};
 
 /// Elements that one parallel task of [`decode_parallel`] decodes: a whole number of blocks of every storage.
 const PARALLEL_CHUNK: usize = 1 << 16;
@@ -71,8 +79,8 @@ pub fn decode_reference(storage: StorageType, bytes: &[u8], out: &mut [f32]) {
 
 /// Decodes `out.len()` elements of one stored row, from column `start_col` on.
 ///
-/// `row` is the whole row's bytes ([`WeightView::row`](crate::storage::WeightView::row)); `start_col` and
-/// `out.len()` are multiples of the block length. Panics if they are not, or reach past the row.
+/// `row` is the whole row's bytes; `start_col` and `out.len()` are multiples of the block length. Panics if they are
+/// not, or reach past the row.
 pub fn decode_range(row: &[u8], storage: StorageType, start_col: usize, out: &mut [f32]) {
     let (len, size) = (storage.block_len(), storage.block_bytes());
     assert!(start_col.is_multiple_of(len), "column {start_col} is inside a {storage} block of {len}");

@@ -17,7 +17,6 @@
 //! [`cross_entropy_backward`] serves heads that are themselves trained: with L known, one more pass gives
 //! every gradient.
 
-use crate::codec;
 use crate::exp;
 use crate::mat::{MatMut, MatRef};
 use crate::matmul::sgemm_serial;
@@ -48,10 +47,13 @@ pub struct TokenStats {
 
 /// Vocabulary rows of a block: 512 rows of 576 floats are 1.2 MB, and their logits for 512 tokens 1 MB.
 const BLOCK: usize = 512;
-/// Parts of the vocabulary that run in parallel.
-const PARTS: usize = 8;
+/// Parts of the vocabulary that run in parallel: each has a share of dH of its own, so few. Where there are more
+/// threads, the rows are shared out as well, which changes no bit.
+const PARTS: usize = 4;
 /// Rows of hidden states that go through the vocabulary together.
 const ROWS: usize = 512;
+/// Fewest rows for which the vocabulary is read (and decoded) once more.
+const LEAST_ROWS: usize = 96;
 
 thread_local! {
     /// Decoded rows of the head, kept from call to call.
@@ -81,11 +83,9 @@ impl Head<'_> {
         if let Some(all) = self.weight.as_f32() {
             return f(&all[range.start * d..range.end * d]);
         }
-        let bytes = self.weight.bytes();
-        let row = bytes.len() / self.weight.rows();
         TILE.with_borrow_mut(|tile| {
             tile.resize(range.len() * d, 0.0);
-            codec::decode(self.weight.storage(), &bytes[range.start * row..range.end * row], tile);
+            self.weight.decode_rows(range.clone(), tile);
             f(tile)
         })
     }
@@ -194,26 +194,49 @@ pub fn cross_entropy(
     assert!(hidden.len() == n * d && stats.len() == n);
     assert!(targets.iter().all(|t| (*t as usize) < weight.rows()));
     let head = Head { weight, bias, low_rank };
+    let gradient = d_hidden.is_some();
+    let vocab_parts = head.parts();
     for start in (0..n).step_by(ROWS) {
-        let rows = start..(start + ROWS).min(n);
-        let h = &hidden[rows.start * d..rows.end * d];
-        let targets = &targets[rows.clone()];
-        let run = |vocab| Part::run(&head, h, &rows, targets, vocab, d_hidden.is_some());
-        let parts: Vec<Part> = head.parts().into_par_iter().map(run).collect();
-        for (i, row) in rows.clone().enumerate() {
-            let (value, log_sum) = merge_row(&parts, i, targets[i]);
-            stats[row] = value;
-            if let Some(lse) = lse.as_deref_mut() {
-                lse[row] = log_sum;
+        let chunk = start..(start + ROWS).min(n);
+        let blocks = row_blocks(&chunk, vocab_parts.len());
+        let tasks: Vec<(&Range<usize>, &Range<usize>)> =
+            blocks.iter().flat_map(|rows| vocab_parts.iter().map(move |vocab| (rows, vocab))).collect();
+        let run = |(rows, vocab): &(&Range<usize>, &Range<usize>)| {
+            let (rows, vocab): (&Range<usize>, Range<usize>) = (rows, (*vocab).clone());
+            Part::run(
+                &head,
+                &hidden[rows.start * d..rows.end * d],
+                rows,
+                &targets[rows.clone()],
+                vocab,
+                gradient,
+            )
+        };
+        let parts: Vec<Part> = tasks.par_iter().with_max_len(1).map(run).collect();
+        for (rows, parts) in blocks.iter().zip(parts.chunks(vocab_parts.len().max(1))) {
+            for (i, row) in rows.clone().enumerate() {
+                let (value, log_sum) = merge_row(parts, i, targets[row]);
+                stats[row] = value;
+                if let Some(lse) = lse.as_deref_mut() {
+                    lse[row] = log_sum;
+                }
+            }
+            if let Some(out) = d_hidden.as_deref_mut() {
+                let out = &mut out[rows.start * d..rows.end * d];
+                out.par_chunks_mut(d.max(1)).enumerate().with_min_len(16).for_each(|(i, out)| {
+                    merge_gradient(parts, &head, i, targets[rows.start + i], out);
+                });
             }
         }
-        if let Some(out) = d_hidden.as_deref_mut() {
-            let out = &mut out[rows.start * d..rows.end * d];
-            out.par_chunks_mut(d.max(1)).enumerate().for_each(|(i, out)| {
-                merge_gradient(&parts, &head, i, targets[i], out);
-            });
-        }
     }
+}
+
+/// Shares the rows of a chunk out if the parts of the vocabulary are too few for all threads.
+fn row_blocks(chunk: &Range<usize>, parts: usize) -> Vec<Range<usize>> {
+    let wanted = (2 * rayon::current_num_threads()).div_ceil(parts.max(1));
+    let blocks = wanted.clamp(1, (chunk.len() / LEAST_ROWS).max(1));
+    let height = chunk.len().div_ceil(blocks).max(1);
+    chunk.clone().step_by(height).map(|top| top..chunk.end.min(top + height)).collect()
 }
 
 /// The largest logit of row `i` over all parts.

@@ -1,6 +1,7 @@
 //! Both passes against the definition in f64 and its derivatives.
 
 use super::*;
+use crate::codec;
 use crate::dropout::mix;
 
 fn numbers(seed: u64, n: usize) -> Vec<f32> {

@@ -1,6 +1,5 @@
 //! Rows of a matrix by index, and their gradient.
 
-use crate::codec;
 use crate::storage::WeightView;
 use rayon::prelude::*;
 
@@ -9,7 +8,7 @@ pub fn gather(weight: WeightView<'_>, ids: &[u32], out: &mut [f32]) {
     let d = weight.cols();
     assert_eq!(out.len(), ids.len() * d);
     out.par_chunks_mut(d.max(1)).zip(ids).for_each(|(out, id)| {
-        codec::decode(weight.storage(), weight.row(*id as usize), out);
+        weight.decode_row(*id as usize, 0, out);
     });
 }
 

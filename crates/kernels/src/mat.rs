@@ -28,6 +28,12 @@ impl<'a> MatRef<'a> {
         Self { data, rows, cols, row_stride, col_stride: 1 }
     }
 
+    /// Panics unless every element lies in `data`.
+    pub(crate) fn check(&self) {
+        let needed = extent(self.rows, self.cols, self.row_stride, self.col_stride);
+        assert!(needed <= self.data.len(), "matrix [{}, {}] past its data", self.rows, self.cols);
+    }
+
     /// The transposed view.
     pub fn t(self) -> Self {
         Self {
@@ -65,4 +71,13 @@ impl<'a> MatMut<'a> {
         assert!(rows == 0 || data.len() >= (rows - 1) * row_stride + cols);
         Self { data, rows, cols, row_stride }
     }
+}
+
+/// Elements from the first to behind the last one of a strided matrix.
+pub(crate) fn extent(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> usize {
+    if rows == 0 || cols == 0 {
+        return 0;
+    }
+    let last = (rows - 1).checked_mul(row_stride).zip((cols - 1).checked_mul(col_stride));
+    last.and_then(|(i, j)| i.checked_add(j)?.checked_add(1)).expect("matrix size overflows")
 }

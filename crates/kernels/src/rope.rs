@@ -9,6 +9,7 @@
 //!
 //! Elements from 2·half on are left alone. The transpose, which is the backward, has sin negated.
 
+use crate::codec::simd::multiversion;
 use rayon::prelude::*;
 
 /// Cosines and sines by position: row p holds `half` values.
@@ -38,34 +39,49 @@ impl RopeTable {
     }
 }
 
-/// Turns the heads of `x` `[n, heads·head_dim]` in place; `inverse` applies the transpose.
+/// Turns the heads of `x` `[n, heads·head_dim]` into `out`; `inverse` applies the transpose.
 ///
 /// Panics if lengths do not fit or a position lies beyond the table.
 pub fn apply(
     table: &RopeTable,
     positions: &[u32],
-    x: &mut [f32],
+    x: &[f32],
     heads: usize,
     head_dim: usize,
     inverse: bool,
+    out: &mut [f32],
 ) {
     let (half, width) = (table.half, heads * head_dim);
-    assert!(x.len() == positions.len() * width && 2 * half <= head_dim);
-    if width == 0 || half == 0 {
+    assert!(x.len() == positions.len() * width && out.len() == x.len() && 2 * half <= head_dim);
+    if width == 0 {
         return;
     }
     let sign = if inverse { -1.0 } else { 1.0 };
-    x.par_chunks_mut(width).with_min_len(16).zip(positions).for_each(|(row, p)| {
+    let rows = out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(64).zip(positions);
+    rows.for_each(|((out, x), p)| {
         let at = *p as usize * half;
-        let (cos, sin) = (&table.cos[at..at + half], &table.sin[at..at + half]);
-        for head in row.chunks_exact_mut(head_dim) {
-            let (a, b) = head.split_at_mut(half);
-            for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-                let s = s * sign;
-                (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
-            }
-        }
+        turn_row(x, &table.cos[at..at + half], &table.sin[at..at + half], sign, head_dim, out);
     });
+}
+
+multiversion!(
+    /// One token's heads.
+    fn turn_row(x: &[f32], cos: &[f32], sin: &[f32], sign: f32, head_dim: usize, out: &mut [f32]) = turn_row_body
+);
+
+#[inline(always)]
+fn turn_row_body(x: &[f32], cos: &[f32], sin: &[f32], sign: f32, head_dim: usize, out: &mut [f32]) {
+    let half = cos.len();
+    for (x, out) in x.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
+        let ((a, b), rest) = (x.split_at(half), 2 * half);
+        let (out_a, out_b) = out.split_at_mut(half);
+        for i in 0..half {
+            let (c, s) = (cos[i], sin[i] * sign);
+            out_a[i] = a[i] * c - b[i] * s;
+            out_b[i] = b[i] * c + a[i] * s;
+        }
+        out[rest..].copy_from_slice(&x[rest..]);
+    }
 }
 
 #[cfg(test)]
@@ -76,8 +92,8 @@ mod tests {
     fn turns_pairs_by_the_angle_and_back() {
         let table = RopeTable::new(&[1.0, 0.1], 1.0, 8);
         let x: Vec<f32> = (0..2 * 2 * 5).map(|i| i as f32 - 7.0).collect();
-        let mut y = x.clone();
-        apply(&table, &[3, 7], &mut y, 2, 5, false);
+        let mut y = vec![f32::NAN; x.len()];
+        apply(&table, &[3, 7], &x, 2, 5, false, &mut y);
         for (token, p) in [3.0f64, 7.0].iter().enumerate() {
             for head in 0..2 {
                 let at = token * 10 + head * 5;
@@ -90,7 +106,8 @@ mod tests {
                 assert_eq!(y[at + 4], x[at + 4]);
             }
         }
-        apply(&table, &[3, 7], &mut y, 2, 5, true);
+        let turned = y.clone();
+        apply(&table, &[3, 7], &turned, 2, 5, true, &mut y);
         // a rotation and its transpose: two roundings of numbers below 20
         assert!(x.iter().zip(&y).all(|(a, b)| (a - b).abs() < 1e-5));
     }

@@ -1,9 +1,10 @@
 //! Products against sums in f64, over odd shapes, strides and all storages; and their independence of threads.
 
-use engobe_kernels::codec::decode_reference;
+use engobe_kernels::codec::{FourBit, decode_reference};
 use engobe_kernels::mat::{MatMut, MatRef};
 use engobe_kernels::matmul::{linear, linear_input_grad, sgemm, sgemm_serial};
-use engobe_kernels::storage::{StorageType, WeightView};
+use engobe_kernels::quantize::{QuantizedWeight, Scheme};
+use engobe_kernels::storage::{Elements, StorageType, WeightView};
 use proptest::prelude::*;
 
 /// Numbers in -1..1 from a seed (splitmix64).
@@ -121,13 +122,34 @@ fn assert_product(what: &str, alpha: f32, a: MatRef, b: MatRef, old: Option<&Pad
 
 /// Both products with one weight, set and added.
 fn check_weight(storage: StorageType, m: usize, rows: usize, cols: usize, gap: usize, seed: u64) {
-    let what = format!("{storage} m={m} [{rows}, {cols}]");
     let mut random = Random(seed);
     let bytes = random.weight(storage, rows, cols);
     let w = WeightView::new(storage, rows, cols, &bytes).expect("shape");
     let mut plain = vec![0f32; rows * cols];
     decode_reference(storage, &bytes, &mut plain);
-    let plain = MatRef::new(&plain, rows, cols);
+    check_products(storage.name(), w, &plain, m, gap, random);
+}
+
+/// The same for codes with factors beside them.
+fn check_scheme(scheme: Scheme, m: usize, rows: usize, cols: usize, gap: usize, seed: u64) {
+    let mut random = Random(seed);
+    let floats: Vec<u8> = random.floats(rows * cols).iter().flat_map(|x| x.to_le_bytes()).collect();
+    let weight =
+        QuantizedWeight::new(scheme, StorageType::F32, rows, cols, &floats, &|_| ()).expect("finite");
+    let w = weight.view().expect("whole");
+    let element = |i: usize| match w.elements() {
+        Elements::FourBit(view) => view.element(i),
+        Elements::Int8(view) => view.element(i / cols, i % cols),
+        Elements::Blocks { .. } => panic!("a quantized weight is codes"),
+    };
+    let plain: Vec<f32> = (0..rows * cols).map(element).collect();
+    check_products(&scheme.to_string(), w, &plain, m, gap, random);
+}
+
+fn check_products(name: &str, w: WeightView, plain: &[f32], m: usize, gap: usize, mut random: Random) {
+    let (rows, cols) = (w.rows(), w.cols());
+    let what = format!("{name} m={m} [{rows}, {cols}]");
+    let plain = MatRef::new(plain, rows, cols);
 
     let x = Padded::new(m, cols, gap, || random.float());
     let dy = Padded::new(m, rows, gap, || random.float());
@@ -158,6 +180,26 @@ fn every_storage_over_odd_shapes() {
             for (rows, cols) in [(1, 1), (97, 33), (50, 1100), (600, 65)] {
                 let cols = usize::next_multiple_of(cols, block);
                 check_weight(storage, m, rows, cols, i % 3, (m * rows + cols) as u64);
+            }
+        }
+    }
+}
+
+/// Blocks that end with rows, and blocks that straddle them; an odd number of elements.
+const SCHEMES: [Scheme; 5] = [
+    Scheme::FourBit { kind: FourBit::Nf4, block: 64, double: false },
+    Scheme::FourBit { kind: FourBit::Nf4, block: 64, double: true },
+    Scheme::FourBit { kind: FourBit::Fp4, block: 32, double: false },
+    Scheme::FourBit { kind: FourBit::Fp4, block: 1024, double: true },
+    Scheme::Int8,
+];
+
+#[test]
+fn every_scheme_over_odd_shapes() {
+    for scheme in SCHEMES {
+        for (i, m) in [1, 2, 4, 5, 17, 128].into_iter().enumerate() {
+            for (rows, cols) in [(1, 1), (97, 33), (50, 1100), (600, 65), (100, 256)] {
+                check_scheme(scheme, m, rows, cols, i % 3, (m * rows + cols) as u64);
             }
         }
     }
@@ -296,6 +338,17 @@ proptest! {
         seed: u64,
     ) {
         check_weight(storage, m, rows, cols.next_multiple_of(storage.block_len()), gap, seed);
+    }
+
+    #[test]
+    fn quantized_linear_over_any_shape(
+        scheme in prop::sample::select(SCHEMES.to_vec()),
+        m in 1usize..40,
+        rows in 1usize..230,
+        cols in 1usize..600,
+        seed: u64,
+    ) {
+        check_scheme(scheme, m, rows, cols, 1, seed);
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub use weights::{WeightDtype, Weights, permute_rows, unpermute_rows};
 use candle_core::Device;
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::hf_config::HfConfig;
+use engobe_kernels::quantize::Scheme;
 use engobe_nn::CausalLm;
 use std::path::{Path, PathBuf};
 
@@ -59,6 +60,29 @@ pub enum Error {
         /// shape by the configuration
         expected: Vec<usize>,
     },
+    /// A weight that shall be quantized is quantized.
+    #[error("{}: {tensor} is quantized already ({storage}); only weights in f32, bf16 or f16 can be quantized", path.display())]
+    AlreadyQuantized {
+        /// file
+        path: PathBuf,
+        /// tensor
+        tensor: String,
+        /// how it is stored
+        storage: String,
+    },
+    /// A weight's parts do not fit each other, or it cannot be quantized.
+    #[error("{}: {tensor}: {what}", path.display())]
+    Unfit {
+        /// file
+        path: PathBuf,
+        /// tensor
+        tensor: String,
+        /// what is wrong
+        what: String,
+    },
+    /// Options contradict each other.
+    #[error("{0}")]
+    Options(&'static str),
     /// A weight is NaN or infinite.
     #[error("{}: {tensor} holds NaN or infinity; the file is broken", path.display())]
     NotFinite {
@@ -83,20 +107,21 @@ pub enum Error {
 pub struct LoadOptions {
     /// how base weights are kept
     pub dtype: WeightDtype,
+    /// what linear layers are quantized to as they are read; the output head stays as it is
+    pub quantize: Option<Scheme>,
     /// where they live
     pub device: Device,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { dtype: WeightDtype::Stored, device: Device::Cpu }
+        Self { dtype: WeightDtype::Stored, quantize: None, device: Device::Cpu }
     }
 }
 
 /// Loads the decoder in a Hugging Face directory or a `.gguf` file, by memory map and in parallel.
 pub fn load_causal_lm(path: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
     let checkpoint = Checkpoint::open(path)?;
-    let device = options.device.clone();
     if let Some(gguf) = checkpoint.gguf() {
         let architecture = gguf.str("general.architecture")?;
         if architecture != "llama" {
@@ -104,16 +129,31 @@ pub fn load_causal_lm(path: &Path, options: &LoadOptions) -> Result<Box<dyn Caus
         }
         let config = LlamaConfig::from_gguf(gguf)?;
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-        let weights = Weights::gguf_llama(&checkpoint, options.dtype, device, heads, kv_heads);
+        let weights = Weights::gguf_llama(&checkpoint, options, heads, kv_heads)?;
         return Ok(Box::new(Llama::load(&config, &weights)?));
     }
     let config = HfConfig::open(path)?;
+    check_quantization(&config)?;
     match config.model_type()? {
         "llama" => {
-            let weights = Weights::hugging_face(&checkpoint, options.dtype, device);
+            let weights = Weights::hugging_face(&checkpoint, options)?;
             Ok(Box::new(Llama::load(&LlamaConfig::from_hf(&config)?, &weights)?))
         }
         other => Err(Error::Architecture { path: config.path().to_path_buf(), found: other.to_string() }),
+    }
+}
+
+/// Refuses models quantized by anybody but bitsandbytes.
+fn check_quantization(config: &HfConfig) -> Result<()> {
+    let Some(quantization) = config.get("quantization_config") else { return Ok(()) };
+    match quantization.get("quant_method").and_then(serde_json::Value::as_str) {
+        Some("bitsandbytes") => Ok(()),
+        other => Err(Error::Config {
+            path: config.path().to_path_buf(),
+            key: "quantization_config.quant_method".to_string(),
+            found: other.map_or("missing".to_string(), |name| format!("{name:?}")),
+            expected: "\"bitsandbytes\", or a model that is not quantized".to_string(),
+        }),
     }
 }
 

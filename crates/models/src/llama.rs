@@ -8,6 +8,7 @@ use crate::weights::Weights;
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, Head, HeadLoss, LinearSpec, RopeSpec};
 use engobe_autograd::{Error as OpError, Result as OpResult, Tape, Var};
+use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::{AttentionShape, Segment};
 use engobe_nn::rope::Rope;
 use engobe_nn::{
@@ -60,7 +61,7 @@ impl Llama {
             false => weights.matrix("lm_head.weight", c.vocab_size, d)?,
         };
         let linear = |path: &str, out: usize, width: usize, bias: bool| -> Result<Linear> {
-            let weight = weights.matrix(&format!("{path}.weight"), out, width)?;
+            let weight = weights.linear(&format!("{path}.weight"), out, width)?;
             let bias = bias.then(|| weights.vector(&format!("{path}.bias"), out)).transpose()?;
             Ok(Linear::new(path, weight, bias))
         };
@@ -129,16 +130,14 @@ impl Layer {
         }
         let attended = ops::attention(tape, &q, &k, &v, self.shape, context.segments.clone())?;
         drop((q, k, v));
-        let out = self.o_proj.forward(tape, &attended)?;
-        let x = ops::add(tape, x, &out)?;
-        drop((attended, out));
+        let x = self.o_proj.forward_residual(tape, &attended, x)?;
+        drop(attended);
         let normed = self.post_attention_layernorm.forward(tape, &x)?;
         let [gate, up] = linear_group(tape, &normed, [&self.gate_proj, &self.up_proj])?;
         drop(normed);
-        let gated = ops::silu_mul(tape, &gate, &up)?;
+        let gated = ops::gated(tape, Activation::Silu, &gate, &up)?;
         drop((gate, up));
-        let out = self.down_proj.forward(tape, &gated)?;
-        ops::add(tape, &x, &out)
+        self.down_proj.forward_residual_last(tape, &gated, &x)
     }
 
     fn linears(&mut self) -> [&mut Linear; 7] {

@@ -1,15 +1,17 @@
 //! From a checkpoint's tensors to frozen weights: names, storage, shape and sanity.
 
 use crate::gguf_names;
-use crate::{Error, Result};
+use crate::{Error, LoadOptions, Result};
 use candle_core::{Device, Tensor};
-use engobe_autograd::{FrozenWeight, HostBytes, tensor_of};
+use engobe_autograd::{Error as OpError, FrozenWeight, HostBytes, HostScales, tensor_of};
+use engobe_formats::bitsandbytes::{self, Quantized, Scales};
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::tensor::TensorView;
 use engobe_kernels::codec;
-use engobe_kernels::storage::StorageType;
+use engobe_kernels::quantize::{QuantizeError, QuantizedWeight, Scheme};
+use engobe_kernels::storage::{StorageType, WeightView};
 use rayon::prelude::*;
-use std::sync::Arc;
+use std::ops::Range;
 
 /// How base weights are kept in memory. Compute is in f32 either way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -25,10 +27,23 @@ pub enum WeightDtype {
     F16,
 }
 
+impl WeightDtype {
+    /// The storage that weights get, if not the one that they have.
+    fn storage(self) -> Option<StorageType> {
+        match self {
+            Self::Stored => None,
+            Self::F32 => Some(StorageType::F32),
+            Self::Bf16 => Some(StorageType::BF16),
+            Self::F16 => Some(StorageType::F16),
+        }
+    }
+}
+
 /// Tensors of one checkpoint under Hugging Face names.
 pub struct Weights<'a> {
     checkpoint: &'a Checkpoint,
     dtype: WeightDtype,
+    quantize: Option<Scheme>,
     device: Device,
     /// heads and key/value heads of a GGUF file whose q and k rows are permuted
     gguf_heads: Option<(usize, usize)>,
@@ -36,20 +51,33 @@ pub struct Weights<'a> {
 
 impl<'a> Weights<'a> {
     /// Tensors of a Hugging Face directory.
-    pub fn hugging_face(checkpoint: &'a Checkpoint, dtype: WeightDtype, device: Device) -> Self {
-        Self { checkpoint, dtype, device, gguf_heads: None }
+    ///
+    /// # Errors
+    /// Options that contradict each other.
+    pub fn hugging_face(checkpoint: &'a Checkpoint, options: &LoadOptions) -> Result<Self> {
+        if options.quantize.is_some() && options.dtype != WeightDtype::Stored {
+            let why = "quantized weights are kept in their own type, not in another one";
+            return Err(Error::Options(why));
+        }
+        if options.quantize.is_some() && !options.device.is_cpu() {
+            return Err(Error::Options("quantized weights live in the memory of the CPU"));
+        }
+        let LoadOptions { dtype, quantize, device } = options.clone();
+        Ok(Self { checkpoint, dtype, quantize, device, gguf_heads: None })
     }
 
     /// Tensors of a GGUF file of architecture `llama`, whose q and k rows were permuted by the converter
     /// for `heads` and `kv_heads` heads.
+    ///
+    /// # Errors
+    /// Options that contradict each other.
     pub fn gguf_llama(
         checkpoint: &'a Checkpoint,
-        dtype: WeightDtype,
-        device: Device,
+        options: &LoadOptions,
         heads: usize,
         kv_heads: usize,
-    ) -> Self {
-        Self { checkpoint, dtype, device, gguf_heads: Some((heads, kv_heads)) }
+    ) -> Result<Self> {
+        Ok(Self { gguf_heads: Some((heads, kv_heads)), ..Self::hugging_face(checkpoint, options)? })
     }
 
     /// Where the weights shall live.
@@ -57,45 +85,124 @@ impl<'a> Weights<'a> {
         &self.device
     }
 
-    fn find(&self, name: &str) -> Result<&'a TensorView> {
-        let name = match self.gguf_heads {
+    /// Name of a tensor in the checkpoint.
+    fn name(&self, name: &str) -> String {
+        match self.gguf_heads {
             Some(_) => gguf_names::from_hf(name).unwrap_or_else(|| name.to_string()),
             None => name.to_string(),
-        };
-        Ok(self.checkpoint.get(&name)?)
+        }
     }
 
-    /// A matrix `[rows, cols]`.
+    fn find(&self, name: &str) -> Result<&'a TensorView> {
+        Ok(self.checkpoint.get(&self.name(name))?)
+    }
+
+    /// A matrix `[rows, cols]` that stays as precise as it is stored: an embedding, an output head.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
+        self.load(name, rows, cols, None)
+    }
+
+    /// The matrix `[rows, cols]` of a linear layer: quantized while it is read, if that was asked for.
+    pub fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
+        self.load(name, rows, cols, self.quantize)
+    }
+
+    fn load(&self, name: &str, rows: usize, cols: usize, quantize: Option<Scheme>) -> Result<FrozenWeight> {
+        let weight = match bitsandbytes::find(self.checkpoint, &self.name(name))? {
+            Some(found) if quantize.is_some() => {
+                return Err(Error::AlreadyQuantized {
+                    path: self.checkpoint.path().to_path_buf(),
+                    tensor: name.to_string(),
+                    storage: found.scheme().to_string(),
+                });
+            }
+            Some(found) => self.codes(name, rows, cols, &found)?,
+            None => self.blocks(name, rows, cols, quantize)?,
+        };
+        if self.device.is_cpu() { Ok(weight) } else { self.to_device(&weight) }
+    }
+
+    /// A matrix that bitsandbytes quantized: as it lies in the file, or widened.
+    fn codes(&self, name: &str, rows: usize, cols: usize, found: &Quantized<'_>) -> Result<FrozenWeight> {
+        if found.shape() != [rows, cols] {
+            return Err(Error::Shape {
+                path: self.checkpoint.path().to_path_buf(),
+                tensor: name.to_string(),
+                found: found.shape().to_vec(),
+                expected: vec![rows, cols],
+            });
+        }
+        let weight = match found {
+            Quantized::FourBit { kind, block, codes, scales, .. } => {
+                let scales = match scales {
+                    Scales::Plain(absmax) => HostScales::Plain(mapped(absmax)),
+                    Scales::Double { codes, map, nested, offset } => HostScales::Double {
+                        codes: mapped(codes),
+                        map: mapped(map),
+                        nested: mapped(nested),
+                        offset: *offset,
+                    },
+                };
+                FrozenWeight::four_bit(*kind, *block, rows, cols, mapped(codes), scales)
+            }
+            Quantized::Int8 { codes, scales, .. } => {
+                FrozenWeight::int8(rows, cols, mapped(codes), mapped(scales))
+            }
+        };
+        let weight = weight.map_err(|e| self.unfit(name, &e.to_string()))?;
+        self.check_factors(name, found)?;
+        match self.dtype.storage() {
+            None => Ok(weight),
+            Some(wanted) => Ok(FrozenWeight::host(wanted, rows, cols, convert(weight.view()?, wanted)?)?),
+        }
+    }
+
+    fn unfit(&self, name: &str, what: &str) -> Error {
+        let (path, tensor) = (self.checkpoint.path().to_path_buf(), name.to_string());
+        Error::Unfit { path, tensor, what: what.to_string() }
+    }
+
+    /// Factors are few, and one that is NaN or infinite spoils a block.
+    fn check_factors(&self, name: &str, found: &Quantized<'_>) -> Result<()> {
+        let factors = match found {
+            Quantized::FourBit { scales: Scales::Plain(factors), .. } => vec![factors],
+            Quantized::FourBit { scales: Scales::Double { nested, map, .. }, .. } => vec![nested, map],
+            Quantized::Int8 { scales, .. } => vec![scales],
+        };
+        match factors.iter().find(|f| !all_finite(StorageType::F32, f.bytes())) {
+            None => Ok(()),
+            Some(bad) => Err(Error::NotFinite {
+                path: self.checkpoint.path().to_path_buf(),
+                tensor: format!("{name}: {}", bad.name),
+            }),
+        }
+    }
+
+    /// A matrix in plain floats or GGUF blocks.
+    fn blocks(&self, name: &str, rows: usize, cols: usize, quantize: Option<Scheme>) -> Result<FrozenWeight> {
         let view = self.find(name)?;
         check_shape(view, &[rows, cols])?;
         let storage = view.storage()?;
-        check_finite(view, storage)?;
         let permuted = self.permuted_heads(name);
-        let wanted = match self.dtype {
-            WeightDtype::Stored => storage,
-            WeightDtype::F32 => StorageType::F32,
-            WeightDtype::Bf16 => StorageType::BF16,
-            WeightDtype::F16 => StorageType::F16,
-        };
-        let bytes = match permuted {
-            Some(heads) => Bytes::Owned(unpermute_rows(view.bytes(), rows, heads)),
-            None => Bytes::Mapped,
-        };
-        let source = match &bytes {
-            Bytes::Owned(b) => b.as_slice(),
-            Bytes::Mapped => view.bytes(),
-        };
-        let host = if wanted != storage {
-            convert(source, storage, wanted)?
-        } else {
-            match bytes {
-                Bytes::Owned(b) => owned(b),
-                Bytes::Mapped => HostBytes::new(view.file.clone(), view.range.clone()),
+        let owned = permuted.map(|heads| unpermute_rows(view.bytes(), rows, heads));
+        if let Some(scheme) = quantize {
+            return quantized(view, scheme, (rows, cols), owned.as_deref());
+        }
+        check_finite(view, storage)?;
+        if self.quantize.is_some() {
+            // what the check has read need not stay in memory
+            view.release(0..view.bytes().len());
+        }
+        let wanted = self.dtype.storage().unwrap_or(storage);
+        let host = match owned {
+            _ if wanted != storage => {
+                let bytes = owned.as_deref().unwrap_or(view.bytes());
+                convert(WeightView::new(storage, rows, cols, bytes).map_err(OpError::from)?, wanted)?
             }
+            Some(bytes) => HostBytes::from_vec(bytes),
+            None => mapped(view),
         };
-        let weight = FrozenWeight::host(wanted, rows, cols, host)?;
-        if self.device.is_cpu() { Ok(weight) } else { self.to_device(&weight) }
+        Ok(FrozenWeight::host(wanted, rows, cols, host)?)
     }
 
     fn permuted_heads(&self, name: &str) -> Option<usize> {
@@ -131,14 +238,38 @@ impl<'a> Weights<'a> {
     }
 }
 
-enum Bytes {
-    Owned(Vec<u8>),
-    Mapped,
+/// A tensor as it lies in its file.
+fn mapped(view: &TensorView) -> HostBytes {
+    HostBytes::new(view.file.clone(), view.range.clone())
 }
 
-fn owned(bytes: Vec<u8>) -> HostBytes {
-    let len = bytes.len();
-    HostBytes::new(Arc::new(bytes), 0..len)
+/// Quantizes a matrix, letting go of the file's pages behind the work; or its `reordered` copy.
+fn quantized(
+    view: &TensorView,
+    scheme: Scheme,
+    (rows, cols): (usize, usize),
+    reordered: Option<&[u8]>,
+) -> Result<FrozenWeight> {
+    let storage = view.storage()?;
+    let done = |range: Range<usize>| {
+        if reordered.is_none() {
+            view.release(range);
+        }
+    };
+    let bytes = reordered.unwrap_or(view.bytes());
+    let made = QuantizedWeight::new(scheme, storage, rows, cols, bytes, &done);
+    if reordered.is_some() {
+        view.release(0..view.bytes().len());
+    }
+    let (path, tensor) = (view.file.path().to_path_buf(), view.name.clone());
+    let weight = made.map_err(|e| match e {
+        QuantizeError::AlreadyQuantized { storage } => {
+            Error::AlreadyQuantized { path, tensor, storage: storage.to_string() }
+        }
+        QuantizeError::NotFinite => Error::NotFinite { path, tensor },
+        other => Error::Unfit { path, tensor, what: other.to_string() },
+    })?;
+    Ok(FrozenWeight::quantized(weight)?)
 }
 
 fn check_shape(view: &TensorView, expected: &[usize]) -> Result<()> {
@@ -215,27 +346,27 @@ fn reorder<T: Copy>(data: &[T], rows: usize, heads: usize, from: impl Fn(usize, 
 }
 
 /// The elements in another storage, in parallel.
-fn convert(bytes: &[u8], from: StorageType, to: StorageType) -> Result<HostBytes> {
+fn convert(from: WeightView<'_>, to: StorageType) -> Result<HostBytes> {
+    /// elements of a task
     const ELEMENTS: usize = 1 << 16;
-    let from_chunk = ELEMENTS / from.block_len() * from.block_bytes();
-    let len = bytes.len() / from.block_bytes() * from.block_len();
+    let (rows, cols) = (from.rows(), from.cols());
     if to == StorageType::F32 {
-        let mut out = vec![0f32; len];
-        out.par_chunks_mut(ELEMENTS)
-            .zip(bytes.par_chunks(from_chunk))
-            .for_each(|(out, bytes)| codec::decode(from, bytes, out));
+        let mut out = vec![0f32; rows * cols];
+        from.decode_parallel(&mut out);
         return Ok(HostBytes::from_f32(out));
     }
-    let parts: Vec<Vec<u8>> = bytes
-        .par_chunks(from_chunk)
-        .map(|bytes| {
-            let mut floats = vec![0f32; bytes.len() / from.block_bytes() * from.block_len()];
-            codec::decode(from, bytes, &mut floats);
+    let height = (ELEMENTS / cols.max(1)).max(1);
+    let parts: Vec<Vec<u8>> = (0..rows.div_ceil(height))
+        .into_par_iter()
+        .map(|i| {
+            let rows = i * height..rows.min((i + 1) * height);
+            let mut floats = vec![0f32; rows.len() * cols];
+            from.decode_rows(rows, &mut floats);
             let mut out = Vec::new();
             codec::encode(to, &floats, &mut out).map(|()| out)
         })
         .collect::<std::result::Result<_, _>>()?;
-    Ok(owned(parts.concat()))
+    Ok(HostBytes::from_vec(parts.concat()))
 }
 
 #[cfg(test)]

@@ -107,6 +107,19 @@ impl Linear {
         let spec = self.spec(tape);
         ops::linear(tape, x, spec)
     }
+
+    /// `residual + layer(x)`, as one op.
+    pub fn forward_residual<'m>(&'m self, tape: &mut Tape<'m>, x: &Var, residual: &Var) -> Result<Var> {
+        let spec = self.spec(tape);
+        ops::linear_residual(tape, x, spec, residual)
+    }
+
+    /// [`Linear::forward_residual`] whose result is the output of the block around it: when the block runs again in
+    /// the backward, nobody reads it and it is not computed.
+    pub fn forward_residual_last<'m>(&'m self, tape: &mut Tape<'m>, x: &Var, residual: &Var) -> Result<Var> {
+        let spec = self.spec(tape);
+        ops::linear_residual_last(tape, x, spec, residual)
+    }
 }
 
 /// Layers that share their input, as one op.

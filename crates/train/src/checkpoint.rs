@@ -159,11 +159,12 @@ fn sync_dir(dir: &Path) -> Result<()> {
 }
 
 fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    let on_host = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.contiguous();
+    let tensors = tensors.iter().map(|(name, t)| Ok((name, on_host(t)?))).collect::<Result<Vec<_>>>()?;
     let mut rows = Vec::with_capacity(tensors.len());
-    for (name, tensor) in tensors {
-        let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
-        let bytes: Vec<u8> = host(&tensor)?.iter().flat_map(|v| v.to_le_bytes()).collect();
-        rows.push((name.clone(), tensor.dims().to_vec(), bytes));
+    for (name, tensor) in &tensors {
+        // borrowed: a copy of the optimizer's state would be the run's peak of memory
+        rows.push(((*name).clone(), tensor.dims().to_vec(), host(tensor)?));
     }
     Ok(write_safetensors(path, &rows, &BTreeMap::new())?)
 }

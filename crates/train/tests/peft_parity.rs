@@ -1,4 +1,5 @@
-//! Training beside PEFT's, from the adapters of `golden/peft`: losses and gradient norms of every step.
+//! Training beside PEFT's, from the adapters of `golden/peft` and, over a model that bitsandbytes quantized, those of
+//! `golden/qlora`: losses and gradient norms of every step.
 
 use engobe_adapters::Adapter;
 use engobe_data::{EncodeOptions, Encoder, Loader, LoaderOptions, PromptStyle, TrainOn, reader};
@@ -28,15 +29,28 @@ fn options() -> EncodeOptions {
 }
 
 fn curve(name: &str, expected: &Expected, checkpointing: bool) -> Vec<metrics::StepMetrics> {
+    let (base, start) = (format!("llama/{}", expected.base), format!("peft/{name}"));
+    train(&base, &start, expected.accumulation, checkpointing, Some(expected.trainable_parameters))
+}
+
+/// Twenty steps over the model at `base` from the adapter at `start`, in `golden/`.
+fn train(
+    base: &str,
+    start: &str,
+    accumulation: usize,
+    checkpointing: bool,
+    parameters: Option<usize>,
+) -> Vec<metrics::StepMetrics> {
     let device = candle_core::Device::Cpu;
-    let mut model =
-        load_causal_lm(&golden(format!("llama/{}", expected.base)), &LoadOptions::default()).unwrap();
-    let adapter = Adapter::load(model.as_mut(), &golden(format!("peft/{name}")), &device).unwrap();
-    assert_eq!(adapter.num_parameters(), expected.trainable_parameters, "{name}");
+    let mut model = load_causal_lm(&golden(base), &LoadOptions::default()).unwrap();
+    let adapter = Adapter::load(model.as_mut(), &golden(start), &device).unwrap();
+    if let Some(parameters) = parameters {
+        assert_eq!(adapter.num_parameters(), parameters, "{start}");
+    }
     let mut plan = Plan::default();
-    plan.schedule.max_steps = Some(expected.losses.len());
+    plan.schedule.max_steps = Some(20);
     plan.schedule.batch_size = 2;
-    plan.schedule.gradient_accumulation = expected.accumulation;
+    plan.schedule.gradient_accumulation = accumulation;
     plan.optimization.learning_rate = 1e-3;
     plan.compute.activation_checkpointing = checkpointing;
     let files = reader::read(&[golden("peft/rows.jsonl")]).unwrap();
@@ -58,6 +72,29 @@ fn curves_are_those_of_peft() {
     for name in names {
         let expected: Expected = golden_json(format!("peft/{name}/expected.json"));
         let found = curve(&name, &expected, false);
+        assert_eq!(found.len(), expected.losses.len());
+        for (line, (loss, norm)) in found.iter().zip(expected.losses.iter().zip(&expected.grad_norms)) {
+            assert_relative(line.loss, *loss, LOSS, &format!("{name}: loss of step {}", line.step));
+            assert_relative(line.grad_norm, *norm, NORM, &format!("{name}: norm of step {}", line.step));
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Curve {
+    losses: Vec<f64>,
+    grad_norms: Vec<f64>,
+}
+
+/// The issue asks for 2e-3. The codes and factors are the same numbers on both sides, so what differs is the order of
+/// sums alone, as over unquantized models.
+#[test]
+fn curves_over_nf4_are_those_of_peft_and_bitsandbytes() {
+    let names = cases("qlora");
+    assert_eq!(names, ["all_linear", "default"]);
+    for name in names {
+        let expected: Curve = golden_json(format!("qlora/{name}/expected.json"));
+        let found = train("bitsandbytes/nf4_dq", &format!("qlora/{name}"), 1, false, None);
         assert_eq!(found.len(), expected.losses.len());
         for (line, (loss, norm)) in found.iter().zip(expected.losses.iter().zip(&expected.grad_norms)) {
             assert_relative(line.loss, *loss, LOSS, &format!("{name}: loss of step {}", line.step));

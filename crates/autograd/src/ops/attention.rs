@@ -6,6 +6,7 @@
 use crate::{Error, Result, Tape, Var, host, ops::dims2, tensor_of, uninit};
 use candle_core::{D, DType, Device, Tensor};
 use engobe_kernels::attention::{self as kernel, AttentionShape, Segment};
+use engobe_kernels::attention_step;
 use std::sync::Arc;
 
 /// Attention of `q` `[nq, heads·head_dim]` over `k` and `v` `[nkv, kv_heads·head_dim]`: like `q`.
@@ -33,6 +34,10 @@ pub fn attention<'m>(
     let (width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
     let tracked = slots.iter().any(|s| s.is_tracked());
     let mut out = uninit(nq * width);
+    if tape.generating().is_some() && attention_step::applies(&segments) {
+        attention_step::attend(&shape, &segments, &host(&qt)?, &host(&kt)?, &host(&vt)?, &mut out);
+        return Ok(Var::constant(tensor_of(out, (nq, width))?));
+    }
     let mut lse = if tracked { uninit(shape.heads * nq) } else { Vec::new() };
     kernel::attention(
         &shape,

@@ -1,6 +1,6 @@
 //! Root-mean-square norm (Zhang & Sennrich 2019): `y = w ⊙ x / sqrt(mean(x²) + eps)`, row by row.
 //!
-//! Saves its input and one number a row.
+//! Saves its input and one number a row; ops that read its output make it again from them.
 
 use crate::{Error, Result, Tape, Var, host, ops::dims2, tensor_of, uninit};
 use candle_core::{D, Tensor};
@@ -29,7 +29,8 @@ pub fn rms_norm<'m>(tape: &mut Tape<'m>, x: &Var, weight: &Var, eps: f32) -> Res
     let (mut y, mut rstd) = (uninit(n * d), uninit(n));
     norm::rms_norm(&host(&xs)?, &host(&w)?, eps, &mut y, &mut rstd);
     let y = tensor_of(y, (n, d))?;
-    Ok(tape.record1(&slots, y, move |dy, sink| {
+    let again = (xs.clone(), w.clone());
+    let y = tape.record1(&slots, y, move |dy, sink| {
         let mut dx = uninit(n * d);
         let mut dw = slots[1].is_tracked().then(|| vec![0f32; d]);
         norm::rms_norm_backward(&host(&xs)?, &host(&w)?, &rstd, &host(&dy)?, &mut dx, dw.as_deref_mut());
@@ -38,6 +39,11 @@ pub fn rms_norm<'m>(tape: &mut Tape<'m>, x: &Var, weight: &Var, eps: f32) -> Res
             sink.add(slots[1], tensor_of(dw, d)?)?;
         }
         Ok(())
+    });
+    Ok(y.made_by(move || {
+        let (mut y, mut rstd) = (uninit(n * d), uninit(n));
+        norm::rms_norm(&host(&again.0)?, &host(&again.1)?, eps, &mut y, &mut rstd);
+        tensor_of(y, (n, d))
     }))
 }
 

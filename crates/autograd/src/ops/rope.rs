@@ -1,7 +1,7 @@
 //! Rotary position embedding (Su et al. 2021), in Hugging Face's `rotate_half` form: the pair (i, i + half)
 //! of each head is turned by its position's angle. A rotation is orthogonal, so the backward turns back.
 
-use crate::{Result, Tape, Var, host, ops::dims2, tensor_of};
+use crate::{Result, Tape, Var, host, ops::dims2, tensor_of, uninit};
 use candle_core::{D, Device, Tensor};
 use engobe_kernels::rope::{self as kernel, RopeTable};
 use std::sync::Arc;
@@ -35,8 +35,8 @@ fn turn(
     inverse: bool,
 ) -> Result<Tensor> {
     if fast {
-        let mut out = host(x)?.to_vec();
-        kernel::apply(&spec.table, &spec.positions, &mut out, heads, head_dim, inverse);
+        let mut out = uninit(x.elem_count());
+        kernel::apply(&spec.table, &spec.positions, &host(x)?, heads, head_dim, inverse, &mut out);
         return tensor_of(out, x.shape().clone());
     }
     let (n, width) = x.dims2()?;

@@ -123,7 +123,8 @@ impl<'a> Talk<'a> {
     fn answer(&mut self, ids: &[u32], sampler: &mut Sampler, stream: bool) -> Result<Answer> {
         if self.generator.is_none() {
             let capacity = ids.len() + self.args.max_new_tokens;
-            self.generator = Some(Generator::new(self.bench.model.as_ref(), capacity)?);
+            let (model, activations) = (self.bench.model.as_ref(), self.bench.activations);
+            self.generator = Some(Generator::new(model, capacity, activations)?);
         }
         let Some(generator) = &mut self.generator else { bail!("no generator") };
         let mut text = String::new();

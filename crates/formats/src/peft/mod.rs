@@ -45,7 +45,11 @@ impl PeftAdapter {
     ///
     /// Each file is replaced atomically, the weights first: a kill in between leaves a new directory without a
     /// configuration, which no reader takes for an adapter.
-    pub fn save(dir: &Path, config: &LoraConfig, tensors: &[(String, Vec<usize>, Vec<u8>)]) -> Result<()> {
+    pub fn save<B: AsRef<[u8]>>(
+        dir: &Path,
+        config: &LoraConfig,
+        tensors: &[(String, Vec<usize>, B)],
+    ) -> Result<()> {
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
         write_safetensors(&dir.join(WEIGHTS), tensors, &metadata)?;
@@ -83,7 +87,7 @@ mod tests {
     #[test]
     fn an_empty_adapter_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        PeftAdapter::save(dir.path(), &config(), &[]).unwrap();
+        PeftAdapter::save::<Vec<u8>>(dir.path(), &config(), &[]).unwrap();
         assert!(PeftAdapter::load(dir.path()).unwrap_err().to_string().contains("holds no tensors"));
     }
 

@@ -57,11 +57,11 @@ fn q2_k_body(bytes: &[u8], out: &mut [f32]) {
 
 /// Q3_K's sixteen signed scales.
 #[inline(always)]
-fn q3_scales(packed: &[u8; 12]) -> [i32; 16] {
+pub(crate) fn q3_scales(packed: &[u8; 12]) -> [i16; 16] {
     std::array::from_fn(|j| {
         let low = packed[j % 8] >> (4 * (j / 8)) & 15;
         let high = packed[8 + j % 4] >> (2 * (j / 4)) & 3;
-        (low | high << 4) as i32 - 32
+        i16::from(low | high << 4) - 32
     })
 }
 
@@ -77,7 +77,7 @@ fn q3_k_body(bytes: &[u8], out: &mut [f32]) {
             let qs = part::<32>(block, 32 + 32 * (g / 4));
             let shift = 2 * (g % 4);
             for (j, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                let dl = d * scales[2 * g + j] as f32;
+                let dl = d * f32::from(scales[2 * g + j]);
                 for l in 0..16 {
                     let low = (qs[16 * j + l] >> shift & 3) as i8;
                     let high = (hmask[16 * j + l] >> g & 1) as i8;
@@ -97,6 +97,17 @@ fn scale_and_min(packed: &[u8; 12], g: usize) -> (u8, u8) {
         let both = packed[4 + g];
         (both & 15 | packed[g - 4] >> 6 << 4, both >> 4 | packed[g] >> 6 << 4)
     }
+}
+
+/// All scales and minima of Q4_K and Q5_K: [`scale_and_min`] of every g, four at a time.
+#[inline(always)]
+pub(crate) fn scales_and_minima(packed: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
+    let word = |i: usize| u32::from_le_bytes([packed[i], packed[i + 1], packed[i + 2], packed[i + 3]]);
+    let (a, b, c) = (word(0), word(4), word(8));
+    let both = |first: u32, last: u32| (u64::from(first) | u64::from(last) << 32).to_le_bytes();
+    let scales = both(a & 0x3f3f_3f3f, c & 0x0f0f_0f0f | a >> 2 & 0x3030_3030);
+    let minima = both(b & 0x3f3f_3f3f, c >> 4 & 0x0f0f_0f0f | b >> 2 & 0x3030_3030);
+    (scales, minima)
 }
 
 #[inline(always)]

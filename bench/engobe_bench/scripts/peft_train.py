@@ -1,0 +1,106 @@
+"""LoRA with PyTorch and PEFT: the loop that a careful user writes. One JSON object on stdout at the end.
+
+The fast choices are made here: fused AdamW, gradients set to None, no cache, padding only to the longest row of the
+batch, one synchronisation a step (the loss, which every trainer logs). `--attention` picks transformers' attention;
+bench/compare tries both and takes the faster.
+"""
+
+import time
+
+STARTED = time.monotonic()  # the clock that bench/compare reads before it starts this process
+
+import argparse
+import json
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+
+
+def arguments():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
+    parser.add_argument("--dtype", default="float32", help="how weights are kept, and what is computed in")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    return parser.parse_args()
+
+
+def batches(rows, size):
+    """Rows in their order, padded to the longest of each batch, round and round."""
+    while True:
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            longest = max(len(row["input_ids"]) for row in part)
+            ids = torch.zeros(len(part), longest, dtype=torch.long)
+            labels = torch.full((len(part), longest), -100, dtype=torch.long)
+            mask = torch.zeros(len(part), longest, dtype=torch.long)
+            for i, row in enumerate(part):
+                n = len(row["input_ids"])
+                ids[i, :n] = torch.tensor(row["input_ids"])
+                labels[i, :n] = torch.tensor(row["labels"])
+                mask[i, :n] = 1
+            yield {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def main():
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attention)
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=2e-4, weight_decay=0.01, fused=True)
+    forward = torch.compile(model) if args.compile else model
+    with open(args.data) as file:
+        rows = [json.loads(line) for line in file]
+    feed = batches(rows, args.batch_size)
+    steps, first_step_at, first_step_done = [], time.monotonic(), None
+    for _ in range(args.steps):
+        start = time.perf_counter()
+        batch = next(feed)
+        loss = forward(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        value = loss.item()
+        seconds = time.perf_counter() - start
+        first_step_done = first_step_done or time.monotonic()
+        steps.append(
+            {
+                "seconds": seconds,
+                "loss": value,
+                "tokens": int(batch["attention_mask"].sum()),
+                "padded_tokens": batch["input_ids"].numel(),
+                # the first position of a row is nobody's target
+                "label_tokens": int((batch["labels"][:, 1:] != -100).sum()),
+            }
+        )
+    print(
+        json.dumps(
+            {
+                "steps": steps,
+                "started_at": STARTED,
+                "first_step_at": first_step_at,
+                "first_step_done": first_step_done,
+                "trainable_parameters": sum(p.numel() for p in trainable),
+            }
+        )
+    )
+
+
+main()

@@ -1,0 +1,109 @@
+//! Attention against its definition in f64, and finite differences.
+
+use super::*;
+use crate::dropout::mix;
+
+fn numbers(seed: u64, n: usize) -> Vec<f32> {
+    (0..n as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
+}
+
+/// Straight from the definition, in f64.
+fn reference(shape: &AttentionShape, segments: &[Segment], q: &[f32], k: &[f32], v: &[f32]) -> Vec<f64> {
+    let AttentionShape { heads, kv_heads, head_dim: hd, scale, causal } = *shape;
+    let mut out = vec![0f64; q.len()];
+    for s in segments {
+        for (i, qi) in s.q.clone().enumerate() {
+            for h in 0..heads {
+                let g = h / (heads / kv_heads);
+                let last = if causal { s.kv.len() - s.q.len() + i + 1 } else { s.kv.len() };
+                let at = |buffer: &[f32], j: usize, c: usize| {
+                    f64::from(buffer[(s.kv.start + j) * kv_heads * hd + g * hd + c])
+                };
+                let score = |j: usize| -> f64 {
+                    (0..hd).map(|c| f64::from(q[qi * heads * hd + h * hd + c]) * at(k, j, c)).sum::<f64>()
+                        * f64::from(scale)
+                };
+                let scores: Vec<f64> = (0..last).map(score).collect();
+                let total: f64 = scores.iter().map(|s| s.exp()).sum();
+                for c in 0..hd {
+                    out[qi * heads * hd + h * hd + c] =
+                        (0..last).map(|j| scores[j].exp() / total * at(v, j, c)).sum();
+                }
+            }
+        }
+    }
+    out
+}
+
+fn segment(q: Range<usize>, kv: Range<usize>) -> Segment {
+    Segment { q, kv }
+}
+
+#[test]
+fn forward_agrees_with_the_definition() {
+    for causal in [true, false] {
+        for (heads, kv_heads, hd) in [(1, 1, 8), (4, 2, 16), (9, 3, 64)] {
+            let shape = AttentionShape { heads, kv_heads, head_dim: hd, scale: 0.2, causal };
+            let segments = [segment(0..70, 0..70), segment(70..71, 70..71), segment(71..80, 71..230)];
+            let (q, k, v) = (
+                numbers(1, 80 * heads * hd),
+                numbers(2, 230 * kv_heads * hd),
+                numbers(3, 230 * kv_heads * hd),
+            );
+            let mut out = vec![0.0; q.len()];
+            attention(&shape, &segments, &q, &k, &v, &mut out, None);
+            for (a, b) in out.iter().zip(reference(&shape, &segments, &q, &k, &v)) {
+                assert!((f64::from(*a) - b).abs() < 1e-5, "{a} {b}"); // means of numbers below 1
+            }
+        }
+    }
+}
+
+#[test]
+fn backward_agrees_with_finite_differences() {
+    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 8, scale: 0.4, causal: true };
+    let segments = [segment(0..67, 0..67), segment(67..70, 67..75)];
+    let (q, k, v, dout) =
+        (numbers(1, 70 * 32), numbers(2, 80 * 16), numbers(3, 80 * 16), numbers(4, 70 * 32));
+    let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 4 * 70]);
+    attention(&shape, &segments, &q, &k, &v, &mut out, Some(&mut lse));
+    let (mut dq, mut dk, mut dv) = (vec![9.0; q.len()], vec![9.0; k.len()], vec![9.0; v.len()]);
+    attention_backward(&shape, &segments, &q, &k, &v, &out, &lse, &dout, &mut dq, &mut dk, &mut dv);
+    let loss = |q: &[f32], k: &[f32], v: &[f32]| -> f64 {
+        reference(&shape, &segments, q, k, v).iter().zip(&dout).map(|(o, g)| o * f64::from(*g)).sum()
+    };
+    let h = 1e-3f32;
+    for which in 0..3 {
+        let grads = [&dq, &dk, &dv][which];
+        for i in (0..grads.len()).step_by(97) {
+            let moved = |delta: f32| {
+                let mut parts = [q.clone(), k.clone(), v.clone()];
+                parts[which][i] += delta;
+                loss(&parts[0], &parts[1], &parts[2])
+            };
+            let slope = (moved(h) - moved(-h)) / (2.0 * f64::from(h));
+            let got = f64::from(grads[i]);
+            // the step's own rounding in f32 is 1e-4 of it
+            assert!((slope - got).abs() < 1e-3 * slope.abs().max(0.1), "{which} {i}: {slope} {got}");
+        }
+    }
+    assert!(dk[75 * 16..].iter().all(|v| *v == 0.0), "keys that nobody sees");
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    let shape = AttentionShape { heads: 6, kv_heads: 2, head_dim: 16, scale: 0.25, causal: true };
+    let segments = [segment(0..100, 0..100), segment(100..130, 100..130)];
+    let (q, k, v) = (numbers(1, 130 * 96), numbers(2, 130 * 32), numbers(3, 130 * 32));
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 6 * 130]);
+            attention(&shape, &segments, &q, &k, &v, &mut out, Some(&mut lse));
+            let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+            attention_backward(&shape, &segments, &q, &k, &v, &out, &lse, &q, &mut dq, &mut dk, &mut dv);
+            (out, dq, dk, dv)
+        })
+    };
+    assert_eq!(run(1), run(2));
+}
