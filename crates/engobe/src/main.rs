@@ -5,6 +5,7 @@
 
 mod allocator;
 mod args;
+mod beside;
 mod commands;
 mod dataset;
 mod demo_rows;
@@ -17,6 +18,7 @@ mod scoring;
 mod settings;
 mod terminal;
 mod training;
+mod verification;
 mod workbench;
 
 use args::{Cli, Task};
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Task::Eval(args) => commands::eval::run(&args),
         Task::Generate(args) => commands::generate::run(&args),
         Task::Merge(args) => commands::merge::run(&args),
+        Task::Convert(args) => commands::convert::run(&args),
         Task::Inspect(args) => commands::inspect::run(&args),
         Task::Lint(args) => commands::lint::run(&args),
     };
