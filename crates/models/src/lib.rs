@@ -7,12 +7,12 @@
 pub mod gguf_names;
 mod llama;
 mod llama_config;
-mod outline;
+mod blueprint;
 mod weights;
 
 pub use llama::Llama;
 pub use llama_config::LlamaConfig;
-pub use outline::{GgufSettings, LinearOutline, Outline};
+pub use blueprint::{GgufSettings, LinearBlueprint, Blueprint};
 pub use weights::{WeightDtype, Weights, permute_rows, unpermute_rows};
 
 use candle_core::Device;

@@ -7,7 +7,7 @@ use crate::{Error, Mapped, Result};
 use engobe_formats::mlx::{MlxAdapter, MlxConfig};
 use engobe_formats::tensor::TensorView;
 use engobe_kernels::storage::StorageType;
-use engobe_models::Outline;
+use engobe_models::Blueprint;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -64,13 +64,13 @@ fn used_rank(a: &[f32], b: &[f32], width: usize, rank: usize, out: usize) -> usi
 pub(super) fn write(
     lora: &Lora,
     dir: &Path,
-    outline: Option<&Outline>,
+    blueprint: Option<&Blueprint>,
     base: Option<&str>,
 ) -> Result<Vec<Mapped>> {
-    refuse_tied_head(lora, outline)?;
+    refuse_tied_head(lora, blueprint)?;
     let rank = lora.pairs.iter().map(|p| p.rank).max().unwrap_or(1);
     let scale = lora.most_common(Pair::scale).unwrap_or(1.0);
-    let (num_layers, keys) = keys(lora, outline);
+    let (num_layers, keys) = keys(lora, blueprint);
     let config = MlxConfig {
         model: base.map(str::to_string).or_else(|| lora.base.clone()),
         num_layers,
@@ -96,14 +96,14 @@ pub(super) fn write(
 }
 
 /// A tied head is no module of its own in mlx-lm, which would pass its tensors over in silence.
-fn refuse_tied_head(lora: &Lora, outline: Option<&Outline>) -> Result<()> {
-    let is_head = |path: &str| match outline {
+fn refuse_tied_head(lora: &Lora, blueprint: Option<&Blueprint>) -> Result<()> {
+    let is_head = |path: &str| match blueprint {
         Some(o) => o.tied_head && o.linear(path).is_some_and(|l| l.head),
         None => path == "lm_head",
     };
     match lora.pairs.iter().find(|p| is_head(&p.path)) {
         None => Ok(()),
-        Some(pair) if outline.is_none() => {
+        Some(pair) if blueprint.is_none() => {
             Err(lora
                 .cannot(&pair.path, "whether the head is tied to the embedding is not known; give --model"))
         }
@@ -116,7 +116,7 @@ fn refuse_tied_head(lora: &Lora, outline: Option<&Outline>) -> Result<()> {
 
 /// How many blocks from the last one on are wrapped, and which modules: by path within a block where all of these
 /// blocks are adapted alike, by whole path elsewhere.
-fn keys(lora: &Lora, outline: Option<&Outline>) -> (i64, Vec<String>) {
+fn keys(lora: &Lora, blueprint: Option<&Blueprint>) -> (i64, Vec<String>) {
     let mut outside: BTreeSet<&str> = BTreeSet::new();
     let mut blocks: BTreeMap<usize, BTreeSet<&str>> = BTreeMap::new();
     for pair in &lora.pairs {
@@ -131,10 +131,10 @@ fn keys(lora: &Lora, outline: Option<&Outline>) -> (i64, Vec<String>) {
         }
     }
     let whole = || (-1, lora.pairs.iter().map(|p| p.path.clone()).collect());
-    let Some(outline) = outline else { return whole() };
+    let Some(blueprint) = blueprint else { return whole() };
     let Some(names) = blocks.values().next() else { return whole() };
-    let first = outline.layers - blocks.len().min(outline.layers);
-    let tail = blocks.keys().copied().eq(first..outline.layers);
+    let first = blueprint.layers - blocks.len().min(blueprint.layers);
+    let tail = blocks.keys().copied().eq(first..blueprint.layers);
     if !tail || blocks.values().any(|b| b != names) {
         return whole();
     }

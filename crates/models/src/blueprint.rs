@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// A linear layer's place and size.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LinearOutline {
+pub struct LinearBlueprint {
     /// Hugging Face module path
     pub path: String,
     /// output features
@@ -31,7 +31,7 @@ pub struct GgufSettings {
 
 /// The modules of a model, and how GGUF files name and order them.
 #[derive(Clone, Debug)]
-pub struct Outline {
+pub struct Blueprint {
     /// config.json or the GGUF file
     pub origin: PathBuf,
     /// GGUF's `general.architecture`
@@ -41,11 +41,11 @@ pub struct Outline {
     /// the output head is the embedding's matrix
     pub tied_head: bool,
     /// linear layers, heads included
-    pub linears: Vec<LinearOutline>,
+    pub linears: Vec<LinearBlueprint>,
     config: LlamaConfig,
 }
 
-impl Outline {
+impl Blueprint {
     /// Reads the `config.json` of a directory, or the header of a GGUF file.
     pub fn read(path: &Path) -> Result<Self> {
         if path.is_dir() {
@@ -68,7 +68,7 @@ impl Outline {
         let c = &config;
         let (d, ff, kv, all) =
             (c.hidden_size, c.intermediate_size, c.kv_width(), c.num_attention_heads * c.head_dim);
-        let linear = |path: String, rows: usize, cols: usize| LinearOutline { path, rows, cols, head: false };
+        let linear = |path: String, rows: usize, cols: usize| LinearBlueprint { path, rows, cols, head: false };
         let block = |i: usize| {
             let at = move |name: &str| format!("model.layers.{i}.{name}");
             [
@@ -81,8 +81,8 @@ impl Outline {
                 linear(at("mlp.down_proj"), d, ff),
             ]
         };
-        let mut linears: Vec<LinearOutline> = (0..c.num_hidden_layers).flat_map(block).collect();
-        linears.push(LinearOutline { path: "lm_head".to_string(), rows: c.vocab_size, cols: d, head: true });
+        let mut linears: Vec<LinearBlueprint> = (0..c.num_hidden_layers).flat_map(block).collect();
+        linears.push(LinearBlueprint { path: "lm_head".to_string(), rows: c.vocab_size, cols: d, head: true });
         Self {
             origin: origin.to_path_buf(),
             architecture: "llama",
@@ -94,7 +94,7 @@ impl Outline {
     }
 
     /// The linear layer at `path`.
-    pub fn linear(&self, path: &str) -> Option<&LinearOutline> {
+    pub fn linear(&self, path: &str) -> Option<&LinearBlueprint> {
         self.linears.iter().find(|l| l.path == path)
     }
 
@@ -199,22 +199,22 @@ mod tests {
     fn an_outline_needs_the_configuration_alone() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::copy(golden("llama/gqa_tied/config.json"), dir.path().join("config.json")).unwrap();
-        let outline = Outline::read(dir.path()).unwrap();
-        assert_eq!((outline.layers, outline.tied_head, outline.linears.len()), (2, true, 15));
-        let k = outline.linear("model.layers.1.self_attn.k_proj").unwrap();
+        let blueprint = Blueprint::read(dir.path()).unwrap();
+        assert_eq!((blueprint.layers, blueprint.tied_head, blueprint.linears.len()), (2, true, 15));
+        let k = blueprint.linear("model.layers.1.self_attn.k_proj").unwrap();
         assert_eq!((k.rows, k.cols, k.head), (16, 32, false));
-        assert_eq!(outline.permuted_heads("model.layers.1.self_attn.k_proj.weight"), Some(2));
-        assert_eq!(outline.permuted_heads("model.layers.1.self_attn.q_proj.bias"), Some(4));
-        assert_eq!(outline.permuted_heads("model.layers.1.self_attn.v_proj.weight"), None);
-        assert!(outline.linear("lm_head").unwrap().head);
+        assert_eq!(blueprint.permuted_heads("model.layers.1.self_attn.k_proj.weight"), Some(2));
+        assert_eq!(blueprint.permuted_heads("model.layers.1.self_attn.q_proj.bias"), Some(4));
+        assert_eq!(blueprint.permuted_heads("model.layers.1.self_attn.v_proj.weight"), None);
+        assert!(blueprint.linear("lm_head").unwrap().head);
     }
 
     #[test]
     fn settings_that_llama_cpp_lacks_are_named() {
         for (name, part) in [("dynamic", "rope_scaling is dynamic"), ("longrope", "rope_scaling is longrope")]
         {
-            let outline = Outline::read(&golden(format!("llama/{name}"))).unwrap();
-            let error = outline.gguf_settings().unwrap_err().to_string();
+            let blueprint = Blueprint::read(&golden(format!("llama/{name}"))).unwrap();
+            let error = blueprint.gguf_settings().unwrap_err().to_string();
             assert!(error.contains(part) && error.contains("config.json"), "{error}");
         }
     }
