@@ -34,11 +34,67 @@ pub struct Merged {
     pub tied_head: bool,
 }
 
-/// A tensor to be written.
-struct Planned {
-    name: String,
-    shape: Vec<usize>,
-    changed: bool,
+/// A tensor of the merged model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Planned {
+    /// Hugging Face's name
+    pub name: String,
+    /// shape
+    pub shape: Vec<usize>,
+    /// the adapter changes it
+    pub changed: bool,
+}
+
+/// What a merged model consists of.
+#[derive(Clone, Debug)]
+pub struct MergePlan {
+    /// its tensors, in the order in which [`each_tensor`] yields them
+    pub tensors: Vec<Planned>,
+    /// the head is the embedding's matrix, and not among the tensors
+    pub tied_head: bool,
+}
+
+/// What merging the adapters that are attached to `model` will give; `tied_head` tells whether the base's head is
+/// its embedding. A head that no longer is the embedding's matrix becomes a tensor of its own.
+pub fn plan(model: &mut dyn ModuleTree, tied_head: bool) -> MergePlan {
+    let heads = model.output_heads();
+    let tied_head = tied_head && !unties(model, &heads);
+    let mut tensors = Vec::new();
+    model.visit_modules(&mut |module| {
+        if !(tied_head && heads.iter().any(|h| h == module.path())) {
+            tensors.extend(planned(&module));
+        }
+    });
+    MergePlan { tensors, tied_head }
+}
+
+/// A tensor's value, taken when it is asked for.
+pub type Value<'a> = &'a dyn Fn() -> Result<Tensor>;
+
+/// Calls `f` with every tensor of `plan` and its merged value in f32 on the CPU: `W + s·B·A` is summed only if the
+/// value is asked for. `adapter` is the one that is attached to `model`, if there is one.
+pub fn each_tensor<E: From<Error>>(
+    model: &mut dyn ModuleTree,
+    adapter: Option<&Adapter>,
+    plan: &MergePlan,
+    f: &mut dyn FnMut(&Planned, Value<'_>) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut deltas: BTreeMap<&str, Vec<&crate::LoraLayer>> = BTreeMap::new();
+    for layer in adapter.into_iter().flat_map(Adapter::layers) {
+        deltas.entry(layer.path()).or_default().push(layer);
+    }
+    let mut waiting = plan.tensors.iter().peekable();
+    let mut result = Ok(());
+    model.visit_modules(&mut |module| {
+        let layers = deltas.get(module.path()).map_or(&[][..], Vec::as_slice);
+        let of_this = |p: &&Planned| p.name.rsplit_once('.').is_some_and(|(path, _)| path == module.path());
+        while result.is_ok()
+            && let Some(tensor) = waiting.next_if(|p| of_this(p))
+        {
+            result = f(tensor, &|| value(&module, tensor, layers));
+        }
+    });
+    result
 }
 
 /// Writes the model with `adapter`, which is attached to it, into `dir`. `progress` sees how many tensors of
@@ -50,41 +106,27 @@ pub fn merge(
     options: &MergeOptions<'_>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Merged> {
-    let heads = model.output_heads();
-    let tied_head = options.tied_head && !unties(model, &heads);
-    let is_shared = |path: &str| tied_head && heads.iter().any(|h| h == path);
-    let mut plan: Vec<Planned> = Vec::new();
-    model.visit_modules(&mut |module| {
-        if !is_shared(module.path()) {
-            plan.extend(planned(&module));
-        }
-    });
-    let announced =
-        plan.iter().map(|p| (p.name.clone(), (options.storage)(&p.name).into(), p.shape.clone())).collect();
+    let plan = plan(model, options.tied_head);
+    let announced = plan
+        .tensors
+        .iter()
+        .map(|p| (p.name.clone(), (options.storage)(&p.name).into(), p.shape.clone()))
+        .collect();
     let mut writer = ShardedWriter::create(dir, announced, options.max_shard_bytes)?;
-    let deltas: BTreeMap<&str, Vec<&crate::LoraLayer>> =
-        adapter.layers().iter().fold(BTreeMap::new(), |mut map, layer| {
-            map.entry(layer.path()).or_insert_with(Vec::new).push(&**layer);
-            map
-        });
-    let (mut result, mut done) = (Ok(()), 0);
-    model.visit_modules(&mut |module| {
-        if result.is_err() || is_shared(module.path()) {
-            return;
-        }
-        let layers = deltas.get(module.path()).map_or(&[][..], Vec::as_slice);
-        result = values(&module, layers).and_then(|values| {
-            for (name, value) in values {
-                write(&mut writer, &name, &value, (options.storage)(&name), dir)?;
-                done += 1;
-                progress(done, plan.len());
-            }
-            Ok(())
-        });
-    });
-    result?;
+    let mut done = 0;
+    each_tensor(model, Some(adapter), &plan, &mut |tensor, value| -> Result<()> {
+        let bytes = encode(&tensor.name, &value()?, (options.storage)(&tensor.name), dir)?;
+        writer.write(&tensor.name, &bytes)?;
+        done += 1;
+        progress(done, plan.tensors.len());
+        Ok(())
+    })?;
     writer.finish()?;
-    Ok(Merged { tensors: plan.len(), changed: plan.iter().filter(|p| p.changed).count(), tied_head })
+    Ok(Merged {
+        tensors: plan.tensors.len(),
+        changed: plan.tensors.iter().filter(|p| p.changed).count(),
+        tied_head: plan.tied_head,
+    })
 }
 
 /// True if a tied head and the embedding are no longer the same.
@@ -107,31 +149,30 @@ fn planned(module: &ModuleMut<'_>) -> Vec<Planned> {
         |kind: &str, shape: Vec<usize>, changed| Planned { name: format!("{path}.{kind}"), shape, changed };
     match module {
         ModuleMut::Linear(m) => {
-            let mut all = vec![of("weight", vec![m.out_features(), m.in_features()], !m.is_plain())];
-            all.extend(m.bias().map(|b| of("bias", b.dims().to_vec(), !m.is_plain())));
+            let mut all = vec![of("weight", vec![m.out_features(), m.in_features()], !m.weight_is_plain())];
+            all.extend(m.bias().map(|b| of("bias", b.dims().to_vec(), !m.bias_is_plain())));
             all
         }
         ModuleMut::Embedding(m) => {
             let (rows, cols) = m.weight().dims();
             vec![of("weight", vec![rows, cols], matches!(m.weight(), Weight::Trained(_)))]
         }
-        ModuleMut::RmsNorm(m) => vec![of("weight", m.weight().dims().to_vec(), false)],
+        ModuleMut::RmsNorm(m) => vec![of("weight", m.weight().dims().to_vec(), m.is_trained())],
     }
 }
 
-/// A module's tensors with the adapter's part in them, in [`planned`]'s order.
-fn values(module: &ModuleMut<'_>, layers: &[&crate::LoraLayer]) -> Result<Vec<(String, Tensor)>> {
-    let path = module.path();
-    let named = |kind: &str, value: Tensor| (format!("{path}.{kind}"), value);
-    Ok(match module {
-        ModuleMut::Linear(m) => {
-            let mut all = vec![named("weight", linear_weight(m, layers)?)];
-            all.extend(m.bias().map(|b| named("bias", b.clone())));
-            all
-        }
-        ModuleMut::Embedding(m) => vec![named("weight", m.weight().to_tensor()?)],
-        ModuleMut::RmsNorm(m) => vec![named("weight", m.weight().clone())],
-    })
+/// A tensor of a module, with the adapter's part in it.
+fn value(module: &ModuleMut<'_>, tensor: &Planned, layers: &[&crate::LoraLayer]) -> Result<Tensor> {
+    let value = match module {
+        ModuleMut::Linear(m) if tensor.name.ends_with(".bias") => match m.bias() {
+            Some(bias) => bias.clone(),
+            None => Tensor::zeros(tensor.shape.as_slice(), candle_core::DType::F32, &Device::Cpu)?,
+        },
+        ModuleMut::Linear(m) => linear_weight(m, layers)?,
+        ModuleMut::Embedding(m) => m.weight().to_tensor()?,
+        ModuleMut::RmsNorm(m) => m.weight().clone(),
+    };
+    Ok(value.to_device(&Device::Cpu)?.contiguous()?)
 }
 
 fn linear_weight(linear: &Linear, layers: &[&crate::LoraLayer]) -> Result<Tensor> {
@@ -142,21 +183,13 @@ fn linear_weight(linear: &Linear, layers: &[&crate::LoraLayer]) -> Result<Tensor
     Ok(weight)
 }
 
-fn write(
-    writer: &mut ShardedWriter,
-    name: &str,
-    value: &Tensor,
-    storage: StorageType,
-    dir: &Path,
-) -> Result<()> {
-    let value = value.to_device(&Device::Cpu)?.contiguous()?;
-    let floats = host(&value)?;
+/// A value rounded to what is written; `path` is for the error that names a number beyond the storage's range.
+pub fn encode(name: &str, value: &Tensor, storage: StorageType, path: &Path) -> Result<Vec<u8>> {
+    let floats = host(value)?;
     let most = if storage == StorageType::F16 { 65504.0 } else { f32::MAX };
     // (a NaN compares as false)
     if !floats.iter().all(|v| v.abs() <= most) {
-        return Err(Error::NotFinite { path: dir.to_path_buf(), tensor: format!("{name} (as {storage})") });
+        return Err(Error::NotFinite { path: path.to_path_buf(), tensor: format!("{name} (as {storage})") });
     }
-    let mut bytes = Vec::new();
-    codec::encode(storage, &floats, &mut bytes)?;
-    Ok(writer.write(name, &bytes)?)
+    Ok(codec::encode_parallel(storage, &floats)?)
 }

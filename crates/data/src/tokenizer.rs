@@ -246,6 +246,14 @@ impl TextTokenizer {
         save::write(self, dir)
     }
 
+    /// The metadata of a GGUF file that gives the same ids, for a model whose embedding has `vocab_size` rows.
+    ///
+    /// # Errors
+    /// A tokenizer that GGUF (and so llama.cpp) cannot express; what it can is listed.
+    pub fn to_gguf(&self, vocab_size: usize) -> Result<gguf::GgufTokenizer> {
+        gguf::to_gguf(self, vocab_size)
+    }
+
     /// Source of the model's chat template, if it has one.
     pub fn chat_template(&self) -> Option<&str> {
         self.chat_template.as_deref()

@@ -192,3 +192,112 @@ fn bad_metadata_is_refused_by_name() {
     let missing = TextTokenizer::from_hf_dir(Path::new("/nowhere/at/all")).unwrap_err().to_string();
     assert!(missing.starts_with("/nowhere/at/all/tokenizer.json: "), "{missing}");
 }
+
+/// What is written into a GGUF file is what was read from one.
+#[test]
+fn gguf_metadata_goes_there_and_back() {
+    let golden = golden();
+    let mut seen = 0;
+    for run in &golden.runs {
+        let vocabulary = golden.vocabularies.iter().find(|v| v.model == run.model).unwrap();
+        let meta = metadata(vocabulary, run.pre.as_deref());
+        let tokenizer = TextTokenizer::from_gguf(meta.clone(), "test.gguf").unwrap();
+        let rows = meta.tokens.len() + 2;
+        let back = tokenizer.to_gguf(rows).unwrap();
+        assert_eq!(back.pre.as_deref(), run.pre.as_deref().or(Some("default")));
+        assert_eq!((back.model, back.merges), (meta.model, meta.merges));
+        assert_eq!((back.bos, back.eos, back.unk), (meta.bos, meta.eos, meta.unk));
+        assert_eq!(back.tokens[..rows - 2], meta.tokens);
+        assert_eq!(back.token_types[..rows - 2], meta.token_types);
+        // rows of the embedding beyond the vocabulary
+        assert_eq!(back.tokens[rows - 1], format!("[PAD{}]", rows - 1));
+        assert_eq!(back.token_types[rows - 1], 5);
+        let short = tokenizer.to_gguf(rows - 3).unwrap_err().to_string();
+        assert!(short.contains("embedding only"), "{short}");
+        seen += 1;
+    }
+    assert_eq!(seen, 9);
+}
+
+/// A directory as transformers writes it, changed, as GGUF metadata.
+fn from_hf(change: impl FnOnce(&mut serde_json::Value)) -> Result<GgufTokenizer, String> {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(hf_dir().join(name), dir.path().join(name)).unwrap();
+    }
+    let path = dir.path().join("tokenizer.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    change(&mut json);
+    std::fs::write(&path, json.to_string()).unwrap();
+    let tokenizer = TextTokenizer::from_hf_dir(dir.path()).map_err(|e| e.to_string())?;
+    tokenizer.to_gguf(512).map_err(|e| e.to_string())
+}
+
+#[test]
+fn splittings_of_tokenizer_json_are_recognised() {
+    let byte_level = |regex: bool| serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
+    let digits = serde_json::json!({"type": "Digits", "individual_digits": true});
+    let sequence =
+        |steps: Vec<serde_json::Value>| serde_json::json!({"type": "Sequence", "pretokenizers": steps});
+    let of = |pre: serde_json::Value, ignore_merges: bool| {
+        from_hf(|json| {
+            json["pre_tokenizer"] = pre;
+            json["model"]["ignore_merges"] = ignore_merges.into();
+        })
+    };
+    assert_eq!(from_hf(|_| ()).unwrap().pre.as_deref(), Some("llama-bpe"));
+    assert_eq!(of(byte_level(true), false).unwrap().pre.as_deref(), Some("gpt-2"));
+    let smollm = of(sequence(vec![digits.clone(), byte_level(true)]), false).unwrap();
+    assert_eq!(smollm.pre.as_deref(), Some("smollm"));
+    assert_eq!(
+        (smollm.bos, smollm.eos, smollm.add_bos, smollm.add_eos),
+        (Some(0), Some(2), Some(true), Some(false))
+    );
+    assert!(smollm.chat_template.unwrap().contains("im_start"));
+    assert_eq!(smollm.tool_template.as_deref(), Some("tools!"));
+    // the same expression with another treatment of whole pieces is another kind
+    let llama3 = from_hf(|json| json["model"]["ignore_merges"] = false.into()).unwrap();
+    assert_eq!(llama3.pre.as_deref(), Some("dbrx"));
+    for (pre, part) in [
+        (
+            sequence(vec![digits, byte_level(false)]),
+            "known are SentencePiece BPE and the splittings smollm, llama-bpe",
+        ),
+        (serde_json::json!({"type": "Whitespace"}), "Whitespace"),
+        (
+            serde_json::json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
+            "add_prefix_space",
+        ),
+    ] {
+        let error = of(pre, false).unwrap_err();
+        assert!(error.contains(part), "{error}");
+    }
+    let lower = from_hf(|json| json["normalizer"] = serde_json::json!({"type": "Lowercase"})).unwrap_err();
+    assert!(lower.contains("Lowercase"), "{lower}");
+}
+
+/// A SentencePiece tokenizer whose merges no scores can put into order is found out, not written.
+#[test]
+fn what_gguf_cannot_express_is_refused() {
+    let golden = golden();
+    let vocabulary = golden.vocabularies.iter().find(|v| v.model == "llama").unwrap();
+    let tokenizer = TextTokenizer::from_gguf(metadata(vocabulary, None), "test.gguf").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    tokenizer.save(dir.path()).unwrap();
+    let read = || TextTokenizer::from_hf_dir(dir.path()).unwrap();
+    let written = read().to_gguf(vocabulary.tokens.len()).unwrap();
+    assert_eq!(written.model, "llama");
+    let again = TextTokenizer::from_gguf(written, "again.gguf").unwrap();
+    for text in &golden.texts {
+        assert_eq!(again.encode(text, false).unwrap(), tokenizer.encode(text, false).unwrap(), "{text:?}");
+    }
+    // only half of the merges, as another trainer might leave them
+    let path = dir.path().join("tokenizer.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let merges = json["model"]["merges"].as_array_mut().unwrap();
+    let half: Vec<_> = merges.iter().step_by(2).cloned().collect();
+    *merges = half;
+    std::fs::write(&path, json.to_string()).unwrap();
+    let error = read().to_gguf(vocabulary.tokens.len()).unwrap_err().to_string();
+    assert!(error.contains("GGUF cannot express it"), "{error}");
+}

@@ -1,5 +1,9 @@
 //! What can be typed. What it means is decided in the commands.
 
+mod conversion;
+
+pub use conversion::{ConvertArgs, VerifyArgs};
+
 use crate::keys::{KEYS, Kind, ON_BY_DEFAULT};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -38,10 +42,12 @@ pub enum Task {
     Eval(EvalArgs),
     /// Continue a prompt, or hold a dialogue
     Generate(GenerateArgs),
-    /// Bake an adapter into its model: a new Hugging Face directory
+    /// Bake an adapter into its model: a new Hugging Face directory or GGUF file
     Merge(MergeArgs),
     /// Quantize a model as bitsandbytes does: a new Hugging Face directory
     Quantize(QuantizeArgs),
+    /// Turn adapters and models into other formats: GGUF for llama.cpp, mlx-lm, PEFT
+    Convert(ConvertArgs),
     /// What is in a model, adapter, checkpoint or GGUF file
     Inspect(InspectArgs),
     /// Check rows as training would, before training
@@ -340,9 +346,7 @@ pub struct GenerateArgs {
 
 /// `engobe merge`
 #[derive(Debug, Args)]
-#[command(
-    after_help = "Example:\n  engobe merge --model smollm2-135m --adapter my-adapter --out merged --dtype bf16"
-)]
+#[command(after_help = MERGE_HELP)]
 pub struct MergeArgs {
     /// Hugging Face directory, .gguf file, hub id, or known name
     #[arg(long, value_name = "MODEL")]
@@ -350,15 +354,18 @@ pub struct MergeArgs {
     /// PEFT directory
     #[arg(long, value_name = "DIR")]
     pub adapter: PathBuf,
-    /// Directory to write; must not exist, or be empty
-    #[arg(long, value_name = "DIR")]
+    /// Directory to write, or a file that ends in .gguf; must not exist, or be empty
+    #[arg(long, value_name = "PATH")]
     pub out: PathBuf,
-    /// Type of the written weights: f32, bf16, f16 [as stored; f32 for quantized ones]
-    #[arg(long, value_name = "DTYPE")]
+    /// f32, bf16, f16 [as stored; f32 for quantized weights]; for .gguf as convert's --type
+    #[arg(long, value_name = "TYPE", visible_alias = "type")]
     pub dtype: Option<String>,
     /// Most bytes in one file, in GB
     #[arg(long, value_name = "GB", default_value_t = 5.0)]
     pub max_shard_size: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub verify: VerifyArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: Common,
@@ -395,6 +402,16 @@ pub struct QuantizeArgs {
     #[allow(missing_docs)]
     pub common: Common,
 }
+
+const MERGE_HELP: &str = "\
+Examples:
+  engobe merge --model smollm2-135m --adapter my-adapter --out merged --dtype bf16
+  engobe merge --model smollm2-135m --adapter my-adapter --out merged.gguf
+  engobe merge --model ./Llama-3.2-1B --adapter my-adapter --out m.gguf --type q4_k --verify-data rows.jsonl
+
+Where weights are quantized, rounding the sum of weight and adapter can lose what was learned.
+So the merged model is run beside base + adapter: mean KL divergence a token, perplexity and
+likeliest tokens are compared, and what is too far away is not written.";
 
 /// `engobe inspect`
 #[derive(Debug, Args)]

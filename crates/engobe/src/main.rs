@@ -5,6 +5,7 @@
 
 mod allocator;
 mod args;
+mod beside;
 mod commands;
 mod dataset;
 mod demo_rows;
@@ -19,6 +20,7 @@ mod scoring;
 mod settings;
 mod terminal;
 mod training;
+mod verification;
 mod workbench;
 
 use args::{Cli, Task};
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
         Task::Generate(args) => commands::generate::run(&args),
         Task::Merge(args) => commands::merge::run(&args),
         Task::Quantize(args) => commands::quantize::run(&args),
+        Task::Convert(args) => commands::convert::run(&args),
         Task::Inspect(args) => commands::inspect::run(&args),
         Task::Lint(args) => commands::lint::run(&args),
     };

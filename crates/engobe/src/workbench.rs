@@ -146,7 +146,8 @@ pub fn tokenizer(path: &Path) -> Result<Option<TextTokenizer>> {
         return Ok(Some(TextTokenizer::from_hf_dir(path)?));
     }
     let gguf = Gguf::open(path)?;
-    if gguf.opt_str("tokenizer.ggml.model")?.is_none() {
+    // llama.cpp's words for a model that takes token ids alone
+    if matches!(gguf.opt_str("tokenizer.ggml.model")?, None | Some("none" | "no_vocab")) {
         return Ok(None);
     }
     Ok(Some(TextTokenizer::from_gguf_file(&gguf)?))

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Crate, what it may depend on among ours, and which outside crates it must not have.
-const ROOMS: [(&str, &[&str], &[&str]); 11] = [
+const ROOMS: [(&str, &[&str], &[&str]); 12] = [
     ("kernels", &[], &["candle-core", "tokenizers", "clap", "anyhow"]),
     ("autograd", &["kernels"], &["safetensors", "tokenizers", "clap", "anyhow"]),
     ("nn", &["kernels", "autograd"], &["safetensors", "tokenizers", "clap", "anyhow"]),
@@ -17,11 +17,16 @@ const ROOMS: [(&str, &[&str], &[&str]); 11] = [
         &["kernels", "autograd", "nn", "formats", "adapters", "models", "data"],
         &["clap", "anyhow", "indicatif", "plotters"],
     ),
+    (
+        "convert",
+        &["kernels", "autograd", "nn", "formats", "adapters", "models", "data"],
+        &["clap", "anyhow", "indicatif"],
+    ),
     ("infer", &["kernels", "autograd", "nn", "adapters", "models"], &["clap", "anyhow", "indicatif"]),
     ("testkit", &["kernels", "formats"], &["clap"]),
     (
         "engobe",
-        &["kernels", "autograd", "nn", "formats", "adapters", "models", "data", "train", "infer"],
+        &["kernels", "autograd", "nn", "formats", "adapters", "models", "data", "convert", "train", "infer"],
         &[],
     ),
 ];

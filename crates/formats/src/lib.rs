@@ -11,6 +11,7 @@ pub mod checkpoint;
 mod error;
 pub mod gguf;
 pub mod hf_config;
+pub mod mlx;
 pub mod mmap;
 pub mod peft;
 pub mod safetensors_file;

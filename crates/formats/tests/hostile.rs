@@ -1,6 +1,6 @@
 //! Every file is hostile: whatever its bytes, a parser answers with tensors that lie within it, or with an error.
 
-use engobe_formats::gguf::{self, Gguf, GgufValue, write_gguf};
+use engobe_formats::gguf::{self, Gguf, GgufValue, GgufWriter, MetaValue, write_gguf};
 use engobe_formats::peft::LoraConfig;
 use engobe_formats::safetensors_file::{self, SafetensorsFile, write_safetensors};
 use engobe_kernels::storage::StorageType;
@@ -185,6 +185,74 @@ fn a_claim_is_not_believed() {
         bytes.extend(count.to_le_bytes());
         assert!(gguf::parse(&bytes).is_err());
     }
+}
+
+/// A file written from another's metadata says the same in the same bytes, whatever the widths of its numbers.
+#[test]
+fn copied_metadata_is_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
+    let mut odd: Vec<(String, MetaValue)> =
+        values().into_iter().map(|(key, value)| (key, value.into())).collect();
+    // u8, i16, u64, f64, an empty list of strings, a list of lists
+    let more: [(u32, Vec<u8>); 6] = [
+        (0, vec![7]),
+        (3, vec![0xff, 0xff]),
+        (10, 5u64.to_le_bytes().to_vec()),
+        (12, 0.1f64.to_le_bytes().to_vec()),
+        (9, [&8u32.to_le_bytes()[..], &0u64.to_le_bytes()].concat()),
+        (
+            9,
+            [&9u32.to_le_bytes()[..], &1u64.to_le_bytes(), &0u32.to_le_bytes(), &1u64.to_le_bytes(), &[3]]
+                .concat(),
+        ),
+    ];
+    for (i, (kind, bytes)) in more.into_iter().enumerate() {
+        odd.push((format!("odd.{i}"), MetaValue::Copied { kind, bytes }));
+    }
+    let tensor = || vec![("x".to_string(), StorageType::F32, vec![1])];
+    let write = |path: &Path, metadata: &[(String, MetaValue)]| {
+        let mut writer = GgufWriter::create(path, metadata, tensor()).unwrap();
+        writer.write("x", &[0; 4]).unwrap();
+        writer.finish().unwrap();
+    };
+    write(&first, &odd);
+    write(&second, &Gguf::open(&first).unwrap().copied_metadata());
+    assert_eq!(std::fs::read(first).unwrap(), std::fs::read(second).unwrap());
+}
+
+#[test]
+fn what_was_not_announced_is_not_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.gguf");
+    let start = || {
+        let tensors =
+            vec![("x".to_string(), StorageType::F32, vec![2]), ("y".to_string(), StorageType::F32, vec![1])];
+        GgufWriter::create(&path, &[], tensors).unwrap()
+    };
+    let said = |result: Result<(), engobe_formats::Error>| result.unwrap_err().to_string();
+    assert!(said(start().write("y", &[0; 4])).contains("where x was announced"));
+    assert!(said(start().write("x", &[0; 9])).contains("9 bytes where 8 are left"));
+    assert!(said(start().append(&[0])).contains("no tensor was begun"));
+    let mut short = start();
+    short.write("x", &[0; 4]).unwrap();
+    assert!(said(short.write("y", &[0; 4])).contains("x: 4 bytes are missing"));
+    let mut few = start();
+    few.write("x", &[0; 8]).unwrap();
+    assert!(said(few.finish()).contains("y was announced"));
+    let partial = vec![("z".to_string(), StorageType::Q8_0, vec![33])];
+    assert!(GgufWriter::create(&path, &[], partial).unwrap_err().to_string().contains("z: [33]"));
+    // nothing of all that is left behind
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    let mut parts = start();
+    parts.begin("x").unwrap();
+    parts.append(&[1; 3]).unwrap();
+    parts.append(&[2; 5]).unwrap();
+    parts.write("y", &[3; 4]).unwrap();
+    parts.finish().unwrap();
+    let file = Gguf::open(&path).unwrap();
+    assert_eq!(file.tensor("x").unwrap().bytes(), [1, 1, 1, 2, 2, 2, 2, 2]);
+    assert_eq!(file.tensor("y").unwrap().bytes(), [3; 4]);
 }
 
 #[test]

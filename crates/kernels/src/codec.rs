@@ -9,6 +9,7 @@
 
 pub mod dynamic;
 mod encode;
+mod encode_k;
 mod floats;
 mod four_bit;
 mod int8;
@@ -95,6 +96,19 @@ pub fn decode_parallel(storage: StorageType, bytes: &[u8], out: &mut [f32]) {
     out.par_chunks_mut(PARALLEL_CHUNK)
         .zip(bytes.par_chunks(chunk_bytes))
         .for_each(|(out, bytes)| decode(storage, bytes, out));
+}
+
+/// [`encode`] on rayon's current pool: the same bytes.
+pub fn encode_parallel(storage: StorageType, x: &[f32]) -> Result<Vec<u8>, EncodeError> {
+    let bytes = storage.row_bytes(x.len()).ok_or(EncodeError::PartialBlock { storage, elements: x.len() })?;
+    let parts = x.par_chunks(PARALLEL_CHUNK).map(|x| {
+        let mut out = Vec::new();
+        encode(storage, x, &mut out).map(|()| out)
+    });
+    let parts: Vec<Vec<u8>> = parts.collect::<Result<_, _>>()?;
+    let mut out = Vec::with_capacity(bytes);
+    parts.iter().for_each(|part| out.extend(part));
+    Ok(out)
 }
 
 fn check_lengths(storage: StorageType, bytes: usize, elements: usize) {

@@ -12,6 +12,7 @@ pub mod attention;
 pub mod attention_step;
 pub mod codec;
 pub mod cross_entropy;
+pub mod divergence;
 pub mod dropout;
 pub mod elementwise;
 pub mod embedding;

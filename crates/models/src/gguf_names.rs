@@ -39,6 +39,13 @@ pub fn to_hf(name: &str) -> Option<String> {
     Some(format!("model.layers.{index}.{hf}.{kind}"))
 }
 
+/// Number of heads by which llama.cpp's converter reorders the rows of a LLaMA tensor (Hugging Face's name), if it
+/// does: those of q and k, weights and biases.
+pub fn permuted_heads(name: &str, heads: usize, kv_heads: usize) -> Option<usize> {
+    let is = |part: &str| name.contains(part);
+    is(".self_attn.q_proj.").then_some(heads).or(is(".self_attn.k_proj.").then_some(kv_heads))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,6 +4,7 @@
 //!
 //! Must not know: adapter methods, the training loop.
 
+mod blueprint;
 pub mod gguf_names;
 mod llama;
 mod llama_config;
@@ -11,11 +12,12 @@ mod outline;
 mod quantize;
 mod weights;
 
+pub use blueprint::{Blueprint, GgufSettings, LinearBlueprint};
 pub use llama::Llama;
 pub use llama_config::LlamaConfig;
 pub use outline::{DecoderSizes, Outline, TensorUse, scheme_bytes};
 pub use quantize::{QuantizedModel, quantize};
-pub use weights::{WeightDtype, Weights, unpermute_rows};
+pub use weights::{WeightDtype, Weights, permute_rows, unpermute_rows};
 
 use candle_core::Device;
 use engobe_formats::checkpoint::Checkpoint;

@@ -319,8 +319,8 @@ fn rope_from_gguf(gguf: &Gguf, max_positions: usize) -> Result<RopeScaling> {
         Some("yarn") => Ok(RopeScaling::Yarn {
             factor: f64::from(factor),
             original: original.map_or(max_positions, |n| n as usize),
-            beta_fast: 32.0,
-            beta_slow: 1.0,
+            beta_fast: f64::from(gguf.opt_f32("llama.rope.scaling.yarn_beta_fast")?.unwrap_or(32.0)),
+            beta_slow: f64::from(gguf.opt_f32("llama.rope.scaling.yarn_beta_slow")?.unwrap_or(1.0)),
             attention_factor: match gguf.opt_f32("llama.rope.scaling.attn_factor")? {
                 Some(f) => f,
                 None => yarn_mscale(f64::from(factor), 1.0) as f32,

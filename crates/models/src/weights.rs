@@ -117,9 +117,7 @@ impl<'a> Weights<'a> {
 
     /// Heads of a tensor whose rows the converter permuted: weights and biases of q and k in a GGUF file.
     fn permuted_heads(&self, name: &str) -> Option<usize> {
-        let (heads, kv_heads) = self.gguf_heads?;
-        let is = |part: &str| name.contains(part);
-        is("q_proj").then_some(heads).or(is("k_proj").then_some(kv_heads))
+        self.gguf_heads.and_then(|(heads, kv_heads)| gguf_names::permuted_heads(name, heads, kv_heads))
     }
 
     /// A matrix `[rows, cols]` that stays as precise as it is stored: an embedding, an output head.
@@ -296,8 +294,7 @@ impl<'a> Weights<'a> {
         let mut out = vec![0f32; len];
         codec::decode(storage, view.bytes(), &mut out);
         if let Some(heads) = self.permuted_heads(name) {
-            let stored = std::mem::take(&mut out);
-            out = (0..len).map(|i| stored[stored_row(i, len / heads.max(1))]).collect();
+            out = unpermute_rows(&out, len, heads);
         }
         Ok(tensor_of(out, len)?.to_device(&self.device).map_err(engobe_autograd::Error::from)?)
     }
@@ -398,23 +395,33 @@ fn all_finite(storage: StorageType, bytes: &[u8]) -> bool {
 }
 
 /// Undoes the converter's reordering of q and k rows (`permute` in llama.cpp's `convert_hf_to_gguf.py`),
-/// which turns Hugging Face's pairs (i, i + half) of each head into neighbours (2i, 2i + 1).
+/// which turns Hugging Face's pairs (i, i + half) of each head into neighbours (2i, 2i + 1). `data` is `rows` rows
+/// of equal length.
 ///
 /// Row `h·d + 2i + s` of the file is row `h·d + s·d/2 + i` in Hugging Face's order, d being the head's size.
-pub fn unpermute_rows(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
-    let row_bytes = bytes.len() / rows.max(1);
-    let head = rows / heads.max(1);
-    let mut out = vec![0u8; bytes.len()];
-    for (i, dst) in out.chunks_exact_mut(row_bytes.max(1)).enumerate() {
-        dst.copy_from_slice(&bytes[stored_row(i, head) * row_bytes..][..row_bytes]);
-    }
-    out
+pub fn unpermute_rows<T: Copy>(data: &[T], rows: usize, heads: usize) -> Vec<T> {
+    reorder(data, rows, heads, |within, half| 2 * (within % half) + within / half)
 }
 
-/// Where the converter put row `i`, in heads of `head` rows (an even number).
-fn stored_row(i: usize, head: usize) -> usize {
-    let (within, half) = (i % head, head / 2);
-    i - within + 2 * (within % half) + within / half
+/// The converter's reordering of q and k rows: what [`unpermute_rows`] undoes.
+pub fn permute_rows<T: Copy>(data: &[T], rows: usize, heads: usize) -> Vec<T> {
+    reorder(data, rows, heads, |within, half| within / 2 + within % 2 * half)
+}
+
+/// Rows in another order: row i of a head is row `from(i, half)` of the same head, half of a head's rows being
+/// `half`. What is no whole number of heads stays as it is.
+fn reorder<T: Copy>(data: &[T], rows: usize, heads: usize, from: impl Fn(usize, usize) -> usize) -> Vec<T> {
+    let head = rows / heads.max(1);
+    if head < 2 || !head.is_multiple_of(2) || head * heads != rows || !data.len().is_multiple_of(rows) {
+        return data.to_vec();
+    }
+    let width = data.len() / rows;
+    let mut out = Vec::with_capacity(data.len());
+    for i in 0..rows {
+        let row = i / head * head + from(i % head, head / 2);
+        out.extend_from_slice(&data[row * width..][..width]);
+    }
+    out
 }
 
 /// The elements in another storage, in parallel.
@@ -450,6 +457,11 @@ mod tests {
         // one byte a row; two heads of four: the converter stores (0,2,1,3) of each head
         let stored = [0u8, 2, 1, 3, 4, 6, 5, 7];
         assert_eq!(unpermute_rows(&stored, 8, 2), [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(permute_rows(&[0u8, 1, 2, 3, 4, 5, 6, 7], 8, 2), stored);
+        let wide: Vec<u16> = (0..72).collect();
+        assert_eq!(unpermute_rows(&permute_rows(&wide, 24, 4), 24, 4), wide);
+        // what is no whole number of heads is left alone
+        assert_eq!(permute_rows(&[1u8, 2, 3], 3, 2), [1, 2, 3]);
     }
 
     #[test]

@@ -76,9 +76,17 @@ impl Linear {
 
     /// True if nothing is attached and nothing is trained.
     pub fn is_plain(&self) -> bool {
-        self.adapters.is_empty()
-            && matches!(self.weight, Weight::Frozen(_))
-            && !matches!(self.bias, Some(Vector::Trained(_)))
+        self.weight_is_plain() && self.bias_is_plain()
+    }
+
+    /// True if the matrix is the base's own and nothing is added to it.
+    pub fn weight_is_plain(&self) -> bool {
+        self.adapters.is_empty() && matches!(self.weight, Weight::Frozen(_))
+    }
+
+    /// True if the bias is the base's own.
+    pub fn bias_is_plain(&self) -> bool {
+        !matches!(self.bias, Some(Vector::Trained(_)))
     }
 
     /// The layer with its adapters for one forward pass.

@@ -140,6 +140,11 @@ impl RmsNorm {
         self.weight = Vector::Trained(param);
     }
 
+    /// True if the weight is trained, and so no longer the base's own.
+    pub fn is_trained(&self) -> bool {
+        matches!(self.weight, Vector::Trained(_))
+    }
+
     /// Normed rows of `x` `[n, d]`.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, x: &Var) -> Result<Var> {
         let weight = self.weight.on(tape);

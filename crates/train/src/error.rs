@@ -56,6 +56,17 @@ pub enum Error {
     /// No label in the data.
     #[error("no row has a label to learn from")]
     NoLabels,
+    /// Two models that cannot be compared.
+    #[error("the models have vocabularies of {reference} and {candidate} tokens: they cannot be compared")]
+    Vocabulary {
+        /// of the first
+        reference: usize,
+        /// of the second
+        candidate: usize,
+    },
+    /// Logits that are NaN or infinite.
+    #[error("a model's logits are no finite numbers: its weights are broken")]
+    NoNumbers,
     /// A file operation failed.
     #[error("{}: {source}", path.display())]
     Io {

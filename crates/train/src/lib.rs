@@ -4,6 +4,7 @@
 //! through an [`Observer`].
 
 pub mod checkpoint;
+mod compare;
 mod error;
 mod evaluate;
 pub mod memory;
@@ -14,6 +15,7 @@ mod schedule;
 pub mod step;
 mod trainer;
 
+pub use compare::{Comparison, compare};
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, evaluate};
 pub use metrics::StepMetrics;

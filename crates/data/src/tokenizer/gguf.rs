@@ -4,8 +4,11 @@
 //! SentencePiece BPE (`llama`), whose merges are implied by the scores. The ids are those of llama.cpp
 //! (`src/llama-vocab.cpp`), which are those of the Hugging Face tokenizer that the file was made from.
 
+mod export;
 mod pre;
 mod spm;
+
+pub(super) use export::to_gguf;
 
 use super::{Specials, TextTokenizer};
 use crate::{Error, Result};
@@ -48,6 +51,8 @@ pub struct GgufTokenizer {
     pub add_space_prefix: Option<bool>,
     /// `tokenizer.chat_template`
     pub chat_template: Option<String>,
+    /// `tokenizer.chat_template.tool_use`, for dialogues with tools
+    pub tool_template: Option<String>,
 }
 
 impl GgufTokenizer {
@@ -70,6 +75,7 @@ impl GgufTokenizer {
             add_eos: file.opt_bool(&key("add_eos_token"))?,
             add_space_prefix: file.opt_bool(&key("add_space_prefix"))?,
             chat_template: file.opt_str("tokenizer.chat_template")?.map(str::to_owned),
+            tool_template: file.opt_str("tokenizer.chat_template.tool_use")?.map(str::to_owned),
         })
     }
 }
@@ -103,6 +109,7 @@ pub(super) fn build(meta: GgufTokenizer, origin: &str) -> Result<TextTokenizer> 
     let suffix = meta.eos.filter(|_| meta.add_eos.unwrap_or(false)).into_iter().collect();
     let mut tokenizer = TextTokenizer::assemble(inner, origin.to_owned(), prefix, suffix, specials);
     tokenizer.chat_template = meta.chat_template;
+    tokenizer.tool_template = meta.tool_template;
     Ok(tokenizer)
 }
 

@@ -2,10 +2,14 @@
 
 use crate::Usage;
 use crate::args::MergeArgs;
+use crate::beside::Beside;
+use crate::commands::convert;
 use crate::terminal::{Note, Progress, print, print_json};
+use crate::verification::{self, Verdict};
 use crate::workbench::{self, Bench};
 use anyhow::{Context, Result, bail};
 use engobe_adapters::merge::{MergeOptions, Merged, merge};
+use engobe_convert::GgufType;
 use engobe_formats::atomic::write_atomic;
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::hf_config::HfConfig;
@@ -18,34 +22,78 @@ use std::path::Path;
 /// Bakes an adapter into its model.
 pub fn run(args: &MergeArgs) -> Result<()> {
     let mut note = Note::new(&args.common);
-    let dtype = args.dtype.as_deref().map(storage).transpose()?;
+    verification::check_args(&args.verify)?;
     if !(args.max_shard_size.is_finite() && args.max_shard_size > 0.0) {
         bail!(Usage(format!("--max-shard-size {}: expected a number of GB above 0", args.max_shard_size)));
     }
-    let model = workbench::resolve(&args.model, &args.common, &mut note)?;
-    prepare(&args.out)?;
-    let done = write(args, &model, dtype, &note);
-    if done.is_err() {
-        // nothing but what was begun here lies in it
-        let _ = fs::remove_dir_all(&args.out);
-    }
-    let (merged, written) = done?;
-    let types = written.join(", ");
+    let done = match args.out.extension().is_some_and(|e| e == "gguf") {
+        true => into_file(args, &mut note)?,
+        false => into_directory(args, &mut note)?,
+    };
+    let types = done.types.join(", ");
     if args.common.json {
-        return print_json(&json!({
+        let mut json = json!({
             "out": args.out,
-            "tensors": merged.tensors,
-            "changed": merged.changed,
+            "tensors": done.merged.tensors,
+            "changed": done.merged.changed,
             "dtype": types,
-            "tie_word_embeddings": merged.tied_head,
-        }));
+            "tie_word_embeddings": done.merged.tied_head,
+        });
+        verification::add_to_json(done.verdict.as_ref(), &mut json);
+        return print_json(&json);
+    }
+    print(&done.remarks)?;
+    if let Some(verdict) = &done.verdict {
+        print(&format!("{}\n", verdict.line()))?;
     }
     print(&format!(
         "{}: {} tensors, {} of them changed by the adapter, as {types}\n",
         args.out.display(),
-        merged.tensors,
-        merged.changed
+        done.merged.tensors,
+        done.merged.changed
     ))
+}
+
+/// What there is to tell.
+struct Done {
+    merged: Merged,
+    types: Vec<String>,
+    remarks: String,
+    verdict: Option<Verdict>,
+}
+
+/// A GGUF file.
+fn into_file(args: &MergeArgs, note: &mut Note) -> Result<Done> {
+    let model = workbench::resolve(&args.model, &args.common, note)?;
+    let wanted = convert::gguf_type(args.dtype.as_deref(), &model, true)?;
+    let place = Beside::file(&args.out)?;
+    let mut bench = Bench::load(&model, Some(&args.adapter), &LoadOptions::default())?;
+    let written =
+        convert::bake(&mut bench, wanted, place.path(), &convert::name(&args.model, &args.out), note)?;
+    let verdict = convert::verify(&args.verify, &bench, wanted, place.path(), note)?;
+    place.keep()?;
+    let merged = Merged {
+        tensors: written.mapped.len(),
+        changed: written.changed,
+        tied_head: !written.mapped.iter().any(|m| m.to == "output.weight"),
+    };
+    Ok(Done { merged, types: convert::types(&written)?, remarks: convert::remarks(&written), verdict })
+}
+
+/// A Hugging Face directory.
+fn into_directory(args: &MergeArgs, note: &mut Note) -> Result<Done> {
+    let dtype = args.dtype.as_deref().map(storage).transpose()?;
+    let model = workbench::resolve(&args.model, &args.common, note)?;
+    let place = Beside::dir(&args.out)?;
+    let mut bench = Bench::load(&model, Some(&args.adapter), &LoadOptions::default())?;
+    let (merged, types) = write(args, &mut bench, place.path(), dtype, note)?;
+    let asked = args.verify.verify || !args.verify.verify_data.is_empty() || args.verify.max_kl.is_some();
+    let verdict = match asked || (verification::is_quantized(&model)? && !args.verify.no_verify) {
+        true => Some(verification::run(&args.verify, &bench, place.path(), note)?),
+        false => None,
+    };
+    place.keep()?;
+    Ok(Done { merged, types, remarks: String::new(), verdict })
 }
 
 fn storage(name: &str) -> Result<StorageType> {
@@ -53,6 +101,10 @@ fn storage(name: &str) -> Result<StorageType> {
         "f32" => StorageType::F32,
         "bf16" => StorageType::BF16,
         "f16" => StorageType::F16,
+        _ if name.parse::<GgufType>().is_ok() => {
+            let why = "is for GGUF files: let --out end in .gguf, or choose f32, bf16 or f16";
+            bail!(Usage(format!("--dtype {name} {why}")))
+        }
         _ => bail!(Usage(format!("--dtype {name}: expected f32, bf16 or f16"))),
     })
 }
@@ -73,11 +125,13 @@ pub(super) fn prepare(out: &Path) -> Result<()> {
 
 fn write(
     args: &MergeArgs,
-    model: &Path,
+    bench: &mut Bench,
+    out: &Path,
     dtype: Option<StorageType>,
     note: &Note,
 ) -> Result<(Merged, Vec<String>)> {
-    let mut bench = Bench::load(model, Some(&args.adapter), &LoadOptions::default())?;
+    let model = bench.path.clone();
+    let model = model.as_path();
     let checkpoint = Checkpoint::open(model)?;
     // a tensor keeps its float type; quantized ones become f32
     let stored = |name: &str| match checkpoint.get(name).and_then(|view| view.storage()) {
@@ -95,14 +149,14 @@ fn write(
         max_shard_bytes: (args.max_shard_size * 1e9) as usize,
         tied_head: bench.model.info().tied_head,
     };
-    let adapter = bench.adapter.take().context("no adapter")?;
+    let adapter = bench.adapter.as_ref().context("no adapter")?;
     let mut progress = Progress::new("tensors", 1, 0, note);
     let mut tell = |done, of| progress.of(done, of, || "merged".to_string());
-    let merged = merge(bench.model.as_mut(), &adapter, &args.out, &options, &mut tell)?;
+    let merged = merge(bench.model.as_mut(), adapter, out, &options, &mut tell)?;
     drop(progress);
     let mut types: Vec<StorageType> = types.into_inner().into_iter().collect();
     types.sort_by_key(|t| t.to_string());
-    copy_companions(&bench, model, &args.out, &merged, &types)?;
+    copy_companions(bench, model, out, &merged, &types)?;
     Ok((merged, types.iter().map(|t| t.to_string().to_lowercase()).collect()))
 }
 
@@ -145,11 +199,11 @@ fn copy_companions(
         write_atomic(&out.join("generation_config.json"), &serde_json::to_vec_pretty(&ends)?)?;
         engobe_models::hf_config_of(&gguf)?
     };
+    config["tie_word_embeddings"] = json!(merged.tied_head);
     if let Some(config) = config.as_object_mut() {
-        // merged weights are plain floats
+        // what is written is not quantized any more
         config.remove("quantization_config");
     }
-    config["tie_word_embeddings"] = json!(merged.tied_head);
     // the widest type loses nothing
     let widest =
         [("float32", StorageType::F32), ("bfloat16", StorageType::BF16), ("float16", StorageType::F16)];

@@ -1,17 +1,19 @@
 //! GGUF files (versions 2 and 3, little-endian), as ggml's `gguf.md` specifies them.
 
+pub mod lora;
 mod reader;
 mod value;
 mod write;
 
 pub use reader::{Header, TensorInfo, parse};
 pub use value::GgufValue;
-pub use write::write_gguf;
+pub use write::{Announced, GgufWriter, MetaValue, write_gguf};
 
 use crate::mmap::MappedFile;
 use crate::tensor::TensorView;
 use crate::{Error, Result, nearest};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -20,6 +22,7 @@ use std::sync::Arc;
 pub struct Gguf {
     file: Arc<MappedFile>,
     metadata: BTreeMap<String, GgufValue>,
+    raw_metadata: Vec<(String, u32, Range<usize>)>,
     tensors: BTreeMap<String, TensorView>,
 }
 
@@ -39,7 +42,7 @@ impl Gguf {
             (t.name, view)
         };
         let tensors = header.tensors.into_iter().map(view).collect();
-        Ok(Self { tensors, metadata: header.metadata, file })
+        Ok(Self { tensors, metadata: header.metadata, raw_metadata: header.raw_metadata, file })
     }
 
     /// Where the file is.
@@ -50,6 +53,15 @@ impl Gguf {
     /// All metadata by key.
     pub fn metadata(&self) -> &BTreeMap<String, GgufValue> {
         &self.metadata
+    }
+
+    /// All metadata in the file's order, to be written again as it is.
+    pub fn copied_metadata(&self) -> Vec<(String, MetaValue)> {
+        let bytes = (*self.file).as_ref();
+        let copy = |(key, kind, range): &(String, u32, Range<usize>)| {
+            (key.clone(), MetaValue::Copied { kind: *kind, bytes: bytes[range.clone()].to_vec() })
+        };
+        self.raw_metadata.iter().map(copy).collect()
     }
 
     /// All tensors by name.

@@ -14,6 +14,8 @@ const MAX_DEPTH: usize = 4;
 pub struct Header {
     /// metadata by key
     pub metadata: BTreeMap<String, GgufValue>,
+    /// the same as it lies in the file, in its order: key, type of the value, bytes of the value
+    pub raw_metadata: Vec<(String, u32, Range<usize>)>,
     /// tensors in the file's order
     pub tensors: Vec<TensorInfo>,
 }
@@ -33,6 +35,9 @@ pub struct TensorInfo {
 
 type Result<T> = std::result::Result<T, String>;
 
+/// Values by key, and each as it lies in the file.
+type Metadata = (BTreeMap<String, GgufValue>, Vec<(String, u32, Range<usize>)>);
+
 /// Checks a whole file and lists what is in it. The reason is without the file's name.
 pub fn parse(bytes: &[u8]) -> Result<Header> {
     let mut r = Reader { bytes, at: 0 };
@@ -46,7 +51,7 @@ pub fn parse(bytes: &[u8]) -> Result<Header> {
         return Err(format!("GGUF version {version} is not supported: {why}"));
     }
     let (tensor_count, value_count) = (r.u64()?, r.u64()?);
-    let metadata = r.metadata(value_count)?;
+    let (metadata, raw_metadata) = r.metadata(value_count)?;
     let alignment = alignment(&metadata)?;
     let mut infos = Vec::new();
     let mut names = BTreeSet::new();
@@ -63,7 +68,7 @@ pub fn parse(bytes: &[u8]) -> Result<Header> {
     let tensors =
         infos.into_iter().map(|i| i.place(data, alignment, bytes.len())).collect::<Result<Vec<_>>>()?;
     overlap(&tensors)?;
-    Ok(Header { metadata, tensors })
+    Ok(Header { metadata, raw_metadata, tensors })
 }
 
 fn alignment(metadata: &BTreeMap<String, GgufValue>) -> Result<usize> {
@@ -218,18 +223,20 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn metadata(&mut self, count: u64) -> Result<BTreeMap<String, GgufValue>> {
+    fn metadata(&mut self, count: u64) -> Result<Metadata> {
         self.check_count(count, 13, "metadata values")?;
-        let mut map = BTreeMap::new();
+        let (mut map, mut raw) = (BTreeMap::new(), Vec::new());
         for _ in 0..count {
             let key = self.string()?;
             let kind = self.u32()?;
+            let start = self.at;
             let value = self.value(kind, 0).map_err(|e| format!("metadata {key:?}: {e}"))?;
             if map.insert(key.clone(), value).is_some() {
                 return Err(format!("metadata {key:?} is listed twice"));
             }
+            raw.push((key, kind, start..self.at));
         }
-        Ok(map)
+        Ok((map, raw))
     }
 
     fn value(&mut self, kind: u32, depth: usize) -> Result<GgufValue> {

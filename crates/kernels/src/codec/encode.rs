@@ -7,8 +7,9 @@
 //!   d = x_max / -(L/2), q = min(floor(x / d + L/2 + 0.5), L - 1).
 //! - Q4_1, Q5_1: d = (max - min) / (L - 1), m = min, q = min(floor((x - m) / d + 0.5), L - 1).
 //!
-//! Division by d is multiplication with 1 / d (0 if d is 0), as there. Layouts: `legacy.rs`.
+//! Division by d is multiplication with 1 / d (0 if d is 0), as there. Layouts: `legacy.rs`. K-quants: `encode_k.rs`.
 
+use super::encode_k;
 use crate::storage::StorageType;
 use half::{bf16, f16};
 
@@ -17,7 +18,7 @@ use half::{bf16, f16};
 pub enum EncodeError {
     /// No encoder for this storage.
     #[error(
-        "cannot quantize to {storage}: only F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 can be written"
+        "cannot quantize to {storage}: only F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K can be written"
     )]
     Unsupported {
         /// storage asked for
@@ -68,9 +69,10 @@ pub fn encode(storage: StorageType, x: &[f32], out: &mut Vec<u8>) -> Result<(), 
             push_fifth_bits(out, &q);
             push_nibbles(out, &q);
         }),
-        StorageType::Q2_K | StorageType::Q3_K | StorageType::Q4_K | StorageType::Q5_K | StorageType::Q6_K => {
-            return Err(EncodeError::Unsupported { storage });
-        }
+        StorageType::Q4_K => encode_k::q4_k(x, out),
+        StorageType::Q5_K => encode_k::q5_k(x, out),
+        StorageType::Q6_K => encode_k::q6_k(x, out),
+        StorageType::Q2_K | StorageType::Q3_K => return Err(EncodeError::Unsupported { storage }),
     }
     Ok(())
 }

@@ -19,7 +19,8 @@ pub(super) struct Pre {
     pub(super) add_bos: bool,
 }
 
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+/// The expression of the `tokenizers` library's own byte-level splitting.
+pub(super) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -99,6 +100,17 @@ pub(super) fn lookup(name: Option<&str>) -> Result<&'static Pre, String> {
         let names: Vec<&str> = KNOWN.iter().flat_map(|pre| pre.names.iter().copied()).collect();
         format!("tokenizer.ggml.pre {name:?} is not known; known are {}", names.join(", "))
     })
+}
+
+/// The name of the splitting by these expressions, if it is a known one.
+pub(super) fn recognise(patterns: &[&str], ignore_merges: bool) -> Option<&'static str> {
+    let known = KNOWN.iter().find(|pre| pre.patterns == patterns && pre.ignore_merges == ignore_merges);
+    known.map(|pre| pre.names[0])
+}
+
+/// One name of each kind.
+pub(super) fn canonical_names() -> Vec<&'static str> {
+    KNOWN.iter().map(|pre| pre.names[0]).collect()
 }
 
 impl Pre {

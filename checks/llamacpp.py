@@ -1,0 +1,217 @@
+"""What engobe hands back to llama.cpp: GGUF LoRA, merged GGUF files of several types, and GGUF files made of
+Hugging Face directories, each generating what engobe generates.
+
+    python checks/llamacpp.py [--demo DIR] [--only PART]
+
+DIR is what `engobe demo --out DIR` left; without it, each part runs the demo first (a minute or two). Parts:
+configurations, lora, merged, requantized, directory.
+
+Greedy tokens are compared one by one. Where the two part, llama.cpp's choice is taken and the comparison goes on
+from there, so that every choice is compared; at each parting the margin by which llama.cpp's token leads is shown and
+must be small. Small means what the arithmetic allows: llama.cpp rounds activations to 8 bits beside quantized weights
+(half a nat of difference was seen beside exact arithmetic), to f16 beside f16 weights, and not at all beside f32.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import xllamacpp as xlc
+from common import Report, engobe, make_model
+from gguf import GGUFReader
+from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+TOKENS = 48
+PLAIN = [
+    "The capital of France is Paris, and the capital of Italy is",
+    "Once upon a time, in a village by the sea, there lived an old potter who",
+    "def fibonacci(n):\n    \"\"\"The n-th Fibonacci number.\"\"\"\n",
+    "Water boils at a lower temperature on a mountain because",
+]
+
+
+def llama_cpp(path, lora=None):
+    """Greedy continuations by llama.cpp."""
+    params = xlc.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
+    params.cpuparams.n_threads = 2
+    params.sampling.temp, params.sampling.top_k, params.sampling.seed = 0.0, 1, 1
+    # attention in f32, so that only weights and activations are rounded
+    params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
+    if lora:
+        params.lora_adapters = [xlc.CommonAdapterLoraInfo(str(lora), 1.0)]
+    server = xlc.Server(params)
+
+    def complete(ids, count, banned=()):
+        """Token ids, how many nats each lies above the second best, and their log-probabilities."""
+        body = {"prompt": ids, "n_predict": count, "temperature": 0.0, "n_probs": 2, "cache_prompt": False}
+        body["logit_bias"] = [[token, False] for token in banned]
+        done = server.handle_completions(body)
+        steps = done.get("completion_probabilities") or done["choices"][0]["logprobs"]["content"]
+        margins = [s["top_logprobs"][0]["logprob"] - s["top_logprobs"][1]["logprob"] for s in steps]
+        return [s["id"] for s in steps], margins, [s["logprob"] for s in steps]
+
+    return complete
+
+
+def compare(report, name, complete, args, prompts, limit, tokens=TOKENS):
+    """engobe, called with `args`, beside llama.cpp on every prompt."""
+    partings, compared, same = [], 0, 0
+    for ids in prompts:
+        theirs, margins, _ = complete(ids, tokens)
+        at = 0
+        while at < len(theirs):
+            context = ",".join(map(str, ids + theirs[:at]))
+            mine = engobe("generate", *args, "--prompt-ids", context, "--max-new-tokens", len(theirs) - at)["token_ids"]
+            parted = next((i for i, t in enumerate(theirs[at:]) if i >= len(mine) or mine[i] != t), None)
+            if parted is None:
+                break
+            # an end of turn ends engobe's answer; llama.cpp's has the token itself
+            partings.append(margins[at + parted])
+            at += parted + 1
+        compared += len(theirs)
+        same += not partings or at == 0
+    worst = max(partings, default=0.0)
+    shown = ", ".join(f"{m:.3f}" for m in sorted(partings, reverse=True)[:4])
+    report.true(name, compared > 20 * len(prompts) / 4 and worst <= limit, f"{compared} tokens, {len(partings)} partings at margins [{shown}] (limit {limit})")
+
+
+def demo_prompts(demo, hf):
+    """Held-out prompts of the demo as chats, and plain ones, as token ids."""
+    tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
+    template = (hf / "chat_template.jinja").read_text()
+    rows = [json.loads(l) for l in (demo / "test.jsonl").read_text().splitlines()]
+    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows[:6]]
+    texts, _ = render_jinja_template(chats, chat_template=template, add_generation_prompt=True)
+    return [tokenizer.encode(t, add_special_tokens=False).ids for t in texts + PLAIN]
+
+
+class Base:
+    """SmolLM2, the demo's adapter over it, and prompts."""
+
+    def __init__(self, work, demo):
+        self.path = engobe("fetch", "smollm2-135m")["path"]
+        if demo is None:
+            demo = work / "demo"
+            engobe("demo", "--out", demo)
+        self.over = ["--model", self.path, "--adapter", demo / "adapter"]
+        self.hf = work / "hf"
+        engobe("merge", *self.over, "--out", self.hf)
+        self.prompts = demo_prompts(demo, self.hf)
+
+
+def lora(report, work, demo):
+    """The demo's adapter beside the same base."""
+    base = Base(work, demo)
+    for kind in ("f32", "f16"):
+        path = work / f"lora-{kind}.gguf"
+        done = engobe("convert", "--to", "gguf-lora", *base.over, "--type", kind, "--out", path)
+        report.true(f"GGUF LoRA {kind}: mapped", len(done["mapped"]) == 420 and len(GGUFReader(path).tensors) == 420)
+        compare(report, f"GGUF LoRA {kind} in llama.cpp", llama_cpp(base.path, path), base.over, base.prompts, 1.0)
+
+
+def merged(report, work, demo):
+    """The adapter baked in, in types that lose little: beside base + adapter itself."""
+    base = Base(work, demo)
+    for kind, limit in (("f32", 0.02), ("f16", 0.1), ("bf16", 0.3), ("q8_0", 1.0)):
+        path = work / f"merged-{kind}.gguf"
+        found = engobe("merge", *base.over, "--type", kind, "--out", path)
+        print(f"     {kind}: mean KL {found['mean_kl']:.3g} nats, the adapter itself {found['adapter_kl']:.3g}")
+        exact = ["--exact-activations"] if kind != "q8_0" else []
+        compare(report, f"merged {kind} in llama.cpp", llama_cpp(path), [*base.over, *exact], base.prompts, limit)
+
+
+def requantized(report, work, demo):
+    """The adapter baked in, in types that lose something: beside the same file in engobe, and what is refused."""
+    base = Base(work, demo)
+    original = GGUFReader(base.path)
+    for kind in ("q8_0", "q4_k", "q4_0", "keep"):
+        path = work / f"requantized-{kind}.gguf"
+        if kind != "q8_0":
+            refused = engobe("merge", *base.over, "--type", kind, "--out", path, ok=False)
+            report.true(f"merged {kind} is refused", refused.returncode == 1 and "--max-kl" in refused.stderr and not path.exists())
+        found = engobe("merge", *base.over, "--type", kind, "--out", path, "--accept-drift")
+        print(f"     {kind}: mean KL {found['mean_kl']:.3g} nats, the adapter itself {found['adapter_kl']:.3g}")
+        compare(report, f"requantized {kind} in llama.cpp", llama_cpp(path), ["--model", path], base.prompts, 1.0)
+        made = GGUFReader(path)
+        differ = [k for k in original.fields if k not in made.fields or made.fields[k].contents() != original.fields[k].contents()]
+        differ = [k for k in differ if not k.startswith("GGUF.") and k != "general.file_type"]
+        report.true(f"metadata of {kind}", not differ, str(differ))
+
+
+def directory(report, work, demo):
+    """A Hugging Face directory (tokenizer.json, template) back into GGUF."""
+    base = Base(work, demo)
+    path = work / "from-hf.gguf"
+    engobe("convert", "--to", "gguf", "--model", base.hf, "--type", "f32", "--out", path)
+    made, original = GGUFReader(path), GGUFReader(base.path)
+    keys = ["tokens", "merges", "pre", "model", "bos_token_id", "eos_token_id", "unknown_token_id"]
+    for key in [f"tokenizer.ggml.{k}" for k in keys] + ["tokenizer.chat_template"]:
+        if key in original.fields:
+            report.true(f"from a directory: {key}", made.fields[key].contents() == original.fields[key].contents())
+    compare(report, "from a directory, in llama.cpp", llama_cpp(path), ["--model", base.hf, "--exact-activations"], base.prompts, 0.02)
+
+
+TINY = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256)
+CONFIGS = {
+    "plain": dict(num_key_value_heads=4, tie_word_embeddings=False),
+    "gqa_tied": dict(num_key_value_heads=2, tie_word_embeddings=True),
+    "head_dim_bias": dict(num_key_value_heads=2, head_dim=24, attention_bias=True, mlp_bias=True),
+    "theta": dict(num_key_value_heads=1, rope_theta=5e5, rms_norm_eps=1e-5),
+    "linear": dict(num_key_value_heads=2, rope_scaling=dict(rope_type="linear", factor=4.0)),
+    "llama3": dict(num_key_value_heads=2, rope_theta=5e5, rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)),
+    "yarn": dict(num_key_value_heads=2, rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)),
+}
+
+
+def configurations(report, work, demo):
+    """Random models of every configuration: llama.cpp finds in the GGUF what transformers finds in the directory."""
+    hf = Path(__file__).resolve().parent.parent / "crates/data/tests/golden/hf"
+    tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
+    # llama.cpp's server reports no token that ends inside a character, and stops at those that end a turn
+    whole = [i for i in range(3, tokenizer.get_vocab_size()) if "\ufffd" not in tokenizer.decode([i], skip_special_tokens=False)]
+    banned = sorted(set(range(TINY["vocab_size"])) - set(whole))
+    for i, (name, changes) in enumerate(CONFIGS.items()):
+        at = work / f"tiny-{name}"
+        model = make_model(at, 70 + i, **{**TINY, **changes})
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(hf / file, at / file)
+        path = work / f"tiny-{name}.gguf"
+        engobe("convert", "--to", "gguf", "--model", at, "--type", "f32", "--out", path)
+        complete = llama_cpp(path)
+        torch.manual_seed(i)
+        worst, chosen, count = 0.0, 0, 0
+        for _ in range(4):
+            ids = torch.randint(3, 480, (40,)).tolist()
+            theirs, _, logprobs = complete(ids, 40, banned)
+            with torch.no_grad():
+                logits = model(torch.tensor([ids + theirs])).logits[0].float()[len(ids) - 1 : -1]
+            mine = torch.log_softmax(logits, -1)
+            worst = max(worst, max(abs(mine[k, t].item() - l) for k, (t, l) in enumerate(zip(theirs, logprobs))))
+            logits[:, banned] = -torch.inf
+            chosen += sum(logits[k].argmax().item() == t for k, t in enumerate(theirs))
+            count += len(theirs)
+        report(f"{name}: log-probabilities of llama.cpp beside transformers'", worst, 1e-4)
+        report.true(f"{name}: greedy tokens", chosen == count and count > 100, f"{chosen} of {count}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--demo", type=Path)
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    report = Report()
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        for part in (configurations, lora, merged, requantized, directory):
+            if args.only in part.__name__:
+                shutil.rmtree(work / "hf", ignore_errors=True)
+                part(report, work, args.demo)
+    report.exit()
