@@ -93,7 +93,7 @@ fn compare_batch(
         let (z, w) = (logits(reference, &first)?, logits(candidate, &second)?);
         let start = out.len();
         out.resize(start + part.len(), RowDivergence::default());
-        divergence(&*host(&z)?, &*host(&w)?, vocab, &targets, &mut out[start..]);
+        divergence(&host(&z)?, &host(&w)?, vocab, &targets, &mut out[start..]);
     }
     Ok(())
 }
