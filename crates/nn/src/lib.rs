@@ -8,6 +8,7 @@
 
 pub mod cache;
 mod causal;
+pub mod decoder;
 mod linear;
 mod modules;
 pub mod rope;
@@ -16,4 +17,4 @@ pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
 pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
 pub use linear::{Linear, LinearAdapter, linear_group};
-pub use modules::{Embedding, ModuleMut, ModuleTree, RmsNorm, Weight};
+pub use modules::{Embedding, LayerNorm, ModuleMut, ModuleTree, Norm, RmsNorm, Weight};
