@@ -70,6 +70,8 @@ pub struct LoraConfig {
     pub modules_to_save: Vec<String>,
     /// start
     pub init_lora_weights: InitLoraWeights,
+    /// adapted matrices lie as `[in, out]` in the base's files (GPT-2's `Conv1D`), which PEFT must know to merge
+    pub fan_in_fan_out: bool,
     /// the base model's name or path, as a note
     pub base_model_name_or_path: Option<String>,
     /// kind of task, as a note
@@ -93,6 +95,7 @@ impl Default for LoraConfig {
             bias: BiasMode::None,
             modules_to_save: Vec::new(),
             init_lora_weights: InitLoraWeights::Kaiming,
+            fan_in_fan_out: false,
             base_model_name_or_path: None,
             task_type: Some("CAUSAL_LM".to_string()),
         }
@@ -111,13 +114,12 @@ const NOTES: [&str; 7] = [
 ];
 
 /// Keys of features that engobe does not have. They may only be off.
-const NOT_YET: [&str; 21] = [
+const NOT_YET: [&str; 20] = [
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
     "loftq_config",
@@ -136,7 +138,7 @@ const NOT_YET: [&str; 21] = [
 ];
 
 /// Keys beside [`LoraConfig::SETTINGS`].
-const LABELS: [&str; 3] = ["base_model_name_or_path", "task_type", "peft_type"];
+const LABELS: [&str; 4] = ["base_model_name_or_path", "fan_in_fan_out", "task_type", "peft_type"];
 
 /// True for values that mean "not used".
 fn is_off(value: &Value) -> bool {
@@ -241,7 +243,7 @@ impl LoraConfig {
             "ensure_weight_tying": false,
             "eva_config": null,
             "exclude_modules": targets(&self.exclude_modules),
-            "fan_in_fan_out": false,
+            "fan_in_fan_out": self.fan_in_fan_out,
             "inference_mode": true,
             "init_lora_weights": match self.init_lora_weights {
                 InitLoraWeights::Kaiming => json!(true),
@@ -358,6 +360,7 @@ impl Reader {
                     return Err(self.bad("init_lora_weights", &other.to_string(), right));
                 }
             },
+            fan_in_fan_out: self.flag("fan_in_fan_out")?,
             base_model_name_or_path: text("base_model_name_or_path"),
             task_type: text("task_type"),
         })
