@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 SIZES = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
 FACTORS = dict(short_factor=[1.0, 1.1, 1.3, 1.4], long_factor=[1.0, 1.5, 2.5, 4.0])
-GEMMA = dict(SIZES, num_key_value_heads=2, head_dim=12, query_pre_attn_scalar=20, sliding_window=5, num_hidden_layers=3)
+GEMMA = dict(SIZES, num_key_value_heads=2, head_dim=12, query_pre_attn_scalar=12, sliding_window=5, num_hidden_layers=3)
 GPT2 = dict(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=1)
 OPT = dict(SIZES, ffn_dim=48, dropout=0.0, pad_token_id=0, word_embed_proj_dim=32)
 OPT.pop("intermediate_size")
@@ -38,8 +38,8 @@ CONFIGS = {
     "gpt2_short_names": ("GPT2Config", dict(GPT2, n_inner=40, activation_function="gelu", scale_attn_by_inverse_layer_idx=True)),
     "qwen3": ("Qwen3Config", dict(SIZES, num_key_value_heads=2, head_dim=12, tie_word_embeddings=True)),
     "qwen3_bias": ("Qwen3Config", dict(SIZES, num_key_value_heads=4, head_dim=8, attention_bias=True, use_sliding_window=True, sliding_window=9, max_window_layers=1)),
-    "gemma3": ("Gemma3TextConfig", dict(GEMMA, sliding_window_pattern=3)),
-    "gemma3_scaled": ("Gemma3TextConfig", dict(GEMMA, layer_types=["full_attention", "sliding_attention", "full_attention"], tie_word_embeddings=False, final_logit_softcapping=3.0, rope_scaling=dict(rope_type="linear", factor=8.0))),
+    "gemma3": ("Gemma3TextConfig", dict(GEMMA, num_hidden_layers=6, hidden_size=24, intermediate_size=32)),
+    "gemma3_scaled": ("Gemma3TextConfig", dict(GEMMA, query_pre_attn_scalar=20, layer_types=["full_attention", "sliding_attention", "full_attention"], tie_word_embeddings=False, final_logit_softcapping=3.0, rope_scaling=dict(rope_type="linear", factor=8.0))),
     "gemma2": ("Gemma2Config", dict(GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=4.0)),
     "gemma2_uncapped": ("Gemma2Config", dict(GEMMA, attn_logit_softcapping=None, final_logit_softcapping=None, num_key_value_heads=4)),
     "phi3": ("Phi3Config", PHI),

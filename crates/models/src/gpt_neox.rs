@@ -79,8 +79,8 @@ impl GptNeox {
         Ok(Self {
             eps: gguf.f32("gptneox.attention.layer_norm_epsilon")?,
             rotary: Rotary::from_gguf(gguf, "gptneox", &sizes)?,
-            // ggml has one GELU, by tanh, and takes it for that of these models
-            activation: Activation::GeluTanh,
+            // what the models were trained with; ggml computes it by tanh
+            activation: Activation::Gelu,
             parallel: gguf.opt_bool("gptneox.use_parallel_residual")?.unwrap_or(true),
             attention_bias: true,
             sizes,
@@ -155,7 +155,7 @@ impl Family for GptNeox {
     }
 
     fn to_gguf(&self) -> Result<GgufSettings, Misfit> {
-        if !matches!(self.activation, Activation::Gelu | Activation::GeluTanh) {
+        if self.activation != Activation::Gelu {
             let found = name_of(self.activation);
             return Err(Misfit::new(
                 "hidden_act",
