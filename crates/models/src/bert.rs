@@ -108,7 +108,12 @@ pub(crate) struct PostNormNames {
 }
 
 const NAMES: PostNormNames = PostNormNames {
-    attention: ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"],
+    attention: [
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+    ],
     attention_norm: "attention.output.LayerNorm",
     mlp: ["intermediate.dense", "output.dense"],
     mlp_norm: "output.LayerNorm",

@@ -36,10 +36,11 @@ pub static ENCODERS: &[&EncoderArchitecture] = &[
 /// It is none that we know.
 pub fn encoder_architecture(config: &HfConfig) -> Result<&'static EncoderArchitecture> {
     let found = config.model_type()?;
-    ENCODERS.iter().find(|a| a.model_type == found).copied().ok_or_else(|| Error::Architecture {
-        path: config.path().to_path_buf(),
-        found: found.to_string(),
-    })
+    ENCODERS
+        .iter()
+        .find(|a| a.model_type == found)
+        .copied()
+        .ok_or_else(|| Error::Architecture { path: config.path().to_path_buf(), found: found.to_string() })
 }
 
 /// Loads the encoder in a Hugging Face directory: that of a bare model or of any task model over it.
