@@ -32,7 +32,12 @@ impl Param {
     pub fn new(name: impl Into<Arc<str>>, tensor: &Tensor) -> Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = ParamId(NEXT.fetch_add(1, Ordering::Relaxed));
-        Ok(Self { id, name: name.into(), tensor: tensor.contiguous()?.copy()?.detach(), version: Arc::default() })
+        Ok(Self {
+            id,
+            name: name.into(),
+            tensor: tensor.contiguous()?.copy()?.detach(),
+            version: Arc::default(),
+        })
     }
 
     /// Identity.
