@@ -4,7 +4,10 @@
 //!
 //! Must not know: adapter methods, the training loop.
 
+mod bert;
 mod blank;
+mod distilbert;
+mod encoders;
 mod family;
 mod gemma;
 mod gemma2;
@@ -14,6 +17,7 @@ mod gpt2;
 mod gpt_neox;
 mod llama;
 mod mistral;
+mod modernbert;
 mod opt;
 mod outline;
 mod parts;
@@ -22,18 +26,21 @@ mod quantize;
 mod qwen2;
 mod qwen3;
 mod registry;
+mod roberta;
 mod rope_settings;
+mod scope;
 mod settings;
 mod stored;
 mod weights;
 
 pub use blank::{TensorUse, scheme_bytes};
+pub use encoders::{ENCODERS, EncoderArchitecture, encoder_architecture, load_encoder};
 pub use outline::{GgufSettings, LinearOutline, Outline};
 pub use quantize::{QuantizedModel, quantize};
+pub use scope::Naming;
 pub use settings::DecoderSizes;
 pub use stored::Stored;
-pub use weights::WeightDtype;
-pub(crate) use weights::Weights;
+pub use weights::{WeightDtype, Weights};
 
 use candle_core::Device;
 use engobe_formats::checkpoint::Checkpoint;

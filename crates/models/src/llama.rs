@@ -11,9 +11,8 @@ use crate::{GgufSettings, Result, Weights, gguf_names};
 use engobe_formats::gguf::{Gguf, GgufValue};
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
-use engobe_nn::CausalLm;
-use engobe_nn::Norm;
 use engobe_nn::decoder::{Attention, Block, Norms};
+use engobe_nn::{CausalLm, Norm};
 use serde_json::{Value, json};
 
 pub static ARCHITECTURE: Architecture = Architecture {

@@ -77,7 +77,7 @@ fn unknown<'a>(path: &Path, found: &str, known: impl Iterator<Item = &'a str>) -
 }
 
 /// Refuses models quantized by anybody but bitsandbytes.
-fn check_quantization(config: &HfConfig) -> Result<()> {
+pub fn check_quantization(config: &HfConfig) -> Result<()> {
     let Some(quantization) = config.get("quantization_config") else { return Ok(()) };
     match quantization.get("quant_method").and_then(serde_json::Value::as_str) {
         Some("bitsandbytes") => Ok(()),

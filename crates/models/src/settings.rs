@@ -228,6 +228,7 @@ pub const PLAIN: &[(&str, Activation)] = &[
     ("gelu", Activation::Gelu),
     ("relu", Activation::Relu),
     ("silu", Activation::Silu),
+    ("swish", Activation::Silu),
     ("tanh", Activation::Tanh),
 ];
 

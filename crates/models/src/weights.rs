@@ -41,7 +41,7 @@ impl WeightDtype {
 }
 
 /// Tensors of one checkpoint under Hugging Face names.
-pub(crate) struct Weights<'a> {
+pub struct Weights<'a> {
     source: Source<'a>,
     dtype: WeightDtype,
     quantize: Option<Scheme>,
@@ -74,10 +74,10 @@ impl<'a> Weights<'a> {
         options: &LoadOptions,
         blank: &'a Blank,
     ) -> Result<Self> {
-        Self::new(described, Source::Blank(blank, checkpoint), options)
+        Self::new(Some(described), Source::Blank(blank, checkpoint), options)
     }
 
-    /// Tensors of a Hugging Face directory or a GGUF file.
+    /// Tensors of a decoder, in a Hugging Face directory or a GGUF file.
     ///
     /// # Errors
     /// Options that contradict each other.
@@ -86,10 +86,18 @@ impl<'a> Weights<'a> {
         checkpoint: &'a Checkpoint,
         options: &LoadOptions,
     ) -> Result<Self> {
-        Self::new(described, Source::Checkpoint(checkpoint), options)
+        Self::new(Some(described), Source::Checkpoint(checkpoint), options)
     }
 
-    fn new(described: &'a Described, source: Source<'a>, options: &LoadOptions) -> Result<Self> {
+    /// Tensors of a Hugging Face directory, whatever it holds.
+    ///
+    /// # Errors
+    /// Options that contradict each other.
+    pub fn hugging_face(checkpoint: &'a Checkpoint, options: &LoadOptions) -> Result<Self> {
+        Self::new(None, Source::Checkpoint(checkpoint), options)
+    }
+
+    fn new(described: Option<&'a Described>, source: Source<'a>, options: &LoadOptions) -> Result<Self> {
         if options.quantize.is_some() && options.dtype != WeightDtype::Stored {
             let why = "quantized weights are kept in their own type, not in another one";
             return Err(Error::Options(why));
@@ -98,7 +106,7 @@ impl<'a> Weights<'a> {
             return Err(Error::Options("quantized weights live in the memory of the CPU"));
         }
         let LoadOptions { dtype, quantize, device } = options.clone();
-        let gguf = described.is_gguf.then_some(described);
+        let gguf = described.filter(|d| d.is_gguf);
         Ok(Self { source, dtype, quantize, device, gguf })
     }
 
@@ -121,6 +129,16 @@ impl<'a> Weights<'a> {
     /// How the file keeps a tensor.
     fn stored(&self, name: &str) -> Stored {
         self.gguf.map_or(Stored::AsIs, |described| described.family.stored(name))
+    }
+
+    /// True if the checkpoint has a tensor of this name; without a checkpoint, every name is there.
+    pub fn contains(&self, name: &str) -> bool {
+        match self.source {
+            Source::Checkpoint(checkpoint) | Source::Blank(_, Some(checkpoint)) => {
+                checkpoint.contains(&self.name(name))
+            }
+            Source::Blank(_, None) => true,
+        }
     }
 
     /// A matrix `[rows, cols]` that stays as precise as it is stored: an embedding, an output head.
