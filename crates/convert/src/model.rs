@@ -97,7 +97,7 @@ pub fn write_model(
             _ => {
                 let mut value = value()?;
                 if job.is_transposed(tensor) {
-                    value = value.t()?.contiguous()?;
+                    value = value.t().and_then(|v| v.contiguous()).map_err(engobe_autograd::Error::from)?;
                 }
                 let stored = outline.stored(&tensor.name);
                 if stored != Stored::AsIs {
