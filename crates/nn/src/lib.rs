@@ -17,7 +17,7 @@ mod seq2seq;
 
 pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
-pub use encoder::Encoder;
+pub use encoder::{Encoder, EncoderStack, Pooler};
 pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
 pub use linear::{Linear, LinearAdapter, linear_group};
 pub use modules::{Embedding, LayerNorm, ModuleMut, ModuleTree, Norm, RmsNorm, Weight};
