@@ -74,6 +74,7 @@ pub fn write_model(
 ) -> Result<WrittenModel> {
     let checkpoint = Checkpoint::open(source.path)?;
     let outline = Outline::read(source.path, &LoadOptions::default())?;
+    outline.gguf_architecture()?;
     let tied_head = model.info().tied_head;
     let plan = plan(model, tied_head);
     let job = Job { source, wanted, checkpoint: &checkpoint, outline: &outline, plan: &plan };
