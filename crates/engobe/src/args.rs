@@ -208,7 +208,7 @@ pub struct SettingFlags {
 
 impl Args for SettingFlags {
     fn augment_args(mut command: Command) -> Command {
-        for key in &KEYS {
+        for key in KEYS.iter() {
             let arg = Arg::new(key.name).long(key.flag()).help(key.help).help_heading(key.heading);
             let arg = match key.kind {
                 Kind::Flag => arg
@@ -246,7 +246,7 @@ impl Args for SettingFlags {
 impl FromArgMatches for SettingFlags {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let mut given = Vec::new();
-        for key in &KEYS {
+        for key in KEYS.iter() {
             for value in matches.get_many::<String>(key.name).into_iter().flatten() {
                 given.push((key.name.to_string(), value.clone()));
             }

@@ -89,6 +89,7 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     if given.paths("data").is_empty() {
         bail!(Usage("--data is missing: a file of rows to train on".to_string()));
     }
+    let asked = given.adapter(&model)?;
     workbench::set_threads(given.whole("threads"))?;
     let options = given.load_options()?;
     let device = options.device.clone();
@@ -108,15 +109,14 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let init = given.path("init_adapter");
     let adapter = match &init {
         Some(dir) => {
-            let asked = given.lora(&model)?;
-            let dropout = given.has("lora_dropout").then_some(asked.lora_dropout);
-            let adapter = Adapter::load_to_train(bench.model.as_mut(), dir, dropout, &device)?;
-            given.check_against(adapter.config(), adapter.linear_names(), dir)?;
+            let changes = given.training_changes(&asked);
+            let adapter = Adapter::load_to_train(bench.model.as_mut(), dir, &changes, &device)?;
+            given.check_against(&adapter, dir)?;
             adapter
         }
         None => {
             let start = Start { seed: plan.schedule.seed };
-            Adapter::attach(bench.model.as_mut(), &given.lora(&model)?, start, &device)?
+            Adapter::attach(bench.model.as_mut(), asked, start, &device)?
         }
     };
     for name in adapter.unmatched_targets() {
@@ -126,7 +126,7 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let date = template_date(given, &out, resume)?;
     let rows = read_rows(given, &plan, &bench, &date, &mut note)?;
     let given = given.with_date(rows.uses_date.then_some(date));
-    let table = given.resolved(&plan, adapter.config())?;
+    let table = given.resolved(&plan, &adapter.config())?;
     write_atomic(&out.join("run.toml"), toml::to_string(&table)?.as_bytes())?;
     let fingerprint = fingerprint(&table, &path, &rows.train)?;
     let loader = Loader::new(rows.train.clone(), loader_options(&plan));

@@ -8,12 +8,18 @@
 
 pub mod cache;
 mod causal;
+mod entry;
 mod linear;
 mod modules;
+mod prefix;
 pub mod rope;
+mod sub_layer;
 
 pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
 pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
+pub use entry::{Entry, InputRows};
 pub use linear::{Linear, LinearAdapter, linear_group};
-pub use modules::{Embedding, ModuleMut, ModuleTree, RmsNorm, Weight};
+pub use modules::{Embedding, ModuleMut, ModuleTree, RmsNorm, SiteMut, Weight};
+pub use prefix::{KeyValueRows, KvPrefix};
+pub use sub_layer::{Closing, NormAfter, SubLayer, SubLayerAdapter, SubLayerKind};

@@ -1,6 +1,9 @@
 //! Embedding, norm, and how a model shows its modules.
 
+use crate::entry::Entry;
 use crate::linear::Linear;
+use crate::prefix::KvPrefix;
+use crate::sub_layer::SubLayer;
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, Matrix};
 use engobe_autograd::{FrozenWeight, Param, Result, Tape, Var};
@@ -173,10 +176,23 @@ impl ModuleMut<'_> {
     }
 }
 
+/// A place of a model that holds no weights of its own, at which adapters attach.
+pub enum SiteMut<'a> {
+    /// where embedded tokens enter the blocks: seam 2
+    Entry(&'a mut Entry),
+    /// before the keys and values of an attention module: seam 3
+    KvPrefix(&'a mut KvPrefix),
+    /// the end of a sub-layer: seam 4
+    SubLayer(&'a mut SubLayer),
+}
+
 /// A model as adapters see it.
 pub trait ModuleTree {
     /// Calls `f` on every module that holds weights, in the order of Hugging Face's `named_modules`.
     fn visit_modules(&mut self, f: &mut dyn FnMut(ModuleMut<'_>));
+
+    /// Calls `f` on every site, block by block from the first to the last.
+    fn visit_sites(&mut self, _f: &mut dyn FnMut(SiteMut<'_>)) {}
 
     /// Paths of the output heads, which `all-linear` leaves out.
     fn output_heads(&self) -> Vec<String>;
