@@ -112,6 +112,7 @@ impl KvCache {
             incoming: incoming.into(),
             lead: self.lead,
             inserted: 0,
+            token_types: None,
         })
     }
 

@@ -28,6 +28,8 @@ pub struct TokenBatch {
     pub lead: usize,
     /// rows that [`Entry`](crate::Entry) put before each segment that begins a sequence
     pub inserted: usize,
+    /// which text of a pair each token belongs to (BERT's `token_type_ids`); `None`: all to the first
+    pub token_types: Option<Arc<[u32]>>,
 }
 
 impl TokenBatch {
@@ -44,7 +46,21 @@ impl TokenBatch {
             incoming: ranges.into(),
             lead: 0,
             inserted: 0,
+            token_types: None,
         }
+    }
+
+    /// The same tokens with a type each.
+    ///
+    /// # Errors
+    /// There are not as many types as tokens.
+    pub fn with_token_types(mut self, types: &[u32]) -> Result<Self> {
+        if types.len() != self.len() {
+            let what = format!("{} types for {} tokens", types.len(), self.len());
+            return Err(engobe_autograd::Error::shape("token types", what));
+        }
+        self.token_types = Some(types.into());
+        Ok(self)
     }
 
     /// Number of tokens.

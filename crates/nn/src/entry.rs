@@ -100,7 +100,7 @@ impl Entry {
     fn laid_out(&self, batch: &TokenBatch) -> TokenBatch {
         let (inserted, lead) = (self.inserted(), self.lead() as u32);
         let mut positions = Vec::with_capacity(batch.len() + inserted * batch.segments.len());
-        let (mut segments, mut incoming) = (Vec::new(), Vec::new());
+        let (mut segments, mut incoming, mut types) = (Vec::new(), Vec::new(), Vec::new());
         let mut key = 0;
         for (segment, starts) in batch.segments.iter().zip(batch.starts.iter()) {
             let first = positions.len();
@@ -109,6 +109,11 @@ impl Entry {
                 positions.extend(self.key_values as u32..lead);
             }
             positions.extend(batch.positions[segment.q.clone()].iter().map(|p| p + lead));
+            if let Some(own) = &batch.token_types {
+                // inserted rows belong to the first text
+                types.resize(positions.len() - segment.q.len(), 0);
+                types.extend_from_slice(&own[segment.q.clone()]);
+            }
             let rows = key..key + keys + positions.len() - first;
             key = rows.end;
             let kv = if batch.slots.is_empty() { rows.clone() } else { segment.kv.clone() };
@@ -124,6 +129,7 @@ impl Entry {
             incoming: incoming.into(),
             lead: batch.lead,
             inserted,
+            token_types: batch.token_types.as_ref().map(|_| types.into()),
         }
     }
 

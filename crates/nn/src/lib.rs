@@ -8,18 +8,22 @@
 
 pub mod cache;
 mod causal;
+mod encoder;
 mod entry;
 mod linear;
 mod modules;
 mod prefix;
 pub mod rope;
+mod seq2seq;
 mod sub_layer;
 
 pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
+pub use encoder::Encoder;
 pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
 pub use entry::{Entry, InputRows};
 pub use linear::{Linear, LinearAdapter, linear_group};
 pub use modules::{Embedding, ModuleMut, ModuleTree, RmsNorm, SiteMut, Weight};
 pub use prefix::{KeyValueRows, KvPrefix};
+pub use seq2seq::{EncoderStates, Seq2Seq, Seq2SeqCache};
 pub use sub_layer::{Closing, NormAfter, SubLayer, SubLayerAdapter, SubLayerKind};

@@ -83,15 +83,11 @@ fn curves_and_logits_are_those_of_peft() {
         plan.schedule.gradient_accumulation = expected.accumulation;
         plan.optimization.learning_rate = expected.learning_rate;
         let files = reader::read(&[golden("peft/rows.jsonl")]).unwrap();
-        let options = EncodeOptions {
-            train_on: TrainOn::Completions,
-            style: PromptStyle::Auto,
-            max_seq_len: 64,
-        };
+        let options =
+            EncodeOptions { train_on: TrainOn::Completions, style: PromptStyle::Auto, max_seq_len: 64 };
         let encoder = Encoder::new(None, model.info().vocab_size, options).unwrap();
         let samples = Arc::new(encoder.encode(&files).unwrap());
-        let order =
-            LoaderOptions { batch_size: 2, max_seq_len: 64, packing: false, shuffle: false, seed: 0 };
+        let order = LoaderOptions { batch_size: 2, max_seq_len: 64, packing: false, shuffle: false, seed: 0 };
         let out = tempfile::tempdir().unwrap();
         let loader = Loader::new(samples, order);
         let mut trainer =
