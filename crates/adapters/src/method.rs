@@ -140,6 +140,11 @@ pub trait Method: Debug + Sync {
         Vec::new()
     }
 
+    /// Peak learning rate where none was given, if the usual one does not suit the method.
+    fn learning_rate(&self) -> Option<f64> {
+        None
+    }
+
     /// The configuration read whole and written again, with defaults in place.
     ///
     /// # Errors

@@ -68,6 +68,10 @@ impl Method for PTuning {
         vec![(COUNT.name, json!(DEFAULT_COUNT))]
     }
 
+    fn learning_rate(&self) -> Option<f64> {
+        Some(0.003)
+    }
+
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
         let count = virtual_tokens::read(config, &[KIND, HIDDEN, LAYERS, DROPOUT], &[])?;
         let encoder = config.choice(KIND, &NAMES, Encoder::Mlp)?;

@@ -68,6 +68,10 @@ impl Method for PrefixTuning {
         vec![(COUNT.name, json!(DEFAULT_COUNT))]
     }
 
+    fn learning_rate(&self) -> Option<f64> {
+        Some(0.03)
+    }
+
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
         let count = virtual_tokens::read(config, &[PROJECTION, HIDDEN, ZERO, INIT_TEXT], &[])?;
         config.choice(ZERO, &[("zero", ())], ())?;

@@ -1,10 +1,9 @@
 //! Soft prompts (Lester et al. 2021): trained rows before the embedded tokens of each sequence, and nothing else.
 
+use crate::Result;
 use crate::method::{Attached, Attaching, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
 use crate::random::{gaussian, generator};
 use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR, repeated};
-use crate::{Error, Result};
-use candle_core::Tensor;
 use engobe_autograd::{Param, Tape, Var, tensor_of};
 use engobe_formats::peft::PeftConfig;
 use engobe_nn::{InputRows, ModuleTree, SiteMut};
@@ -70,6 +69,10 @@ impl Method for PromptTuning {
 
     fn defaults(&self) -> Vec<(&'static str, Value)> {
         vec![(COUNT.name, json!(DEFAULT_COUNT)), (INIT, json!("SAMPLE_VOCAB"))]
+    }
+
+    fn learning_rate(&self) -> Option<f64> {
+        Some(0.03)
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {

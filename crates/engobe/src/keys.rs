@@ -74,7 +74,7 @@ const COMMON: [Key; 44] = [
         "adamw, adamw_8bit, paged_adamw, paged_adamw_8bit or sgd [adamw]",
     ),
     key("state_file", Kind::Text, OPTIMIZER, "file of a paged optimizer's state [OUT/optimizer.state]"),
-    key("learning_rate", Kind::Number, OPTIMIZER, "peak learning rate [0.0002]"),
+    key("learning_rate", Kind::Number, OPTIMIZER, "peak learning rate [0.0002; prompts and prefixes more]"),
     key("lr_scheduler", Kind::Text, OPTIMIZER, "linear, cosine, constant [linear]"),
     key("warmup_steps", Kind::Whole, OPTIMIZER, "steps of linear warm-up [0]"),
     key("weight_decay", Kind::Number, OPTIMIZER, "weight decay [0.01]"),

@@ -158,12 +158,15 @@ impl Given {
 
     /// The training plan, validated.
     pub fn plan(&self) -> Result<Plan> {
-        let plan = Plan {
+        let mut plan = Plan {
             schedule: self.group::<Schedule>()?,
             optimization: self.group::<Optimization>()?,
             upkeep: self.group::<Upkeep>()?,
             compute: self.group::<Compute>()?,
         };
+        if let (false, Some(rate)) = (self.has("learning_rate"), self.method()?.learning_rate()) {
+            plan.optimization.learning_rate = rate;
+        }
         plan.validate()?;
         Ok(plan)
     }

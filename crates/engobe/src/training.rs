@@ -116,7 +116,8 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
         }
         None => {
             let start = Start { seed: plan.schedule.seed };
-            Adapter::attach(bench.model.as_mut(), asked, start, &device)?
+            let text = workbench::start_text(&bench, given.method()?.needs_text(&asked))?;
+            Adapter::attach_with(bench.model.as_mut(), asked, start, &text, &device)?
         }
     };
     for name in adapter.unmatched_targets() {

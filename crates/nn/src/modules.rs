@@ -84,12 +84,14 @@ impl Vector {
 pub struct Embedding {
     path: String,
     weight: Weight,
+    /// the base's own matrix, while another is trained in its place
+    base: Option<Weight>,
 }
 
 impl Embedding {
     /// An embedding at a module path.
     pub fn new(path: impl Into<String>, weight: FrozenWeight) -> Self {
-        Self { path: path.into(), weight: Weight::Frozen(weight) }
+        Self { path: path.into(), weight: Weight::Frozen(weight), base: None }
     }
 
     /// Module path.
@@ -104,7 +106,15 @@ impl Embedding {
 
     /// Trains the whole matrix: `param` has its shape.
     pub fn train_weight(&mut self, param: Param) {
-        self.weight = Weight::Trained(param);
+        let base = std::mem::replace(&mut self.weight, Weight::Trained(param));
+        self.base.get_or_insert(base);
+    }
+
+    /// Takes away what was trained in the base's place.
+    pub fn detach(&mut self) {
+        if let Some(base) = self.base.take() {
+            self.weight = base;
+        }
     }
 
     /// Rows `ids`: `[n, d]`.
@@ -120,12 +130,14 @@ pub struct RmsNorm {
     path: String,
     weight: Vector,
     eps: f32,
+    /// the base's own weight, while another is trained in its place
+    base: Option<Vector>,
 }
 
 impl RmsNorm {
     /// A norm at a module path.
     pub fn new(path: impl Into<String>, weight: Tensor, eps: f32) -> Self {
-        Self { path: path.into(), weight: Vector::Frozen(weight), eps }
+        Self { path: path.into(), weight: Vector::Frozen(weight), eps, base: None }
     }
 
     /// Module path.
@@ -140,7 +152,15 @@ impl RmsNorm {
 
     /// Trains the weight: `param` has its shape.
     pub fn train_weight(&mut self, param: Param) {
-        self.weight = Vector::Trained(param);
+        let base = std::mem::replace(&mut self.weight, Vector::Trained(param));
+        self.base.get_or_insert(base);
+    }
+
+    /// Takes away what was trained in the base's place.
+    pub fn detach(&mut self) {
+        if let Some(base) = self.base.take() {
+            self.weight = base;
+        }
     }
 
     /// True if the weight is trained, and so no longer the base's own.
@@ -166,6 +186,15 @@ pub enum ModuleMut<'a> {
 }
 
 impl ModuleMut<'_> {
+    /// Takes away what was attached to the module or trained in its place.
+    pub fn detach(&mut self) {
+        match self {
+            Self::Linear(m) => m.detach(),
+            Self::Embedding(m) => m.detach(),
+            Self::RmsNorm(m) => m.detach(),
+        }
+    }
+
     /// Module path.
     pub fn path(&self) -> &str {
         match self {
@@ -186,6 +215,17 @@ pub enum SiteMut<'a> {
     SubLayer(&'a mut SubLayer),
 }
 
+impl SiteMut<'_> {
+    /// Takes away what was attached to the site.
+    pub fn detach(&mut self) {
+        match self {
+            Self::Entry(m) => m.detach(),
+            Self::KvPrefix(m) => m.detach(),
+            Self::SubLayer(m) => m.detach(),
+        }
+    }
+}
+
 /// A model as adapters see it.
 pub trait ModuleTree {
     /// Calls `f` on every module that holds weights, in the order of Hugging Face's `named_modules`.
@@ -193,6 +233,12 @@ pub trait ModuleTree {
 
     /// Calls `f` on every site, block by block from the first to the last.
     fn visit_sites(&mut self, _f: &mut dyn FnMut(SiteMut<'_>)) {}
+
+    /// Takes away all that adapters attached or trained: the model is its base again, to the bit.
+    fn detach_all(&mut self) {
+        self.visit_modules(&mut |mut module| module.detach());
+        self.visit_sites(&mut |mut site| site.detach());
+    }
 
     /// Paths of the output heads, which `all-linear` leaves out.
     fn output_heads(&self) -> Vec<String>;
