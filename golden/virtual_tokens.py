@@ -12,13 +12,12 @@ import shutil
 from pathlib import Path
 
 import torch
+from curves import expect, read_rows
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import save_file
-from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
-STEPS, BATCH, LR = 20, 2, 1e-2
 CASES = {
     "prompt": ("gqa_tied", 1, PromptTuningConfig(num_virtual_tokens=5)),
     "prompt_one": ("head_dim_bias", 4, PromptTuningConfig(num_virtual_tokens=1)),
@@ -43,39 +42,6 @@ CASES = {
 }
 
 
-def row_logits(model, ids):
-    """Logits of a row's own tokens: PEFT leaves those of a prompt in front."""
-    return model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :]
-
-
-def train(model, rows, accumulation):
-    """What engobe does: loss over the labels of the window, AdamW, linear schedule, clipping. Row by row, no padding."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=LR)
-    lines, at = [], 0
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = LR * (STEPS - step) / STEPS
-        optimizer.zero_grad()
-        window = []
-        for _ in range(accumulation):
-            window += rows[at : at + BATCH]
-            at += BATCH
-            if at >= len(rows):
-                at = 0
-                break
-        labels = sum(sum(label != -100 for label in r["labels"][1:]) for r in window)
-        total = 0.0
-        for row in window:
-            logits = row_logits(model, row["input_ids"])
-            loss = cross_entropy(logits[:-1], torch.tensor(row["labels"][1:]), ignore_index=-100, reduction="sum")
-            (loss / labels).backward()
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-        optimizer.step()
-        lines.append((total / labels, norm))
-    return lines
-
-
 def hidden_state(encoder, kind, layers):
     """The encoder's parameters by engobe's names: the outer projection of a prefix in pieces by block and half."""
     out = {}
@@ -93,7 +59,7 @@ def hidden_state(encoder, kind, layers):
 def main():
     out = HERE / "virtual_tokens"
     shutil.rmtree(out, ignore_errors=True)
-    rows = [json.loads(line) for line in (HERE / "peft" / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows()
     for seed, (name, (base, accumulation, config)) in enumerate(CASES.items()):
         torch.manual_seed(seed)
         model = LlamaForCausalLM.from_pretrained(HERE / "llama" / base, dtype=torch.float32)
@@ -110,25 +76,7 @@ def main():
         if name.startswith("p_") or name == "prefix_projection":
             state = hidden_state(encoder, saved["peft_type"], model.config.num_hidden_layers)
             save_file(state, out / name / "encoder.safetensors")
-        probe = rows[0]["input_ids"]
-        logits = lambda: [round(v, 6) for v in row_logits(peft, probe)[-1].tolist()]  # noqa: E731
-        with torch.no_grad():
-            before = logits()
-        curve = train(peft, rows, accumulation)
-        with torch.no_grad():
-            after = logits()
-        expected = {
-            "base": base,
-            "accumulation": accumulation,
-            "learning_rate": LR,
-            "losses": [round(loss, 7) for loss, _ in curve],
-            "grad_norms": [round(norm, 7) for _, norm in curve],
-            "trainable_parameters": peft.get_nb_trainable_parameters()[0],
-            "probe": probe,
-            "logits_before": before,
-            "logits_after": after,
-        }
-        (out / name / "expected.json").write_text(json.dumps(expected))
+        expect(peft, base, accumulation, rows, out / name / "expected.json")
 
 
 if __name__ == "__main__":

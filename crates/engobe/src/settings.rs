@@ -37,13 +37,7 @@ impl Given {
             let key = keys::find_or_suggest(name, &source)?;
             given.set(name, key.parse(text, &source)?);
         }
-        for set in sets {
-            let (name, text) =
-                set.split_once('=').with_context(|| format!("--set {set}: expected name=value"))?;
-            let (name, source) = (name.trim(), format!("--set {set}"));
-            let key = keys::find_or_suggest(name, &source)?;
-            given.set(name, key.parse(text.trim(), &source)?);
-        }
+        given.lay_over(sets)?;
         given.conflicts()?;
         Ok(given)
     }
@@ -91,6 +85,25 @@ impl Given {
                 _ if self.has(a) && self.has(b) => bail!("{a} and {b} contradict each other: give one"),
                 _ => {}
             }
+        }
+        Ok(())
+    }
+
+    /// These settings with others (`name=value`) over them.
+    pub fn with_sets(&self, sets: &[String]) -> Result<Self> {
+        let mut given = self.clone();
+        given.lay_over(sets)?;
+        given.conflicts()?;
+        Ok(given)
+    }
+
+    fn lay_over(&mut self, sets: &[String]) -> Result<()> {
+        for set in sets {
+            let (name, text) =
+                set.split_once('=').with_context(|| format!("--set {set}: expected name=value"))?;
+            let (name, source) = (name.trim(), format!("--set {set}"));
+            let key = keys::find_or_suggest(name, &source)?;
+            self.set(name, key.parse(text.trim(), &source)?);
         }
         Ok(())
     }
