@@ -8,6 +8,7 @@
 
 pub mod cache;
 mod causal;
+pub mod decoder;
 mod encoder;
 mod entry;
 mod linear;
@@ -23,7 +24,7 @@ pub use encoder::Encoder;
 pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
 pub use entry::{Entry, InputRows};
 pub use linear::{Linear, LinearAdapter, linear_group};
-pub use modules::{Embedding, ModuleMut, ModuleTree, RmsNorm, SiteMut, Weight};
+pub use modules::{Embedding, LayerNorm, ModuleMut, ModuleTree, Norm, RmsNorm, SiteMut, Weight};
 pub use prefix::{KeyValueRows, KvPrefix};
 pub use seq2seq::{EncoderStates, Seq2Seq, Seq2SeqCache};
 pub use sub_layer::{Closing, NormAfter, SubLayer, SubLayerAdapter, SubLayerKind};

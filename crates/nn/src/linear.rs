@@ -24,6 +24,7 @@ pub struct Linear {
     /// the base's own matrix and bias, while others are trained in their place
     base_weight: Option<Weight>,
     base_bias: Option<Vector>,
+    file_transposed: bool,
 }
 
 impl Linear {
@@ -36,7 +37,19 @@ impl Linear {
             adapters: Vec::new(),
             base_weight: None,
             base_bias: None,
+            file_transposed: false,
         }
+    }
+
+    /// Says that the model's files hold the matrix as `[in, out]` (transformers' `Conv1D`).
+    pub fn transposed_in_files(mut self) -> Self {
+        self.file_transposed = true;
+        self
+    }
+
+    /// True if the model's files hold the matrix as `[in, out]`.
+    pub fn is_transposed_in_files(&self) -> bool {
+        self.file_transposed
     }
 
     /// Module path.
