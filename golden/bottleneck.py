@@ -50,12 +50,13 @@ def main():
         model = LlamaForCausalLM.from_pretrained(HERE / "llama" / base, dtype=torch.float32)
         adapters.init(model)
         model.add_adapter("task", config=config)
-        model.train_adapter("task")
+        model.train_adapter("task")  # which activates it, too
         model.eval()
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
                     p.add_(torch.randn_like(p) * 0.1)
+        (out / name).mkdir(parents=True)
         model.save_adapter(str(out / name), "task", use_safetensors=True)
         for extra in (out / name).iterdir():
             if extra.name not in ("adapter_config.json", "adapter.safetensors"):
