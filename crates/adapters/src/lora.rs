@@ -86,7 +86,7 @@ impl LoraLayer {
 }
 
 impl LinearAdapter for LoraLayer {
-    fn extend(&self, tape: &mut Tape<'_>, spec: &mut LinearSpec) {
+    fn extend(&self, tape: &mut Tape<'_>, spec: &mut LinearSpec) -> Result<()> {
         spec.low_rank.push(LowRank {
             a: tape.param(&self.a),
             b: tape.param(&self.b),
@@ -94,5 +94,6 @@ impl LinearAdapter for LoraLayer {
             scale: self.scale,
             dropout: self.dropout,
         });
+        Ok(())
     }
 }

@@ -20,7 +20,7 @@ mod sub_layer;
 
 pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
-pub use encoder::Encoder;
+pub use encoder::{Encoder, EncoderStack, Pooler};
 pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
 pub use entry::{Entry, InputRows};
 pub use linear::{Linear, LinearAdapter, linear_group};
