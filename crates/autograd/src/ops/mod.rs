@@ -32,6 +32,7 @@ pub use linear::{
 };
 pub use linear::{LinearSpec, LowRank, Matrix, linear, linear_group, linear_residual, linear_residual_last};
 pub use lstm::lstm;
+pub use lstm::lstm;
 pub use norm::rms_norm;
 pub use rope::{RopeSpec, rope};
 pub use rows::select_rows;
