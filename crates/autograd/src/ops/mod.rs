@@ -30,8 +30,6 @@ pub use layer_norm::layer_norm;
 pub use linear::{
     LinearSpec, LowRank, Matrix, OutputScale, linear, linear_group, linear_residual, linear_residual_last,
 };
-pub use linear::{LinearSpec, LowRank, Matrix, linear, linear_group, linear_residual, linear_residual_last};
-pub use lstm::lstm;
 pub use lstm::lstm;
 pub use norm::rms_norm;
 pub use rope::{RopeSpec, rope};
