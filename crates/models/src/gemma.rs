@@ -66,8 +66,8 @@ pub fn block(
     let at = |name: &str| format!("model.layers.{layer}.{name}");
     let of_block = |name: &str| -> Result<Norm> { Ok(Norm::Rms(norm(w, &at(name), s.hidden, eps)?)) };
     let of_heads = |name: &str| norm(w, &at(name), s.head_dim, eps);
-    Ok(Block {
-        attention: Attention {
+    Ok(Block::new(
+        Attention {
             projection: w.separate_qkv(&at("self_attn"), s, bias)?,
             head_norms: match head_norms {
                 true => Some([of_heads("self_attn.q_norm")?, of_heads("self_attn.k_norm")?]),
@@ -77,14 +77,14 @@ pub fn block(
             shape,
             rope: Some(rope),
         },
-        mlp: w.gated_mlp(&at("mlp"), s, Activation::GeluTanh, false)?,
-        norms: Norms::Sandwich([
+        w.gated_mlp(&at("mlp"), s, Activation::GeluTanh, false)?,
+        Norms::Sandwich([
             of_block("input_layernorm")?,
             of_block("post_attention_layernorm")?,
             of_block("pre_feedforward_layernorm")?,
             of_block("post_feedforward_layernorm")?,
         ]),
-    })
+    ))
 }
 
 /// `query_pre_attn_scalar`: scores are divided by its root.

@@ -125,8 +125,8 @@ impl Family for Gpt2 {
             let at = |name: &str| format!("transformer.h.{i}.{name}");
             let scale = if self.scaled { s.scale() } else { 1.0 };
             let scale = if self.scaled_by_layer { scale / (i + 1) as f32 } else { scale };
-            Ok(Block {
-                attention: Attention {
+            Ok(Block::new(
+                Attention {
                     projection: Projection::Joined(w.conv1d_at(
                         &at("attn.c_attn"),
                         3 * s.hidden,
@@ -137,13 +137,13 @@ impl Family for Gpt2 {
                     shape: s.attention(scale, None),
                     rope: None,
                 },
-                mlp: Mlp {
+                Mlp {
                     up: Up::Plain(w.conv1d_at(&at("mlp.c_fc"), s.mlp, s.hidden)?),
                     activation: self.activation,
                     down: w.conv1d_at(&at("mlp.c_proj"), s.hidden, s.mlp)?,
                 },
-                norms: Norms::Pre([norm(&at("ln_1"))?, norm(&at("ln_2"))?]),
-            })
+                Norms::Pre([norm(&at("ln_1"))?, norm(&at("ln_2"))?]),
+            ))
         })?;
         let positions = Some(Positions { embedding: positions, first: 0 });
         Ok(Box::new(Decoder { positions, ..decoder }))

@@ -110,21 +110,21 @@ impl Family for GptNeox {
             let norms = [norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?];
             let bias = self.attention_bias;
             let qkv = w.linear_at(&at("attention.query_key_value"), 3 * s.hidden, s.hidden, bias)?;
-            Ok(Block {
-                attention: Attention {
+            Ok(Block::new(
+                Attention {
                     projection: Projection::ByHead(qkv),
                     head_norms: None,
                     output: w.linear_at(&at("attention.dense"), s.hidden, s.hidden, bias)?,
                     shape: s.attention(s.scale(), None),
                     rope: Some(0),
                 },
-                mlp: Mlp {
+                Mlp {
                     up: Up::Plain(w.linear_at(&at("mlp.dense_h_to_4h"), s.mlp, s.hidden, true)?),
                     activation: self.activation,
                     down: w.linear_at(&at("mlp.dense_4h_to_h"), s.hidden, s.mlp, true)?,
                 },
-                norms: if self.parallel { Norms::Parallel(norms) } else { Norms::Pre(norms) },
-            })
+                if self.parallel { Norms::Parallel(norms) } else { Norms::Pre(norms) },
+            ))
         })?;
         Ok(Box::new(decoder))
     }

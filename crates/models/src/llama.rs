@@ -72,17 +72,17 @@ impl Family for Llama {
         let frame = Frame::usual("llama", s, norm("model.norm")?, vec![self.rotary.rope()]);
         let decoder = frame.decoder(w, s, |i| {
             let at = |name: &str| format!("model.layers.{i}.{name}");
-            Ok(Block {
-                attention: Attention {
+            Ok(Block::new(
+                Attention {
                     projection: w.separate_qkv(&at("self_attn"), s, self.attention_bias)?,
                     head_norms: None,
                     output: w.linear_at(&at("self_attn.o_proj"), s.hidden, s.width(), self.attention_bias)?,
                     shape: s.attention(s.scale(), None),
                     rope: Some(0),
                 },
-                mlp: w.gated_mlp(&at("mlp"), s, Activation::Silu, self.mlp_bias)?,
-                norms: Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
-            })
+                w.gated_mlp(&at("mlp"), s, Activation::Silu, self.mlp_bias)?,
+                Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
+            ))
         })?;
         Ok(Box::new(decoder))
     }

@@ -60,17 +60,17 @@ impl Family for Mistral {
         let frame = Frame::usual("mistral", s, norm("model.norm")?, vec![self.rotary.rope()]);
         let decoder = frame.decoder(w, s, |i| {
             let at = |name: &str| format!("model.layers.{i}.{name}");
-            Ok(Block {
-                attention: Attention {
+            Ok(Block::new(
+                Attention {
                     projection: w.separate_qkv(&at("self_attn"), s, false)?,
                     head_norms: None,
                     output: w.linear_at(&at("self_attn.o_proj"), s.hidden, s.width(), false)?,
                     shape: s.attention(s.scale(), self.windows[i]),
                     rope: Some(0),
                 },
-                mlp: w.gated_mlp(&at("mlp"), s, Activation::Silu, false)?,
-                norms: Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
-            })
+                w.gated_mlp(&at("mlp"), s, Activation::Silu, false)?,
+                Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
+            ))
         })?;
         Ok(Box::new(decoder))
     }

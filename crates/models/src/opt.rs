@@ -94,21 +94,21 @@ impl Family for Opt {
         let decoder = frame.decoder(w, s, |i| {
             let at = |name: &str| format!("model.decoder.layers.{i}.{name}");
             let norms = [norm(&at("self_attn_layer_norm"))?, norm(&at("final_layer_norm"))?];
-            Ok(Block {
-                attention: Attention {
+            Ok(Block::new(
+                Attention {
                     projection: w.separate_qkv(&at("self_attn"), s, self.bias)?,
                     head_norms: None,
                     output: w.linear_at(&at("self_attn.out_proj"), s.hidden, s.hidden, self.bias)?,
                     shape: s.attention(s.scale(), None),
                     rope: None,
                 },
-                mlp: Mlp {
+                Mlp {
                     up: Up::Plain(w.linear_at(&at("fc1"), s.mlp, s.hidden, self.bias)?),
                     activation: self.activation,
                     down: w.linear_at(&at("fc2"), s.hidden, s.mlp, self.bias)?,
                 },
-                norms: if self.norm_before { Norms::Pre(norms) } else { Norms::Post(norms) },
-            })
+                if self.norm_before { Norms::Pre(norms) } else { Norms::Post(norms) },
+            ))
         })?;
         let rows = s.max_positions + FIRST;
         let embedding = w.embedding_at("model.decoder.embed_positions", rows, s.hidden)?;

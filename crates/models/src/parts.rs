@@ -5,7 +5,7 @@ use crate::{Result, Weights};
 use engobe_kernels::activation::Activation;
 use engobe_nn::decoder::{Block, Decoder, Mlp, Projection, Up};
 use engobe_nn::rope::Rope;
-use engobe_nn::{Embedding, LayerNorm, Linear, ModelInfo, Norm, RmsNorm};
+use engobe_nn::{Embedding, Entry, LayerNorm, Linear, ModelInfo, Norm, RmsNorm};
 use rayon::prelude::*;
 
 impl Weights<'_> {
@@ -121,6 +121,7 @@ impl Frame {
                 blocks: blocks.iter().any(|b| b.attention.output.weight().is_of_blocks()),
             },
             embed_tokens: Embedding::new(self.embedding, embedding),
+            entry: Entry::new(self.embedding, width),
             embed_scale: None,
             project_in: None,
             positions: None,

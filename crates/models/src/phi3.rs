@@ -88,21 +88,21 @@ impl Family for Phi3 {
             let at = |name: &str| format!("model.layers.{i}.{name}");
             let linear = |name: &str, out, width| w.linear_at(&at(name), out, width, false);
             let qkv = linear("self_attn.qkv_proj", s.width() + 2 * s.kv_width(), s.hidden)?;
-            Ok(Block {
-                attention: Attention {
+            Ok(Block::new(
+                Attention {
                     projection: Projection::Joined(qkv),
                     head_norms: None,
                     output: linear("self_attn.o_proj", s.hidden, s.width())?,
                     shape: s.attention(s.scale(), self.window),
                     rope: Some(0),
                 },
-                mlp: Mlp {
+                Mlp {
                     up: Up::JoinedGate(linear("mlp.gate_up_proj", 2 * s.mlp, s.hidden)?),
                     activation: Activation::Silu,
                     down: linear("mlp.down_proj", s.hidden, s.mlp)?,
                 },
-                norms: Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
-            })
+                Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
+            ))
         })?;
         Ok(Box::new(decoder))
     }

@@ -83,17 +83,17 @@ impl Family for Qwen3 {
             let at = |name: &str| format!("model.layers.{i}.{name}");
             let head_norm = |name: &str| w.rms_norm_at(&at(name), s.head_dim, self.eps);
             let o_proj = at("self_attn.o_proj");
-            Ok(Block {
-                attention: Attention {
+            Ok(Block::new(
+                Attention {
                     projection: w.separate_qkv(&at("self_attn"), s, self.attention_bias)?,
                     head_norms: Some([head_norm("self_attn.q_norm")?, head_norm("self_attn.k_norm")?]),
                     output: w.linear_at(&o_proj, s.hidden, s.width(), self.attention_bias)?,
                     shape: s.attention(s.scale(), self.windows[i]),
                     rope: Some(0),
                 },
-                mlp: w.gated_mlp(&at("mlp"), s, Activation::Silu, false)?,
-                norms: Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
-            })
+                w.gated_mlp(&at("mlp"), s, Activation::Silu, false)?,
+                Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
+            ))
         })?;
         Ok(Box::new(decoder))
     }

@@ -84,7 +84,7 @@ impl StepSizes {
     pub(super) fn new(run: &Run<'_>) -> Self {
         let (s, schedule) = (&run.sizes, &run.plan.schedule);
         let mut by_block: BTreeMap<usize, usize> = BTreeMap::new();
-        let mut trained_head = run.adapter.layers.is_empty();
+        let mut trained_head = false;
         for layer in &run.adapter.layers {
             match block_of(&layer.path) {
                 Some(block) => *by_block.entry(block).or_default() += layer.rank,
@@ -92,13 +92,14 @@ impl StepSizes {
             }
         }
         // a bias or module that is trained in full may lie in any block
-        let lowest = match run.adapter.full.is_empty() {
+        // and what comes before a sequence reaches all of them
+        let lowest = match run.adapter.full.is_empty() && run.adapter.other.is_empty() {
             true => by_block.keys().next().copied().unwrap_or(s.layers),
             false => 0,
         };
         Self {
             rows: schedule.batch_size,
-            len: schedule.max_seq_len,
+            len: schedule.max_seq_len + run.adapter.lead,
             d: s.hidden,
             heads: s.heads,
             kv_heads: s.kv_heads,
@@ -109,7 +110,7 @@ impl StepSizes {
             // (the embedding has as many rows as the head, if it is not the head itself)
             decoded_head: run.tensors.iter().any(|t| t.rows == s.vocab && t.storage != "F32"),
             ranks: (lowest..s.layers).map(|i| by_block.get(&i).copied().unwrap_or(0)).collect(),
-            dropout: run.dropout,
+            dropout: run.adapter.dropout,
             trained_head,
             checkpointing: run.plan.compute.activation_checkpointing,
             accumulates: schedule.gradient_accumulation > 1,
