@@ -8,12 +8,16 @@
 
 pub mod cache;
 mod causal;
+mod encoder;
 mod linear;
 mod modules;
 pub mod rope;
+mod seq2seq;
 
 pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
+pub use encoder::Encoder;
 pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
 pub use linear::{Linear, LinearAdapter, linear_group};
 pub use modules::{Embedding, ModuleMut, ModuleTree, RmsNorm, Weight};
+pub use seq2seq::{EncoderStates, Seq2Seq, Seq2SeqCache};
