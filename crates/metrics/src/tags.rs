@@ -43,7 +43,8 @@ pub fn score<L: AsRef<str>, P: AsRef<str>>(labels: &[Vec<L>], predicted: &[Vec<P
     }
     let mut all = Counts::default();
     counts.values().for_each(|c| all.add(*c));
-    let per_type: Vec<(String, Score)> = counts.into_iter().map(|(t, c)| (t.to_string(), c.score())).collect();
+    let per_type: Vec<(String, Score)> =
+        counts.into_iter().map(|(t, c)| (t.to_string(), c.score())).collect();
     let scores: Vec<Score> = per_type.iter().map(|(_, s)| *s).collect();
     SpanScores {
         micro: all.score(),

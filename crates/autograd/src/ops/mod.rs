@@ -10,8 +10,10 @@ mod head_loss;
 mod linear;
 mod norm;
 mod rope;
+mod row_loss;
 mod rows;
 mod scale;
+mod segment_mean;
 
 pub use add::add;
 pub use attention::attention;
@@ -22,8 +24,10 @@ pub use head_loss::{Head, HeadLoss, head_loss};
 pub use linear::{LinearSpec, LowRank, Matrix, linear, linear_group, linear_residual, linear_residual_last};
 pub use norm::rms_norm;
 pub use rope::{RopeSpec, rope};
+pub use row_loss::{RowTargets, row_loss};
 pub use rows::select_rows;
 pub use scale::scale;
+pub use segment_mean::segment_mean;
 
 use crate::{Error, Result};
 use candle_core::Tensor;
