@@ -18,6 +18,7 @@ mod quantization;
 mod report;
 mod scoring;
 mod settings;
+mod tasks;
 mod terminal;
 mod training;
 mod verification;

@@ -27,7 +27,7 @@ const ROOMS: [(&str, &[&str], &[&str]); 13] = [
     ("testkit", &["kernels", "formats"], &["clap"]),
     (
         "engobe",
-        &["kernels", "autograd", "nn", "formats", "adapters", "models", "data", "convert", "train", "infer"],
+        &["kernels", "autograd", "nn", "formats", "adapters", "models", "data", "convert", "train", "infer", "metrics"],
         &[],
     ),
 ];

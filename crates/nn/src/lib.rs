@@ -13,6 +13,7 @@ mod linear;
 mod modules;
 pub mod rope;
 mod seq2seq;
+mod task;
 
 pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
@@ -21,3 +22,4 @@ pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
 pub use linear::{Linear, LinearAdapter, linear_group};
 pub use modules::{Embedding, ModuleMut, ModuleTree, RmsNorm, Weight};
 pub use seq2seq::{EncoderStates, Seq2Seq, Seq2SeqCache};
+pub use task::{HeadLayer, Pooling, TaskHead, TaskModel, pool};
