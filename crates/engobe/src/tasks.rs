@@ -90,8 +90,12 @@ fn head_kind(task: Task) -> Result<HeadKind> {
     match task {
         Task::SeqCls | Task::Regression => Ok(HeadKind::Sequence),
         Task::TokenCls => Ok(HeadKind::Token),
-        Task::Embedding => bail!(Usage("--task embedding: vectors are made by engobe embed, and not trained".into())),
-        Task::Seq2SeqLm => bail!(Usage("--task seq2seq-lm: needs an encoder-decoder, and this is none".into())),
+        Task::Embedding => {
+            bail!(Usage("--task embedding: vectors are made by engobe embed, and not trained".into()))
+        }
+        Task::Seq2SeqLm => {
+            bail!(Usage("--task seq2seq-lm: needs an encoder-decoder, and this is none".into()))
+        }
         Task::CausalLm => bail!(Usage("--task causal-lm: needs a decoder, and this is an encoder".into())),
     }
 }
@@ -109,10 +113,16 @@ fn labels_of_adapter(task: Task, path: &Path, dir: &Path, files: &[DataFile]) ->
         return Ok(labels);
     }
     let file = PeftAdapter::load(dir)?;
-    let is_head = |name: &str| ["classifier.weight", "classifier.out_proj.weight", "score.weight"].iter().any(|n| name.ends_with(n));
-    let rows = file.tensors.iter().find(|(name, _)| is_head(name)).and_then(|(_, view)| view.shape.first().copied());
+    let is_head = |name: &str| {
+        ["classifier.weight", "classifier.out_proj.weight", "score.weight"].iter().any(|n| name.ends_with(n))
+    };
+    let rows =
+        file.tensors.iter().find(|(name, _)| is_head(name)).and_then(|(_, view)| view.shape.first().copied());
     let Some(rows) = rows else {
-        bail!("{}: has neither labels.json nor a saved classifier: it is no adapter for the task {task}", dir.display())
+        bail!(
+            "{}: has neither labels.json nor a saved classifier: it is no adapter for the task {task}",
+            dir.display()
+        )
     };
     let known = known_names(path)?;
     let names = match known.len() == rows {
@@ -144,7 +154,8 @@ impl TaskBench {
     /// What turns rows into samples; rows are cut where the model's positions end.
     pub fn encoder(&self, max_seq_len: usize) -> TaskEncoder<'_> {
         let info = self.model.info();
-        let options = TaskOptions { task: self.labels.task, max_seq_len: max_seq_len.min(info.max_positions) };
+        let options =
+            TaskOptions { task: self.labels.task, max_seq_len: max_seq_len.min(info.max_positions) };
         TaskEncoder::new(&self.tokenizer, Some(&self.labels), info.vocab_size, options)
     }
 
@@ -175,7 +186,10 @@ fn tell_files(files: &[DataFile], samples: &[Sample], note: &mut Note) {
 }
 
 /// PEFT's settings for a task: its name, and the head among the modules that are trained in full.
-fn for_task(mut config: engobe_formats::peft::LoraConfig, bench: &TaskBench) -> engobe_formats::peft::LoraConfig {
+fn for_task(
+    mut config: engobe_formats::peft::LoraConfig,
+    bench: &TaskBench,
+) -> engobe_formats::peft::LoraConfig {
     config.task_type = Some(bench.labels.task.peft_name().to_string());
     for name in &bench.model.head().saved {
         if !config.modules_to_save.contains(name) {

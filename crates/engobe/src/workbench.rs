@@ -12,7 +12,7 @@ use engobe_data::template::CHATML;
 use engobe_formats::gguf::Gguf;
 use engobe_infer::Activations;
 use engobe_models::{LoadOptions, WeightDtype, load_causal_lm};
-use engobe_nn::{CausalLm, ModuleMut};
+use engobe_nn::{CausalLm, ModuleMut, ModuleTree};
 use std::path::{Path, PathBuf};
 
 /// A model and what belongs to it.
@@ -229,8 +229,14 @@ pub fn trainable_text(trainable: usize, all: usize) -> String {
 
 /// Elements of the base model; a head that shares the embedding's matrix counts once.
 pub fn base_parameters(model: &mut dyn CausalLm) -> usize {
+    let info = model.info();
+    let shared = if info.tied_head { info.vocab_size * info.hidden_size } else { 0 };
+    elements(model) - shared
+}
+
+/// Elements of all modules.
+pub fn elements(model: &mut (impl ModuleTree + ?Sized)) -> usize {
     let mut total = 0;
-    let tied = model.info().tied_head;
     model.visit_modules(&mut |module| {
         total += match module {
             ModuleMut::Linear(m) => {
@@ -238,10 +244,10 @@ pub fn base_parameters(model: &mut dyn CausalLm) -> usize {
             }
             ModuleMut::Embedding(m) => m.weight().dims().0 * m.weight().dims().1,
             ModuleMut::RmsNorm(m) => m.weight().elem_count(),
+            ModuleMut::LayerNorm(m) => m.weight().elem_count() + m.bias().map_or(0, |b| b.elem_count()),
         }
     });
-    let shared = if tied { model.info().vocab_size * model.info().hidden_size } else { 0 };
-    total - shared
+    total
 }
 
 /// `1,234,567`

@@ -27,7 +27,10 @@ const ROOMS: [(&str, &[&str], &[&str]); 13] = [
     ("testkit", &["kernels", "formats"], &["clap"]),
     (
         "engobe",
-        &["kernels", "autograd", "nn", "formats", "adapters", "models", "data", "convert", "train", "infer", "metrics"],
+        &[
+            "kernels", "autograd", "nn", "formats", "adapters", "models", "data", "convert", "train",
+            "infer", "metrics",
+        ],
         &[],
     ),
 ];

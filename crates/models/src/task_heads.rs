@@ -41,8 +41,7 @@ pub fn load_task_model(
     let weights = Weights::hugging_face(&checkpoint, options)?;
     let encoder = (architecture.build)(&config, &weights, Naming::UnderTask)?;
     let d = encoder.info().hidden_size;
-    let mut builder =
-        HeadBuilder { config: &config, weights: &weights, d, labels, seed, fresh: Vec::new() };
+    let mut builder = HeadBuilder { config: &config, weights: &weights, d, labels, seed, fresh: Vec::new() };
     let (pooling, layers) = match (kind, architecture.model_type) {
         (HeadKind::Sequence, "bert") => builder.bert(architecture.prefix)?,
         (HeadKind::Sequence, "roberta") => builder.roberta()?,
@@ -81,7 +80,12 @@ impl HeadBuilder<'_> {
     fn bert(&mut self, prefix: &str) -> Result<Parts> {
         let pooler = "pooler.dense.weight";
         if !self.weights.contains(pooler) && !self.weights.contains(&format!("{prefix}.{pooler}")) {
-            return Err(bad(self.config, pooler, "missing from the weights", "a checkpoint with BERT's pooler"));
+            return Err(bad(
+                self.config,
+                pooler,
+                "missing from the weights",
+                "a checkpoint with BERT's pooler",
+            ));
         }
         let dropout = self.dropout()?;
         Ok((Some(Pooling::Pooler), vec![self.layer("classifier", self.labels, dropout, None)?]))
@@ -90,7 +94,10 @@ impl HeadBuilder<'_> {
     fn roberta(&mut self) -> Result<Parts> {
         let dropout = self.dropout()?;
         let dense = self.layer("classifier.dense", self.d, dropout, Some(Activation::Tanh))?;
-        Ok((Some(Pooling::First), vec![dense, self.layer("classifier.out_proj", self.labels, dropout, None)?]))
+        Ok((
+            Some(Pooling::First),
+            vec![dense, self.layer("classifier.out_proj", self.labels, dropout, None)?],
+        ))
     }
 
     fn distilbert(&mut self) -> Result<Parts> {
@@ -162,7 +169,13 @@ impl HeadBuilder<'_> {
         }
     }
 
-    fn layer(&mut self, path: &str, out: usize, dropout: f32, activation: Option<Activation>) -> Result<HeadLayer> {
+    fn layer(
+        &mut self,
+        path: &str,
+        out: usize,
+        dropout: f32,
+        activation: Option<Activation>,
+    ) -> Result<HeadLayer> {
         let linear = self.linear(path, out, self.d, true)?;
         Ok(HeadLayer { dropout, linear, activation, norm: None })
     }
@@ -179,7 +192,9 @@ impl HeadBuilder<'_> {
         let device = self.weights.device();
         let deviation = self.config.opt_f64("initializer_range")?.unwrap_or(0.02);
         let values = random::normal(random::seed_of(self.seed, path), out * width, deviation);
-        let weight = FrozenWeight::from_tensor(&Tensor::from_vec(values, (out, width), &Device::Cpu)?.to_device(device)?)?;
+        let weight = FrozenWeight::from_tensor(
+            &Tensor::from_vec(values, (out, width), &Device::Cpu)?.to_device(device)?,
+        )?;
         let bias = bias.then(|| Tensor::zeros(out, DType::F32, device)).transpose()?;
         Ok(Linear::new(path, weight, bias))
     }

@@ -58,9 +58,8 @@ fn next_tokens(args: &EvalArgs, note: &mut Note) -> Result<()> {
         progress.update(done, || "measuring the loss".to_string())
     })?;
     drop(progress);
-    let of_texts = |name: &&str| {
-        args.metrics.iter().any(|m| m == name) || (*name == "exact_match" && args.exact_match)
-    };
+    let of_texts =
+        |name: &&str| args.metrics.iter().any(|m| m == name) || (*name == "exact_match" && args.exact_match);
     let wanted: Vec<&str> = OF_TEXTS.into_iter().filter(|name| of_texts(&name)).collect();
     let scores = match wanted.is_empty() && args.predictions.is_none() {
         true => Vec::new(),

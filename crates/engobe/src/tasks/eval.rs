@@ -50,14 +50,20 @@ pub fn run(
     tell_files(&files, &samples, note);
     let labelled: Vec<Sample> = samples.iter().filter(|s| s.goal != Goal::Nothing).cloned().collect();
     if labelled.len() < samples.len() {
-        note.line(&format!("{} of {} rows have no label and are not scored", samples.len() - labelled.len(), samples.len()));
+        note.line(&format!(
+            "{} of {} rows have no label and are not scored",
+            samples.len() - labelled.len(),
+            samples.len()
+        ));
     }
     let found = match labelled.is_empty() {
         true => None,
         false => {
             let batches = scoring::eval_batches(&labelled);
             let mut progress = Progress::new("batches", batches.len(), 0, note);
-            Some(evaluate(bench.model(), &batches, &mut |done| progress.update(done, || "scoring".to_string()))?)
+            Some(evaluate(bench.model(), &batches, &mut |done| {
+                progress.update(done, || "scoring".to_string())
+            })?)
         }
     };
     if let Some(file) = &args.predictions {
@@ -125,7 +131,8 @@ fn write_predictions(
     let encoder = bench.encoder(max_seq_len);
     let batches = scoring::eval_batches(&encoder.encode(files)?);
     let mut progress = Progress::new("batches", batches.len(), 0, note);
-    let mut found = predict(bench.model(), &batches, &mut |done| progress.update(done, || "predicting".to_string()))?;
+    let mut found =
+        predict(bench.model(), &batches, &mut |done| progress.update(done, || "predicting".to_string()))?;
     drop(progress);
     found.sort_by_key(|p| p.row);
     let rows: Vec<&Row> = files.iter().flat_map(|f| &f.rows).collect();
@@ -135,7 +142,8 @@ fn write_predictions(
         let line = match &row.content {
             Content::Tagged { tokens, .. } => {
                 let classes = prediction.classes();
-                let tag = |at: &Option<usize>| at.and_then(|at| classes.get(at)).map(|c| bench.labels.name(*c));
+                let tag =
+                    |at: &Option<usize>| at.and_then(|at| classes.get(at)).map(|c| bench.labels.name(*c));
                 let tags: Vec<Option<&str>> = encoder.first_tokens(tokens)?.iter().map(tag).collect();
                 json!({ "row": row.place.number, "tokens": tokens, "tags": tags })
             }

@@ -60,7 +60,10 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
         out: run.out.clone(),
     };
     let title = run.name.to_string();
-    report::write(&summary.out, &report::RunReport { title, summary: &summary, settings, shown: Vec::new() })?;
+    report::write(
+        &summary.out,
+        &report::RunReport { title, summary: &summary, settings, shown: Vec::new() },
+    )?;
     Ok(summary)
 }
 
