@@ -83,6 +83,8 @@ def tags():
                 entry[average] = [f(seqeval.precision_score), f(seqeval.recall_score), f(seqeval.f1_score)]
             except ValueError:  # seqeval fails without any span
                 entry[average] = [0.0, 0.0, 0.0]
+            # the mean of no types
+            entry[average] = [0.0 if math.isnan(x) else x for x in entry[average]]
         cases.append(entry)
     return cases
 

@@ -61,8 +61,10 @@ def main():
         texts = []
         for text, pair in [(t, None) for t in TEXT + [""]] + PAIRS:
             for length in LENGTHS:
-                e = tokenizer(text, pair, truncation="longest_first", max_length=length)
-                texts.append({"text": text, "pair": pair, "max": length, "ids": e["input_ids"], "types": e.get("token_type_ids")})
+                # as a batch: a single call takes an empty second text for none
+                e = tokenizer([text], [pair] if pair is not None else None, truncation="longest_first", max_length=length)
+                types = e.get("token_type_ids")
+                texts.append({"text": text, "pair": pair, "max": length, "ids": e["input_ids"][0], "types": types and types[0]})
         words = [words_of(tokenizer, w, length, name == "roberta") for w in WORDS for length in LENGTHS]
         (OUT / name / "cases.json").write_text(json.dumps({"texts": texts, "words": words}, separators=(",", ":")))
 

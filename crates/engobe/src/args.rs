@@ -1,8 +1,10 @@
 //! What can be typed. What it means is decided in the commands.
 
 mod conversion;
+mod embed;
 
 pub use conversion::{ConvertArgs, VerifyArgs};
+pub use embed::EmbedArgs;
 
 use crate::keys::{KEYS, Kind, ON_BY_DEFAULT};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -38,8 +40,10 @@ pub enum Task {
     Plan(Box<TrainArgs>),
     /// Train an adapter on your rows
     Train(Box<TrainArgs>),
-    /// Loss, perplexity, token accuracy and exact match on rows
+    /// Loss and scores on rows, and predictions
     Eval(EvalArgs),
+    /// Vectors of texts, from an encoder
+    Embed(EmbedArgs),
     /// Continue a prompt, or hold a dialogue
     Generate(GenerateArgs),
     /// Bake an adapter into its model: a new Hugging Face directory or GGUF file

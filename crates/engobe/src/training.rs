@@ -42,6 +42,18 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// Of a run that ended like this and wrote into `out`.
+    pub fn new(outcome: Outcome, startup_seconds: f64, adapter: &Adapter, out: PathBuf) -> Result<Self> {
+        Ok(Self {
+            outcome,
+            startup_seconds,
+            peak_rss_bytes: memory::peak_resident_bytes(),
+            trainable_parameters: adapter.num_parameters(),
+            history: metrics::read(&out.join("metrics.jsonl"))?,
+            out,
+        })
+    }
+
     /// Tokens a second, over all steps.
     pub fn tokens_per_second(&self) -> f64 {
         self.outcome.tokens as f64 / self.outcome.seconds.max(1e-9)
@@ -134,14 +146,7 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let mut watcher = Watcher::new(&trainer, &note);
     let outcome = trainer.run(&mut watcher)?;
     drop((watcher, trainer));
-    let summary = Summary {
-        outcome,
-        startup_seconds,
-        peak_rss_bytes: memory::peak_resident_bytes(),
-        trainable_parameters: adapter.num_parameters(),
-        history: metrics::read(&out.join("metrics.jsonl"))?,
-        out,
-    };
+    let summary = Summary::new(outcome, startup_seconds, &adapter, out)?;
     drop(adapter);
     let shown = show(bench, &path, init.as_deref(), &options, rows.shown)?;
     let settings = toml::to_string(&table)?;

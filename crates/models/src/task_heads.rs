@@ -6,7 +6,8 @@
 use crate::encoders::{activation, bad};
 use crate::scope::Naming;
 use crate::{Error, LoadOptions, Result, Weights, check_quantization, encoder_architecture};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Shape, Tensor};
+use engobe_autograd::tensor_of;
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
@@ -126,10 +127,10 @@ impl HeadBuilder<'_> {
         let dropout = self.probability("classifier_dropout", 0.0)?;
         let d = self.d;
         let linear = self.linear("head.dense", d, d, bias)?;
-        let vector = |name: &str, start: f64| -> Result<Tensor> {
+        let vector = |name: &str, start: f32| -> Result<Tensor> {
             match self.weights.contains(name) {
                 true => self.weights.vector(name, d),
-                false => Ok((Tensor::ones(d, DType::F32, self.weights.device())? * start)?),
+                false => Ok(on(self.weights.device(), vec![start; d], d)?),
             }
         };
         let norm_bias = norm_bias.then(|| vector("head.norm.bias", 0.0)).transpose()?;
@@ -192,10 +193,13 @@ impl HeadBuilder<'_> {
         let device = self.weights.device();
         let deviation = self.config.opt_f64("initializer_range")?.unwrap_or(0.02);
         let values = random::normal(random::seed_of(self.seed, path), out * width, deviation);
-        let weight = FrozenWeight::from_tensor(
-            &Tensor::from_vec(values, (out, width), &Device::Cpu)?.to_device(device)?,
-        )?;
-        let bias = bias.then(|| Tensor::zeros(out, DType::F32, device)).transpose()?;
+        let weight = FrozenWeight::from_tensor(&on(device, values, (out, width))?)?;
+        let bias = bias.then(|| on(device, vec![0.0; out], out)).transpose()?;
         Ok(Linear::new(path, weight, bias))
     }
+}
+
+/// A tensor on `device`.
+fn on(device: &Device, values: Vec<f32>, shape: impl Into<Shape>) -> engobe_autograd::Result<Tensor> {
+    Ok(tensor_of(values, shape)?.to_device(device)?)
 }

@@ -2,6 +2,7 @@
 
 pub mod convert;
 pub mod demo;
+pub mod embed;
 pub mod eval;
 pub mod fetch;
 pub mod generate;

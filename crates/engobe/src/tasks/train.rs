@@ -4,12 +4,12 @@ use super::{TaskBench, for_task, known_names, labels_of_adapter, tell_files, tel
 use crate::settings::Given;
 use crate::terminal::{Note, since_start};
 use crate::training::{Run, Summary, Watcher, attach, fingerprint, go_on, loader_options, split_rows};
-use crate::{dataset, memory, report, scoring};
+use crate::{dataset, report, scoring};
 use anyhow::{Result, bail};
 use engobe_data::task::lint_task;
 use engobe_data::{DataFile, Goal, LabelSet, Loader, Sample, Task, reader};
 use engobe_formats::atomic::write_atomic;
-use engobe_train::{Plan, Trainer, metrics};
+use engobe_train::{Plan, Trainer};
 use std::sync::Arc;
 
 /// Trains a head and an adapter on labelled rows.
@@ -51,14 +51,7 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
     let mut watcher = Watcher::new(&trainer, note);
     let outcome = trainer.run(&mut watcher)?;
     drop((watcher, trainer));
-    let summary = Summary {
-        outcome,
-        startup_seconds,
-        peak_rss_bytes: memory::peak_resident_bytes(),
-        trainable_parameters: adapter.num_parameters(),
-        history: metrics::read(&run.out.join("metrics.jsonl"))?,
-        out: run.out.clone(),
-    };
+    let summary = Summary::new(outcome, startup_seconds, &adapter, run.out.clone())?;
     let title = run.name.to_string();
     report::write(
         &summary.out,
