@@ -1,5 +1,6 @@
 //! Loss and scores over a set of rows.
 
+use crate::memory::guard::Guard;
 use crate::model::Model;
 use crate::scores::{self, Named, Prediction};
 use crate::step::{self, LossSums};
@@ -31,14 +32,18 @@ impl Evaluation {
     }
 }
 
-/// Evaluates `batches`; `progress` sees the number of batches done.
+/// Evaluates `batches` while `guard` watches over the memory; `progress` sees the number of batches done.
+///
+/// # Errors
+/// No labels, a loss that is no number, or memory beyond the guard's limit.
 pub fn evaluate<'m>(
     model: impl Into<Model<'m>>,
     batches: &[MicroBatch],
+    guard: Option<&mut Guard>,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Evaluation> {
     let model = model.into();
-    let (sums, predictions) = run(model, batches, progress)?;
+    let (sums, predictions) = run(model, batches, guard, progress)?;
     if sums.label_tokens == 0 {
         return Err(Error::NoLabels);
     }
@@ -61,19 +66,25 @@ pub fn predict<'m>(
     batches: &[MicroBatch],
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<Prediction>> {
-    Ok(run(model.into(), batches, progress)?.1)
+    Ok(run(model.into(), batches, None, progress)?.1)
 }
 
 fn run(
     model: Model<'_>,
     batches: &[MicroBatch],
+    mut guard: Option<&mut Guard>,
     progress: &mut dyn FnMut(usize),
 ) -> Result<(LossSums, Vec<Prediction>)> {
     let mut sums = LossSums::default();
     let mut predictions = Vec::new();
     for (i, batch) in batches.iter().enumerate() {
-        let (more, logits) = step::predict(model, batch)?;
+        let tokens = batch.tokens.len();
+        let watch = guard.as_ref().map(|guard| guard.watch_evaluation(tokens));
+        let (more, logits) = step::predict(model, batch, watch)?;
         sums.add(more);
+        if let Some(guard) = &mut guard {
+            guard.evaluated(tokens);
+        }
         if model.labels().is_some() {
             predictions.extend(scores::predictions(batch, logits, model.reads_tokens()));
         }

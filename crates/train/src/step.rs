@@ -45,9 +45,13 @@ pub struct Differentiate {
 }
 
 /// Loss of a micro-batch without gradients, and the logits of each label's place if the model has few of them: a row
-/// each `[labels]`.
-pub fn predict(model: Model<'_>, batch: &MicroBatch) -> Result<(LossSums, Vec<Vec<f32>>)> {
-    let pass = model.forward(&mut Tape::inference(), batch)?;
+/// each `[labels]`. `watch` looks on and may end the pass.
+pub fn predict(
+    model: Model<'_>,
+    batch: &MicroBatch,
+    watch: Option<Watch>,
+) -> Result<(LossSums, Vec<Vec<f32>>)> {
+    let pass = model.forward(&mut Tape::inference().watch(watch), batch)?;
     Ok(pass.map_or_else(Default::default, |pass| (pass.sums, pass.logits)))
 }
 

@@ -163,20 +163,33 @@ impl<'a> Trainer<'a> {
 
     /// Trains to the end, or until the observer asks to stop, and writes the adapter.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Outcome> {
-        let mut metrics = MetricsFile::open(&self.out, self.state.step)?;
+        let mut unevaluated = self.state.unevaluated.take();
+        let written = self.state.step - usize::from(unevaluated.is_some());
+        let mut metrics = MetricsFile::open(&self.out, written)?;
         let params: Vec<Param> = self.adapter.params().into_iter().cloned().collect();
         let params: Vec<&Param> = params.iter().collect();
         let mut interrupted = false;
-        while self.state.step < self.total_steps && !self.state.stopped_early {
-            let mut line = match self.optimizer_step(&params) {
-                Ok(line) => line,
-                Err(error) => return Err(self.over_limit(error, observer)),
+        while unevaluated.is_some() || self.state.step < self.total_steps && !self.state.stopped_early {
+            let mut line = match unevaluated.take() {
+                Some(line) => line,
+                None => match self.optimizer_step(&params) {
+                    Ok(line) => line,
+                    Err(error) => return Err(self.over_limit(error, observer)),
+                },
             };
-            let last = self.state.step == self.total_steps;
+            let last = self.state.step >= self.total_steps;
             if due(self.state.step, self.plan.upkeep.eval_steps) || last {
-                if let Some(found) = self.evaluate(observer)? {
-                    line.eval_loss = Some(found.loss);
-                    line.eval_scores = found.scores.into_iter().filter_map(|(n, v)| Some((n, v?))).collect();
+                match self.evaluate(observer) {
+                    Ok(None) => {}
+                    Ok(Some(found)) => {
+                        line.eval_loss = Some(found.loss);
+                        line.eval_scores =
+                            found.scores.into_iter().filter_map(|(n, v)| Some((n, v?))).collect();
+                    }
+                    Err(error) => {
+                        self.state.unevaluated = Some(line);
+                        return Err(self.over_limit(error, observer));
+                    }
                 }
             }
             metrics.push(&line)?;
@@ -198,7 +211,8 @@ impl<'a> Trainer<'a> {
         Ok(self.outcome(interrupted))
     }
 
-    /// Saves the last whole step if it was the guard that ended this one: parameters and optimizer are untouched.
+    /// Saves the last whole step if it was the guard that ended this one, or the evaluation after it: parameters and
+    /// optimizer are untouched.
     fn over_limit(&mut self, error: Error, observer: &mut dyn Observer) -> Error {
         let cause = match &error {
             Error::Op(engobe_autograd::Error::Stopped(cause)) => cause.downcast_ref::<OverLimit>().copied(),
@@ -207,7 +221,10 @@ impl<'a> Trainer<'a> {
         match cause.map(|cause| (cause, self.save(observer))) {
             None => error,
             Some((_, Err(error))) => error,
-            Some((cause, Ok(saved))) => Error::OverLimit { step: self.state.step + 1, saved, cause },
+            Some((cause, Ok(saved))) => match self.state.unevaluated.is_some() {
+                true => Error::EvalOverLimit { step: self.state.step, saved, cause },
+                false => Error::OverLimit { step: self.state.step + 1, saved, cause },
+            },
         }
     }
 
@@ -240,11 +257,11 @@ impl<'a> Trainer<'a> {
                 checkpointing: self.plan.compute.activation_checkpointing,
                 dropout_seed: mix(step_seed, i as u64),
                 scale: 1.0 / label_tokens.max(1) as f32,
-                watch: self.guard.as_ref().map(|guard| guard.watch(batch.tokens.len())),
+                watch: self.guard.as_ref().map(|guard| guard.watch_step(batch.tokens.len())),
             };
             sums.add(step::differentiate(self.model, batch, how, &mut grads)?);
             if let Some(guard) = &mut self.guard {
-                guard.passed(batch.tokens.len());
+                guard.stepped(batch.tokens.len());
             }
         }
         let loss = sums.mean();
@@ -291,7 +308,7 @@ impl<'a> Trainer<'a> {
             return Ok(None);
         }
         let upkeep = &self.plan.upkeep;
-        let evaluation = evaluate(self.model, &self.eval, &mut |_| ())?;
+        let evaluation = evaluate(self.model, &self.eval, self.guard.as_mut(), &mut |_| ())?;
         let best_dir = self.best_dir();
         let state = &mut self.state;
         let metric = upkeep.metric_for_best_model.as_deref().unwrap_or("loss");

@@ -2,6 +2,7 @@
 
 mod add;
 mod attention;
+mod columns;
 pub(crate) mod dropout;
 mod embedding;
 mod gated;
@@ -19,12 +20,15 @@ mod split;
 
 pub use add::add;
 pub use attention::attention;
+pub use columns::{concat_columns, scale_columns, scale_rows};
 pub use dropout::dropout as drop_out;
 pub use embedding::embedding;
 pub use gated::{activate, gated};
 pub use head_loss::{Head, HeadLoss, head_loss};
 pub use layer_norm::layer_norm;
-pub use linear::{LinearSpec, LowRank, Matrix, linear, linear_group, linear_residual, linear_residual_last};
+pub use linear::{
+    LinearSpec, LowRank, Matrix, OutputScale, linear, linear_group, linear_residual, linear_residual_last,
+};
 pub use norm::rms_norm;
 pub use rope::{RopeSpec, rope};
 pub use row_loss::{RowTargets, row_loss};

@@ -54,7 +54,7 @@ fn next_tokens(args: &EvalArgs, note: &mut Note) -> Result<()> {
     let rows = dataset::load(&args.rows.data, &encoder, note)?;
     let batches = scoring::eval_batches(&rows.samples);
     let mut progress = Progress::new("batches", batches.len(), 0, note);
-    let found = evaluate(bench.model.as_ref(), &batches, &mut |done| {
+    let found = evaluate(bench.model.as_ref(), &batches, None, &mut |done| {
         progress.update(done, || "measuring the loss".to_string())
     })?;
     drop(progress);

@@ -61,7 +61,7 @@ pub fn run(
         false => {
             let batches = scoring::eval_batches(&labelled);
             let mut progress = Progress::new("batches", batches.len(), 0, note);
-            Some(evaluate(bench.model(), &batches, &mut |done| {
+            Some(evaluate(bench.model(), &batches, None, &mut |done| {
                 progress.update(done, || "scoring".to_string())
             })?)
         }

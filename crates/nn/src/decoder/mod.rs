@@ -16,7 +16,7 @@ use crate::{
     CausalLm, Embedding, Error, KvCache, Linear, ModelInfo, ModuleMut, ModuleTree, Norm, Result, TokenBatch,
 };
 use candle_core::{Device, Tensor};
-use engobe_autograd::ops::{self, Head, HeadLoss, LinearSpec, RopeSpec};
+use engobe_autograd::ops::{self, Head, HeadLoss, RopeSpec};
 use engobe_autograd::{Tape, Var};
 use engobe_kernels::attention::Segment;
 use std::sync::Arc;
@@ -186,8 +186,8 @@ impl CausalLm for Decoder {
 
     fn head_loss<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var, targets: Arc<[u32]>) -> Result<HeadLoss> {
         let normed = self.before_head(tape, hidden)?;
-        let spec = self.lm_head.spec(tape);
-        let head = Head { soft_cap: self.soft_cap, ..head_of(tape, &normed, spec)? };
+        let (normed, head) = self.lm_head.head(tape, &normed)?;
+        let head = Head { soft_cap: self.soft_cap, ..head };
         ops::head_loss(tape, &normed, head, targets)
     }
 
@@ -199,22 +199,4 @@ impl CausalLm for Decoder {
             None => Ok(logits),
         }
     }
-}
-
-/// The head with its delta's inner activation computed.
-fn head_of<'m>(tape: &mut Tape<'m>, hidden: &Var, spec: LinearSpec) -> Result<Head> {
-    let mut deltas = spec.low_rank.into_iter();
-    let low_rank = match (deltas.next(), deltas.next()) {
-        (None, _) => None,
-        (Some(delta), None) if delta.b_bias.is_none() => {
-            let input = ops::drop_out(tape, hidden, delta.dropout)?;
-            let u = ops::linear(tape, &input, LinearSpec::plain(ops::Matrix::Trained(delta.a)))?;
-            Some((ops::scale(tape, &u, delta.scale)?, delta.b))
-        }
-        _ => {
-            let what = "one low-rank delta without a bias is all that an output head can carry";
-            return Err(Error::shape("head", what));
-        }
-    };
-    Ok(Head { weight: spec.weight, bias: spec.bias, low_rank, soft_cap: None })
 }
