@@ -1,6 +1,6 @@
 """Training curves of PEFT's LoRA for tasks with a head (SEQ_CLS, TOKEN_CLS), over the tiny encoders of golden/encoders.
 
-    pip install -r golden/requirements.txt && python golden/peft_tasks.py
+    pip install -r golden/requirements.txt && python golden/peft_tasks.py [NAME ...]
 
 Writes golden/peft_tasks/NAME/: the adapter that training starts from, and expected.json with rows, logits before the first
 step, losses and gradient norms. Dropout is off: its random numbers are torch's own.
@@ -25,6 +25,7 @@ STEPS, BATCH, LR = 10, 4, 1e-3
 OFF = {"bert": ["hidden_dropout_prob", "attention_probs_dropout_prob"], "roberta": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
        "distilbert": ["dropout", "attention_dropout", "seq_classif_dropout"], "modernbert": ["classifier_dropout"]}
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+# PEFT saves the classifier alone: ModernBERT's head.dense must be the base's own
 # name -> base, problem, classes (0: of tokens), LoRA's settings
 CASES = {
     "bert_single": ("bert", SINGLE, 3, {}),
@@ -34,7 +35,7 @@ CASES = {
     "roberta_single": ("roberta", SINGLE, 2, {"target_modules": ["query", "value"]}),
     "distilbert_single": ("distilbert", SINGLE, 2, {"target_modules": ["q_lin", "v_lin"]}),
     "distilbert_tokens": ("distilbert", "tokens", 3, {"target_modules": ["q_lin", "lin1"]}),
-    "modernbert_single": ("modernbert", SINGLE, 3, {"target_modules": ["Wqkv", "Wo"]}),
+    "modernbert_single": ("modernbert_bias_task", SINGLE, 3, {"target_modules": ["Wqkv", "Wo"]}),
     "modernbert_tokens": ("modernbert_bias_task", "tokens", 3, {"target_modules": ["Wqkv", "Wi"]}),
 }
 
@@ -55,10 +56,12 @@ def forward(model, problem, rows, labels, types):
     return model(input_ids=ids, attention_mask=mask, labels=target, **more)
 
 
-def main():
+def main(wanted):
     out = HERE / "peft_tasks"
-    shutil.rmtree(out, ignore_errors=True)
     for seed, (name, (base, problem, classes, lora)) in enumerate(CASES.items()):
+        if wanted and name not in wanted:
+            continue
+        shutil.rmtree(out / name, ignore_errors=True)
         rng = random.Random(seed)
         torch.manual_seed(seed)
         tokens = problem == "tokens"
@@ -99,4 +102,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
