@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use engobe_adapters::Adapter;
 use engobe_data::{DataFile, LabelSet, Problem, Sample, Task, TaskEncoder, TaskOptions, TextTokenizer};
 use engobe_formats::hf_config::HfConfig;
-use engobe_formats::peft::PeftAdapter;
+use engobe_formats::peft::{PeftAdapter, PeftConfig};
 use engobe_models::{HeadKind, LoadOptions, encoder_architecture, load_task_model};
 use engobe_nn::{ModuleTree, TaskModel};
 use engobe_train::Model;
@@ -186,17 +186,23 @@ fn tell_files(files: &[DataFile], samples: &[Sample], note: &mut Note) {
 }
 
 /// PEFT's settings for a task: its name, and the head among the modules that are trained in full.
-fn for_task(
-    mut config: engobe_formats::peft::LoraConfig,
-    bench: &TaskBench,
-) -> engobe_formats::peft::LoraConfig {
-    config.task_type = Some(bench.labels.task.peft_name().to_string());
-    for name in &bench.model.head().saved {
-        if !config.modules_to_save.contains(name) {
-            config.modules_to_save.push(name.clone());
-        }
+///
+/// # Errors
+/// The method trains no modules beside its own parameters.
+fn for_task(given: &Given, name: &str, bench: &TaskBench) -> Result<PeftConfig> {
+    let (method, mut config) = (given.method()?, given.adapter(name)?);
+    if !method.settings().iter().any(|s| s.name == "modules_to_save") {
+        bail!(
+            "method = {:?} trains no head beside it, and the task {} needs one",
+            method.name(),
+            bench.labels.task
+        );
     }
-    config
+    let mut saved = config.names("modules_to_save")?;
+    saved.extend(bench.model.head().saved.iter().filter(|n| !saved.contains(n)).cloned().collect::<Vec<_>>());
+    config.set("modules_to_save", saved);
+    config.set("task_type", bench.labels.task.peft_name());
+    Ok(config)
 }
 
 /// The task of a training run.

@@ -3,7 +3,7 @@
 use crate::Linear;
 use crate::causal::{ModelInfo, TokenBatch};
 use crate::encoder::Encoder;
-use crate::modules::{ModuleMut, ModuleTree, Norm};
+use crate::modules::{ModuleMut, ModuleTree, Norm, SiteMut};
 use candle_core::Device;
 use engobe_autograd::ops;
 use engobe_autograd::{Result, Tape, Var};
@@ -137,6 +137,10 @@ impl ModuleTree for TaskModel {
                 f(norm.module());
             }
         }
+    }
+
+    fn visit_sites(&mut self, f: &mut dyn FnMut(SiteMut<'_>)) {
+        self.encoder.visit_sites(f);
     }
 
     fn output_heads(&self) -> Vec<String> {
