@@ -53,7 +53,7 @@ fn classes(report: &mut Reporter, samples: &[Sample], val_samples: &[Sample], la
     {
         let name = labels.name(*class);
         let share = *most as f64 / total as f64;
-        if counts.len() == 1 && labels.len() > 1 {
+        if counts.len() == 1 {
             let message = format!("every label is {name:?}: there is nothing to tell apart");
             report.push(LintKind::OneClass, LintKind::OneClass.severity(), samples.iter(), message);
         } else if share > MOST_SHARE && samples.iter().any(|s| matches!(s.goal, Goal::Class(_))) {
