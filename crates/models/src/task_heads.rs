@@ -4,8 +4,9 @@
 //! transformers begins it: weights normal with the configuration's `initializer_range`, biases zero.
 
 use crate::encoders::{activation, bad};
+use crate::registry::check_quantization;
 use crate::scope::Naming;
-use crate::{Error, LoadOptions, Result, Weights, check_quantization, encoder_architecture};
+use crate::{Error, LoadOptions, Result, Weights, encoder_architecture};
 use candle_core::{Device, Shape, Tensor};
 use engobe_autograd::tensor_of;
 use engobe_formats::checkpoint::Checkpoint;
@@ -51,7 +52,12 @@ pub fn load_task_model(
         (kind, "modernbert") => builder.modernbert(kind)?,
         (HeadKind::Token, _) => builder.tokens()?,
         (HeadKind::Sequence, other) => {
-            return Err(Error::Architecture { path: config.path().to_path_buf(), found: other.to_string() });
+            let known = "bert, roberta, distilbert, deberta-v2, modernbert".to_string();
+            return Err(Error::Architecture {
+                path: config.path().to_path_buf(),
+                found: other.to_string(),
+                known,
+            });
         }
     };
     let fresh = std::mem::take(&mut builder.fresh);
