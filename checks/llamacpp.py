@@ -96,7 +96,7 @@ def demo_prompts(demo, hf):
     tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
     template = (hf / "chat_template.jinja").read_text()
     rows = [json.loads(l) for l in (demo / "test.jsonl").read_text().splitlines()]
-    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows]
+    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows[:16]]
     texts, _ = render_jinja_template(chats, chat_template=template, add_generation_prompt=True)
     ids = lambda texts: [tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
     return {"held-out prompts": ids(texts), "plain texts": ids(PLAIN)}
