@@ -1,31 +1,13 @@
 //! The settings of a run: one table that the configuration file, `--set` and the flags of `train` all share.
 
 use anyhow::{Result, bail};
+pub use engobe_adapters::method::Kind;
+use engobe_adapters::method::METHODS;
+use std::sync::LazyLock;
 use toml::Value;
 
-/// What a setting's value must be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// whole number, 0 or above
-    Whole,
-    /// number
-    Number,
-    /// true or false
-    Flag,
-    /// text
-    Text,
-    /// text, or a list of texts (comma-separated on the command line)
-    Names,
-    /// a list of whole numbers (comma-separated on the command line)
-    Wholes,
-    /// patterns and numbers: a table, or an inline table with `--set`
-    Table,
-    /// true, false or a name
-    FlagOrText,
-}
-
 /// A setting.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Key {
     /// its name in files and `--set`; the flag has dashes
     pub name: &'static str,
@@ -35,10 +17,12 @@ pub struct Key {
     pub heading: &'static str,
     /// one line for `--help`, with the default
     pub help: &'static str,
+    /// left out of `--help`, which would be too long: `engobe methods` shows it
+    pub hidden: bool,
 }
 
 const fn key(name: &'static str, kind: Kind, heading: &'static str, help: &'static str) -> Key {
-    Key { name, kind, heading, help }
+    Key { name, kind, heading, help, hidden: false }
 }
 
 const ADAPTER: &str = "Adapter (PEFT's names and rules)";
@@ -48,8 +32,8 @@ const UPKEEP: &str = "Evaluation and checkpoints";
 const DATA: &str = "Data";
 const MODEL: &str = "Model and machine";
 
-/// All settings.
-pub const KEYS: [Key; 57] = [
+/// Settings of every run.
+const COMMON: [Key; 44] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
     key(
         "dtype",
@@ -57,12 +41,7 @@ pub const KEYS: [Key; 57] = [
         MODEL,
         "how base weights are kept: stored, f32, bf16, f16 (compute is f32) [stored]",
     ),
-    key(
-        "method",
-        Kind::Text,
-        MODEL,
-        "lora, or qlora: the base is quantized to NF4 with double quantization [lora]",
-    ),
+    key("method", Kind::Text, MODEL, ""),
     key("quantize", Kind::Text, MODEL, "quantize the base's linear layers as they are read: nf4, fp4, int8"),
     key("double_quant", Kind::Flag, MODEL, "quantize the factors of 4-bit blocks too [on with qlora]"),
     key("quant_block_size", Kind::Whole, MODEL, "elements in a 4-bit block: 32 to 4096, a power of two [64]"),
@@ -82,19 +61,6 @@ pub const KEYS: [Key; 57] = [
     key("allow", Kind::Names, DATA, "kinds of findings that shall not stop the run"),
     key("out", Kind::Text, LENGTH, "directory to write into"),
     key("init_adapter", Kind::Text, ADAPTER, "start from this PEFT directory"),
-    key("r", Kind::Whole, ADAPTER, "rank [16]"),
-    key("lora_alpha", Kind::Number, ADAPTER, "scale is lora_alpha / r [32]"),
-    key("lora_dropout", Kind::Number, ADAPTER, "dropout on the adapter's input [0]"),
-    key("use_rslora", Kind::Flag, ADAPTER, "scale by lora_alpha / sqrt(r) instead"),
-    key("target_modules", Kind::Names, ADAPTER, "names, a regex, or all-linear [all-linear]"),
-    key("exclude_modules", Kind::Names, ADAPTER, "names or a regex to leave out"),
-    key("layers_to_transform", Kind::Wholes, ADAPTER, "layers to adapt [all]"),
-    key("layers_pattern", Kind::Names, ADAPTER, "name of the list that the layers count in"),
-    key("rank_pattern", Kind::Table, ADAPTER, "ranks by module pattern"),
-    key("alpha_pattern", Kind::Table, ADAPTER, "alphas by module pattern"),
-    key("bias", Kind::Text, ADAPTER, "biases to train: none, all, lora_only [none]"),
-    key("modules_to_save", Kind::Names, ADAPTER, "modules to train in full"),
-    key("init_lora_weights", Kind::FlagOrText, ADAPTER, "true (Kaiming A, zero B), gaussian, false [true]"),
     key("epochs", Kind::Number, LENGTH, "passes over the rows [3]"),
     key("max_steps", Kind::Whole, LENGTH, "optimizer steps, instead of epochs"),
     key("batch_size", Kind::Whole, LENGTH, "rows (packed: bins of max_seq_len tokens) in a micro-batch [1]"),
@@ -110,7 +76,7 @@ pub const KEYS: [Key; 57] = [
         "adamw, adamw_8bit, paged_adamw, paged_adamw_8bit or sgd [adamw]",
     ),
     key("state_file", Kind::Text, OPTIMIZER, "file of a paged optimizer's state [OUT/optimizer.state]"),
-    key("learning_rate", Kind::Number, OPTIMIZER, "peak learning rate [0.0002]"),
+    key("learning_rate", Kind::Number, OPTIMIZER, "peak learning rate [0.0002; prompts and prefixes more]"),
     key("lr_scheduler", Kind::Text, OPTIMIZER, "linear, cosine, constant [linear]"),
     key("warmup_steps", Kind::Whole, OPTIMIZER, "steps of linear warm-up [0]"),
     key("weight_decay", Kind::Number, OPTIMIZER, "weight decay [0.01]"),
@@ -148,6 +114,35 @@ pub const KEYS: [Key; 57] = [
         "keep less, compute twice: less memory, a third more time",
     ),
 ];
+
+/// All settings: those of every run, with the methods' own among them (a name that several have stands once).
+pub static KEYS: LazyLock<Vec<Key>> = LazyLock::new(|| {
+    let mut keys: Vec<Key> = COMMON.to_vec();
+    for key in keys.iter_mut().filter(|k| k.name == "method") {
+        key.help = method_help().leak();
+    }
+    let mut at = keys.iter().position(|k| k.name == "init_adapter").map_or(keys.len(), |i| i + 1);
+    for method in METHODS {
+        for setting in method.settings() {
+            if !keys.iter().any(|k| k.name == setting.name) {
+                let hidden = method.name() != "lora";
+                keys.insert(at, Key { hidden, ..key(setting.name, setting.kind, ADAPTER, setting.help) });
+                at += 1;
+            }
+        }
+    }
+    keys
+});
+
+fn method_help() -> String {
+    let names: Vec<&str> = METHODS.iter().map(|m| m.name()).chain(["qlora"]).collect();
+    format!("how to adapt: {} (`engobe methods` tells of each) [lora]", names.join(", "))
+}
+
+/// True for a setting of the adapter.
+pub fn is_of_method(name: &str) -> bool {
+    METHODS.iter().any(|m| m.settings().iter().any(|s| s.name == name))
+}
 
 /// Settings that only a file or `--set` can give.
 pub const FILE_ONLY: [Key; 1] =
@@ -189,6 +184,10 @@ impl Key {
             },
             Kind::Flag => Value::Boolean(text.parse().map_err(|_| wrong(self.expected()))?),
             Kind::Text => Value::String(text.to_string()),
+            Kind::NumberOrText => match text.parse::<f64>() {
+                Ok(v) if v.is_finite() => Value::Float(v),
+                _ => Value::String(text.to_string()),
+            },
             Kind::FlagOrText => match text.parse() {
                 Ok(flag) => Value::Boolean(flag),
                 Err(_) => Value::String(text.to_string()),
@@ -204,7 +203,11 @@ impl Key {
                 let parts = text.split(',').map(|p| p.trim().parse().map(Value::Integer));
                 Value::Array(parts.collect::<Result<_, _>>().map_err(|_| wrong(self.expected()))?)
             }
-            Kind::Table => inline(text).ok_or_else(|| wrong(self.expected()))?,
+            Kind::NumberOrTable if !text.trim_start().starts_with('{') => match text.parse::<f64>() {
+                Ok(v) if v.is_finite() => Value::Float(v),
+                _ => return Err(wrong(self.expected())),
+            },
+            Kind::Table | Kind::NumberOrTable => inline(text).ok_or_else(|| wrong(self.expected()))?,
         };
         self.check(&value, source)?;
         Ok(value)
@@ -230,8 +233,10 @@ impl Key {
             Kind::Text => "text",
             Kind::Names => "a name or a list of names",
             Kind::Wholes => "a list of whole numbers, 0 or above",
+            Kind::NumberOrTable => "a number, or a table such as { \"0\" = 8, \"default\" = 16 }",
             Kind::Table => "a table such as { \"q_proj\" = 4 }",
             Kind::FlagOrText => "true, false or a name",
+            Kind::NumberOrText => "a number or a name",
         }
     }
 
@@ -244,10 +249,12 @@ impl Key {
             Kind::Number => number(value),
             Kind::Flag => value.is_bool(),
             Kind::Text => value.is_str(),
+            Kind::NumberOrText => number(value) || value.is_str(),
             Kind::FlagOrText => value.is_bool() || value.is_str(),
             Kind::Names => value.is_str() || value.as_array().is_some_and(|a| a.iter().all(Value::is_str)),
             Kind::Wholes => whole(value) || value.as_array().is_some_and(|a| a.iter().all(whole)),
-            Kind::Table => value.as_table().is_some_and(|t| t.values().all(number)),
+            Kind::NumberOrTable if number(value) => true,
+            Kind::Table | Kind::NumberOrTable => value.as_table().is_some_and(|t| t.values().all(number)),
         };
         if good {
             return Ok(());

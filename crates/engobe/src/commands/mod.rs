@@ -1,5 +1,6 @@
 //! The commands: each turns its flags into work of the library crates, and tells what came out.
 
+pub mod compare;
 pub mod convert;
 pub mod demo;
 pub mod eval;
@@ -8,6 +9,7 @@ pub mod generate;
 pub mod inspect;
 pub mod lint;
 pub mod merge;
+pub mod methods;
 pub mod plan;
 pub mod quantize;
 pub mod train;
