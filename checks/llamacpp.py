@@ -14,6 +14,7 @@ must be small. Small means what the arithmetic allows: llama.cpp rounds activati
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -29,6 +30,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.chat_template_utils import render_jinja_template
 
 TOKENS = 48
+# of both programs; more than the machine has free make llama.cpp crawl
+THREADS = int(os.environ.get("THREADS", "2"))
 PLAIN = [
     "The capital of France is Paris, and the capital of Italy is",
     "Once upon a time, in a village by the sea, there lived an old potter who",
@@ -42,7 +45,7 @@ def llama_cpp(path, lora=None):
     params = xlc.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
-    params.cpuparams.n_threads = 2
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
     params.sampling.temp, params.sampling.top_k, params.sampling.seed = 0.0, 1, 1
     # attention in f32, so that only weights and activations are rounded
     params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -69,7 +72,7 @@ def partings(complete, args, ids, tokens):
     found, at = [], 0
     while at < len(theirs):
         context = ",".join(map(str, ids + theirs[:at]))
-        mine = engobe("generate", *args, "--prompt-ids", context, "--max-new-tokens", len(theirs) - at)["token_ids"]
+        mine = engobe("generate", *args, "--prompt-ids", context, "--max-new-tokens", len(theirs) - at, "--threads", THREADS)["token_ids"]
         if len(theirs) < tokens and len(mine) == len(theirs) - at - 1:
             # both ended; llama.cpp's answer has the token that ends it
             mine.append(theirs[-1])
@@ -98,7 +101,7 @@ def demo_prompts(demo, hf):
     tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
     template = (hf / "chat_template.jinja").read_text()
     rows = [json.loads(l) for l in (demo / "test.jsonl").read_text().splitlines()]
-    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows]
+    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows[:16]]
     texts, _ = render_jinja_template(chats, chat_template=template, add_generation_prompt=True)
     ids = lambda texts: [tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
     return {"held-out prompts": ids(texts), "plain texts": ids(PLAIN)}
