@@ -56,15 +56,15 @@ pub fn predict(
 }
 
 /// Loss of a micro-batch; its gradients are added to `grads`.
-pub fn differentiate(
-    model: Model<'_>,
+pub fn differentiate<'m>(
+    model: impl Into<Model<'m>>,
     batch: &MicroBatch,
     how: Differentiate,
     grads: &mut Gradients,
 ) -> Result<LossSums> {
     let mut tape =
         Tape::new().checkpointing(how.checkpointing).dropout_seed(how.dropout_seed).watch(how.watch);
-    let Some(pass) = model.forward(&mut tape, batch)? else { return Ok(LossSums::default()) };
+    let Some(pass) = model.into().forward(&mut tape, batch)? else { return Ok(LossSums::default()) };
     if let Some(loss) = pass.loss {
         let seed = Tensor::full(how.scale, 1, loss.tensor().device())?;
         tape.backward(&loss, seed, grads)?;
