@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tiny import save_adapter
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "checks"))
@@ -36,11 +37,7 @@ def main():
             lora = {**lora, "exclude_modules": ["layers.1.self_attn.k_proj"]}
         peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **lora))
         perturb(peft, seed)
-        peft.save_pretrained(out / name)
-        (out / name / "README.md").unlink(missing_ok=True)
-        config = json.loads((out / name / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = f"golden/llama/{base}"
-        (out / name / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+        save_adapter(peft, out / name, f"golden/llama/{base}")
         accumulation = 4 if seed % 2 else 1
         curve = train_peft(peft, rows, STEPS, BATCH, accumulation)
         expected = {
