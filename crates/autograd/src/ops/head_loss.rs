@@ -5,6 +5,7 @@
 //! keeps the hidden states and one log-sum-exp a row and goes over the vocabulary again.
 
 use crate::ops::Matrix;
+use crate::ops::linear::Borrowed;
 use crate::{Error, Result, Tape, Var, host, ops::dims2, tensor_of, uninit};
 use candle_core::{D, Device, Tensor};
 use engobe_kernels::cross_entropy::{self as kernel, HeadLowRank, TokenStats};
@@ -76,11 +77,12 @@ fn fast<'m>(tape: &mut Tape<'m>, hidden: &Var, head: Head, targets: Arc<[u32]>) 
     let mut tokens = vec![TokenStats::default(); n];
     let mut d_hidden = (hidden.is_tracked() && !trained_head).then(|| uninit(n * d));
     let mut lse = vec![0f32; if trained_head { n } else { 0 }];
-    head.with_parts(|low_rank, bias| {
-        head.weight.with_view(|w| -> Result<()> {
+    {
+        let (h_rows, weight) = (host(&h)?, Borrowed::of(&head.weight)?);
+        head.with_parts(|low_rank, bias| {
             kernel::cross_entropy(
-                &host(&h)?,
-                w,
+                &h_rows,
+                weight.view(),
                 bias,
                 low_rank,
                 &targets,
@@ -88,9 +90,8 @@ fn fast<'m>(tape: &mut Tape<'m>, hidden: &Var, head: Head, targets: Arc<[u32]>) 
                 trained_head.then_some(&mut lse),
                 d_hidden.as_deref_mut(),
             );
-            Ok(())
-        })
-    })???;
+        })?;
+    }
     let sum: f64 = tokens.iter().map(|t| f64::from(t.loss)).sum();
     let value = tensor_of(vec![sum as f32], 1)?;
     let slot = hidden.slot();
@@ -113,25 +114,23 @@ fn fast<'m>(tape: &mut Tape<'m>, hidden: &Var, head: Head, targets: Arc<[u32]>) 
         let mut dbias = zeros(bias_slot.is_tracked(), vocab);
         let mut du = u_slot.is_tracked().then(|| uninit(n * r));
         let mut db = zeros(b_slot.is_tracked(), vocab * r);
+        let (h_rows, factor, weight) = (host(&h)?, host(&dy)?[0], Borrowed::of(&head.weight)?);
         head.with_parts(|low_rank, bias| {
-            head.weight.with_view(|w| -> Result<()> {
-                kernel::cross_entropy_backward(
-                    &host(&h)?,
-                    w,
-                    bias,
-                    low_rank,
-                    &targets,
-                    &lse,
-                    host(&dy)?[0],
-                    dh.as_deref_mut(),
-                    dw.as_deref_mut(),
-                    dbias.as_deref_mut(),
-                    du.as_deref_mut(),
-                    db.as_deref_mut(),
-                );
-                Ok(())
-            })
-        })???;
+            kernel::cross_entropy_backward(
+                &h_rows,
+                weight.view(),
+                bias,
+                low_rank,
+                &targets,
+                &lse,
+                factor,
+                dh.as_deref_mut(),
+                dw.as_deref_mut(),
+                dbias.as_deref_mut(),
+                du.as_deref_mut(),
+                db.as_deref_mut(),
+            );
+        })?;
         let mut give = |slot, grad: Option<Vec<f32>>, rows: usize, cols: usize| match grad {
             Some(grad) => sink.add(slot, tensor_of(grad, (rows, cols))?),
             None => Ok(()),
