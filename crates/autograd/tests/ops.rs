@@ -141,6 +141,17 @@ fn rms_norm() {
 }
 
 #[test]
+fn layer_norm() {
+    let (x, w, b) = (param("x", 3, &[3, 8]), param("w", 4, &[8]), param("b", 5, &[8]));
+    check(&[&x, &w, &b], &|tape| {
+        let (x, w, b) = (tape.param(&x), tape.param(&w), tape.param(&b));
+        let y = ops::layer_norm(tape, &x, &w, Some(&b), 1e-5)?;
+        let plain = ops::layer_norm(tape, &x, &w, None, 1e-5)?;
+        weigh(tape, &[y, plain])
+    });
+}
+
+#[test]
 fn activations_alone_and_gated() {
     let (g, u) = (param("gate", 5, &[3, 5]), param("up", 6, &[3, 5]));
     for f in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Tanh] {
@@ -196,9 +207,29 @@ fn embedding_trained_and_frozen() {
 }
 
 #[test]
+fn split_columns_and_reshape() {
+    for groups in [1, 2] {
+        let x = param("x", 6, &[3, 10]);
+        check(&[&x], &|tape| {
+            let x = tape.param(&x);
+            let [a, b] = ops::split_columns(tape, &x, groups, [10 / groups - 3, 3])?;
+            let b = ops::reshape(tape, &b, (9 * groups, 1))?;
+            weigh(tape, &[a, b])
+        });
+        // an output that nothing reads has no gradient
+        check(&[&x], &|tape| {
+            let x = tape.param(&x);
+            let [_, b] = ops::split_columns(tape, &x, groups, [10 / groups - 3, 3])?;
+            weigh(tape, &[b])
+        });
+    }
+}
+
+#[test]
 fn attention_grouped_packed_causal_and_not() {
-    for causal in [true, false] {
-        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 4, scale: 0.5, causal };
+    let extras = [(None, None), (Some(2), None), (Some(2), Some(0.8))];
+    for (causal, (window, soft_cap)) in [true, false].into_iter().flat_map(|c| extras.map(|e| (c, e))) {
+        let shape = AttentionShape { window, soft_cap, ..AttentionShape::new(4, 2, 4, 0.5, causal) };
         let (q, k, v) = (param("q", 11, &[7, 16]), param("k", 12, &[7, 8]), param("v", 13, &[7, 8]));
         let segment = |r: std::ops::Range<usize>| Segment { q: r.clone(), kv: r };
         let segments: Arc<[Segment]> = Arc::from([segment(0..3), segment(3..4), segment(4..7)]);
@@ -212,7 +243,7 @@ fn attention_grouped_packed_causal_and_not() {
 
 #[test]
 fn attention_over_longer_keys() {
-    let shape = AttentionShape { heads: 2, kv_heads: 1, head_dim: 4, scale: 0.5, causal: true };
+    let shape = AttentionShape::new(2, 1, 4, 0.5, true);
     let (q, k, v) = (param("q", 14, &[2, 8]), param("k", 15, &[5, 4]), param("v", 16, &[5, 4]));
     let segments: Arc<[Segment]> = Arc::from([Segment { q: 0..2, kv: 0..5 }]);
     check(&[&q, &k, &v], &|tape| {
@@ -323,11 +354,13 @@ fn linear_group_with_an_unused_output() {
 #[test]
 fn head_loss_frozen() {
     let h = param("hidden", 40, &[4, 6]);
-    check(&[&h], &|tape| {
-        let h = tape.param(&h);
-        let head = Head { weight: frozen(41, 9, 6), bias: None, low_rank: None };
-        Ok(ops::head_loss(tape, &h, head, Arc::from([0u32, 8, 3, 3]))?.loss)
-    });
+    for soft_cap in [None, Some(1.2)] {
+        check(&[&h], &|tape| {
+            let h = tape.param(&h);
+            let head = Head { weight: frozen(41, 9, 6), bias: None, low_rank: None, soft_cap };
+            Ok(ops::head_loss(tape, &h, head, Arc::from([0u32, 8, 3, 3]))?.loss)
+        });
+    }
 }
 
 #[test]
@@ -335,15 +368,18 @@ fn head_loss_trained_with_delta() {
     let h = param("hidden", 50, &[4, 6]);
     let (w, bias) = (param("w", 51, &[9, 6]), param("bias", 52, &[9]));
     let (u, b) = (param("u", 53, &[4, 2]), param("b", 54, &[9, 2]));
-    check(&[&h, &w, &bias, &u, &b], &|tape| {
-        let h = tape.param(&h);
-        let head = Head {
-            weight: Matrix::Trained(tape.param(&w)),
-            bias: Some(tape.param(&bias)),
-            low_rank: Some((tape.param(&u), tape.param(&b))),
-        };
-        Ok(ops::head_loss(tape, &h, head, Arc::from([0u32, 8, 3, 3]))?.loss)
-    });
+    for soft_cap in [None, Some(1.2)] {
+        check(&[&h, &w, &bias, &u, &b], &|tape| {
+            let h = tape.param(&h);
+            let head = Head {
+                weight: Matrix::Trained(tape.param(&w)),
+                bias: Some(tape.param(&bias)),
+                low_rank: Some((tape.param(&u), tape.param(&b))),
+                soft_cap,
+            };
+            Ok(ops::head_loss(tape, &h, head, Arc::from([0u32, 8, 3, 3]))?.loss)
+        });
+    }
 }
 
 fn quantized(scheme: Scheme, seed: u64, rows: usize, cols: usize) -> FrozenWeight {
@@ -376,7 +412,7 @@ fn quantized_weights_in_every_place() {
                 LowRank { a: tape.param(&a), b: tape.param(&b), b_bias: None, scale: 0.1, dropout: 0.0 };
             let spec = LinearSpec { weight: Matrix::Frozen(w.clone()), bias: None, low_rank: vec![low_rank] };
             let y = ops::linear(tape, &x, spec)?;
-            let head = Head { weight: head.clone(), bias: None, low_rank: None };
+            let head = Head { weight: head.clone(), bias: None, low_rank: None, soft_cap: None };
             Ok(ops::head_loss(tape, &y, head, ids)?.loss)
         });
     }
@@ -432,9 +468,9 @@ fn shapes_that_do_not_fit_are_errors() {
     assert!(ops::select_rows(&mut tape, &x, Arc::from([1u32, 0])).is_err());
     assert!(ops::select_rows(&mut tape, &x, Arc::from([2u32])).is_err());
     assert!(ops::embedding(&mut tape, &frozen(83, 3, 4), Arc::from([3u32]), &Device::Cpu).is_err());
-    let shape = AttentionShape { heads: 2, kv_heads: 2, head_dim: 2, scale: 1.0, causal: true };
+    let shape = AttentionShape::new(2, 2, 2, 1.0, true);
     let segments: Arc<[Segment]> = Arc::from([Segment { q: 0..1, kv: 0..2 }]);
     assert!(ops::attention(&mut tape, &x, &x, &x, shape, segments).is_err());
-    let head = Head { weight: frozen(84, 3, 4), bias: None, low_rank: None };
+    let head = Head { weight: frozen(84, 3, 4), bias: None, low_rank: None, soft_cap: None };
     assert!(ops::head_loss(&mut tape, &x, head, Arc::from([0u32, 3])).is_err());
 }

@@ -18,6 +18,7 @@ pub mod elementwise;
 pub mod embedding;
 mod exp;
 mod lanes;
+pub mod layer_norm;
 pub mod mat;
 pub mod matmul;
 pub mod norm;

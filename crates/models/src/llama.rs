@@ -80,13 +80,13 @@ impl Llama {
                 gate_proj: linear(&format!("{p}.mlp.gate_proj"), c.intermediate_size, d, c.mlp_bias)?,
                 up_proj: linear(&format!("{p}.mlp.up_proj"), c.intermediate_size, d, c.mlp_bias)?,
                 down_proj: linear(&format!("{p}.mlp.down_proj"), d, c.intermediate_size, c.mlp_bias)?,
-                shape: AttentionShape {
-                    heads: c.num_attention_heads,
-                    kv_heads: c.num_key_value_heads,
-                    head_dim: c.head_dim,
-                    scale: 1.0 / (c.head_dim as f32).sqrt(),
-                    causal: true,
-                },
+                shape: AttentionShape::new(
+                    c.num_attention_heads,
+                    c.num_key_value_heads,
+                    c.head_dim,
+                    1.0 / (c.head_dim as f32).sqrt(),
+                    true,
+                ),
             })
         };
         let layers = (0..c.num_hidden_layers).into_par_iter().map(layer).collect::<Result<Vec<_>>>()?;
@@ -237,5 +237,5 @@ fn head_of<'m>(tape: &mut Tape<'m>, hidden: &Var, spec: LinearSpec) -> OpResult<
             return Err(OpError::shape("head", what));
         }
     };
-    Ok(Head { weight: spec.weight, bias: spec.bias, low_rank })
+    Ok(Head { weight: spec.weight, bias: spec.bias, low_rank, soft_cap: None })
 }

@@ -21,6 +21,7 @@ pub struct Linear {
     weight: Weight,
     bias: Option<Vector>,
     adapters: Vec<Arc<dyn LinearAdapter>>,
+    file_transposed: bool,
 }
 
 impl Linear {
@@ -31,7 +32,19 @@ impl Linear {
             weight: Weight::Frozen(weight),
             bias: bias.map(Vector::Frozen),
             adapters: Vec::new(),
+            file_transposed: false,
         }
+    }
+
+    /// Says that the model's files hold the matrix as `[in, out]` (transformers' `Conv1D`).
+    pub fn transposed_in_files(mut self) -> Self {
+        self.file_transposed = true;
+        self
+    }
+
+    /// True if the model's files hold the matrix as `[in, out]`.
+    pub fn is_transposed_in_files(&self) -> bool {
+        self.file_transposed
     }
 
     /// Module path.
