@@ -124,6 +124,37 @@ def greedy_logits(model, ids):
         return model(torch.tensor([ids])).logits[0].float()
 
 
+def llama_cpp(path, lora=None, flash_attention=True, exact_cache=False, threads=2):
+    """Greedy continuations by llama.cpp of a GGUF file: with either of its two ways to compute attention, and keys and
+    values in f16 or, with `exact_cache`, in f32. Returns a function of a prompt (text or ids), a number of tokens and
+    tokens that must not come, which gives token ids, how many nats each lies above the second best, and their
+    log-probabilities."""
+    import xllamacpp as xlc
+
+    params = xlc.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
+    params.cpuparams.n_threads = threads
+    params.sampling.temp, params.sampling.top_k, params.sampling.seed = 0.0, 1, 1
+    if not flash_attention:
+        params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if exact_cache:
+        params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
+    if lora:
+        params.lora_adapters = [xlc.CommonAdapterLoraInfo(str(lora), 1.0)]
+    server = xlc.Server(params)
+
+    def complete(prompt, count, banned=()):
+        body = {"prompt": prompt, "n_predict": count, "temperature": 0.0, "n_probs": 2, "cache_prompt": False}
+        body["logit_bias"] = [[token, False] for token in banned]
+        done = server.handle_completions(body)
+        steps = done.get("completion_probabilities") or done["choices"][0]["logprobs"]["content"]
+        margins = [s["top_logprobs"][0]["logprob"] - s["top_logprobs"][1]["logprob"] for s in steps]
+        return [s["id"] for s in steps], margins, [s["logprob"] for s in steps]
+
+    return complete
+
+
 class Report:
     """Counts what held and what did not."""
 

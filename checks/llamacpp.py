@@ -19,8 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import common
 import torch
-import xllamacpp as xlc
 from common import Report, engobe, make_model
 from gguf import GGUFReader
 from tokenizers import Tokenizer
@@ -36,29 +36,8 @@ PLAIN = [
 
 
 def llama_cpp(path, lora=None):
-    """Greedy continuations by llama.cpp."""
-    params = xlc.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
-    params.cpuparams.n_threads = 2
-    params.sampling.temp, params.sampling.top_k, params.sampling.seed = 0.0, 1, 1
-    # attention in f32, so that only weights and activations are rounded
-    params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
-    if lora:
-        params.lora_adapters = [xlc.CommonAdapterLoraInfo(str(lora), 1.0)]
-    server = xlc.Server(params)
-
-    def complete(ids, count, banned=()):
-        """Token ids, how many nats each lies above the second best, and their log-probabilities."""
-        body = {"prompt": ids, "n_predict": count, "temperature": 0.0, "n_probs": 2, "cache_prompt": False}
-        body["logit_bias"] = [[token, False] for token in banned]
-        done = server.handle_completions(body)
-        steps = done.get("completion_probabilities") or done["choices"][0]["logprobs"]["content"]
-        margins = [s["top_logprobs"][0]["logprob"] - s["top_logprobs"][1]["logprob"] for s in steps]
-        return [s["id"] for s in steps], margins, [s["logprob"] for s in steps]
-
-    return complete
+    """llama.cpp with attention in f32, so that only weights and activations are rounded."""
+    return common.llama_cpp(path, lora, flash_attention=False, exact_cache=True)
 
 
 def compare(report, name, complete, args, prompts, limit, tokens=TOKENS):
