@@ -72,6 +72,14 @@ impl Var {
         }
     }
 
+    /// How to make the value again, without holding on to more than is kept anyway.
+    pub(crate) fn again(&self) -> Recipe {
+        self.recipe.clone().unwrap_or_else(|| {
+            let tensor = self.tensor.clone();
+            Arc::new(move || Ok(tensor.clone()))
+        })
+    }
+
     /// The value.
     pub fn tensor(&self) -> &Tensor {
         &self.tensor

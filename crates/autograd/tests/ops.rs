@@ -6,7 +6,7 @@
 //! gradients' scale, hence the tolerance of 1e-2 of the largest gradient.
 
 use candle_core::{Device, Tensor};
-use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, RopeSpec};
+use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, OutputScale, RopeSpec};
 use engobe_autograd::{FrozenWeight, Gradients, Param, Result, Tape, Var};
 use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::{AttentionShape, Segment};
@@ -193,6 +193,36 @@ fn select_rows_and_dropout() {
 }
 
 #[test]
+fn rows_inserted_before_between_and_behind() {
+    let (x, rows) = (param("x", 8, &[5, 4]), param("rows", 9, &[2, 4]));
+    for at in [vec![0, 2, 5], vec![3], vec![0], vec![]] {
+        let params: &[&Param] = if at.is_empty() { &[&x] } else { &[&x, &rows] };
+        let at: Arc<[usize]> = at.into();
+        check(params, &|tape| {
+            let (x, rows) = (tape.param(&x), tape.param(&rows));
+            let y = tape.block(&[x, rows], {
+                let at = at.clone();
+                move |tape, v| ops::insert_rows(tape, &v[0], &v[1], at.clone())
+            })?;
+            weigh(tape, &[y])
+        });
+    }
+}
+
+#[test]
+fn lstm_both_ways() {
+    let (h, steps) = (3, 5);
+    let gates = [param("gates", 10, &[steps, 4 * h]), param("gates back", 11, &[steps, 4 * h])];
+    let recurrent = [param("u", 12, &[4 * h, h]), param("u back", 13, &[4 * h, h])];
+    check(&[&gates[0], &gates[1], &recurrent[0], &recurrent[1]], &|tape| {
+        let g = [tape.param(&gates[0]), tape.param(&gates[1])];
+        let u = [tape.param(&recurrent[0]), tape.param(&recurrent[1])];
+        let y = ops::lstm(tape, [&g[0], &g[1]], [&u[0], &u[1]])?;
+        weigh(tape, &[y])
+    });
+}
+
+#[test]
 fn embedding_trained_and_frozen() {
     let w = param("w", 9, &[6, 4]);
     check(&[&w], &|tape| {
@@ -274,13 +304,9 @@ fn linear_group() {
             let first = low_rank(&a1, &b1, None, tape);
             let second = low_rank(&a2, &b2, Some(&bb), tape);
             let specs = vec![
-                LinearSpec { weight: frozen(28, 5, 6), bias: None, low_rank: vec![first] },
-                LinearSpec { weight: frozen(29, 3, 6), bias: None, low_rank: vec![second] },
-                LinearSpec {
-                    weight: Matrix::Trained(tape.param(&w)),
-                    bias: Some(tape.param(&bias)),
-                    low_rank: vec![],
-                },
+                LinearSpec::new(frozen(28, 5, 6), None, vec![first]),
+                LinearSpec::new(frozen(29, 3, 6), None, vec![second]),
+                LinearSpec::new(Matrix::Trained(tape.param(&w)), Some(tape.param(&bias)), vec![]),
             ];
             let ys = ops::linear_group(tape, &x, specs)?;
             weigh(tape, &ys)
@@ -299,14 +325,74 @@ fn linear_residual_behind_recomputed_inputs() {
         let (g, u, w, r) = (tape.param(&g), tape.param(&u), tape.param(&w), tape.param(&r));
         let low_rank =
             LowRank { a: tape.param(&a), b: tape.param(&b), b_bias: None, scale: 0.5, dropout: 0.0 };
-        let spec =
-            LinearSpec { weight: frozen(45, 4, 6), bias: Some(tape.param(&bias)), low_rank: vec![low_rank] };
+        let spec = LinearSpec::new(frozen(45, 4, 6), Some(tape.param(&bias)), vec![low_rank]);
         let gated = ops::gated(tape, Activation::Silu, &g, &u)?;
         let first = ops::linear_residual(tape, &gated, spec.clone(), &r)?;
         let normed = ops::rms_norm(tape, &g, &w, 1e-5)?;
         let second = ops::linear_residual(tape, &normed, spec, &first)?;
         weigh(tape, &[second])
     });
+}
+
+/// Factors on inputs and outputs, beside layers without any, and at the end of a sub-layer.
+#[test]
+fn linear_with_factors() {
+    for (dropout, covers_bias) in [(0.0, false), (0.3, true)] {
+        let (x, g, l) = (param("x", 100, &[5, 6]), param("g", 101, &[4]), param("l", 102, &[6]));
+        let (a, b, bias) = (param("a", 103, &[2, 6]), param("b", 104, &[4, 2]), param("bias", 105, &[4]));
+        let (gate, r) = (param("gate", 106, &[5, 6]), param("residual", 107, &[5, 4]));
+        check(&[&x, &g, &l, &a, &b, &bias, &gate, &r], &|tape| {
+            let (x, gate, r) = (tape.param(&x), tape.param(&gate), tape.param(&r));
+            let spec = |tape: &mut Tape<'_>, seed: u64| {
+                let (a, b) = (tape.param(&a), tape.param(&b));
+                let low_rank = LowRank { a, b, b_bias: None, scale: 0.5, dropout };
+                LinearSpec::new(frozen(seed, 4, 6), Some(tape.param(&bias)), vec![low_rank])
+            };
+            let mut out = spec(tape, 110);
+            out.output_scale = Some(OutputScale { gain: tape.param(&g), covers_bias });
+            let mut input = spec(tape, 111);
+            let factors = tape.param(&l);
+            input.scale_input(tape, factors.clone())?;
+            let mut both = LinearSpec { output_scale: out.output_scale.clone(), ..input.clone() };
+            both.scale_input(tape, factors)?;
+            let plain = spec(tape, 112);
+            let mut ys = ops::linear_group(tape, &x, vec![out.clone(), plain, input.clone(), both.clone()])?;
+            // behind an input that is made again in the backward
+            let gated = ops::gated(tape, Activation::Silu, &gate, &x)?;
+            for spec in [out, input] {
+                ys.push(ops::linear_residual(tape, &gated, spec, &r)?);
+            }
+            ys.push(ops::linear_residual_last(tape, &gated, both, &r)?);
+            weigh(tape, &ys)
+        });
+    }
+}
+
+#[test]
+fn factors_on_rows_and_matrices_side_by_side() {
+    let (x, y, g) = (param("x", 113, &[3, 4]), param("y", 114, &[3, 2]), param("g", 115, &[3, 1]));
+    check(&[&x, &y, &g], &|tape| {
+        let (x, y, g) = (tape.param(&x), tape.param(&y), tape.param(&g));
+        let both = ops::concat_columns(tape, &[x.clone(), y, x])?;
+        let scaled = ops::scale_rows(tape, &both, &g)?;
+        weigh(tape, &[both, scaled])
+    });
+}
+
+/// On a tape for generation, factors give what they give in evaluation.
+#[test]
+fn generation_has_the_factors_too() {
+    let x = Var::constant(tensor(120, &[2, 6]));
+    let out = |mut tape: Tape<'_>| {
+        let mut spec = LinearSpec::new(frozen(121, 4, 6), Some(Var::constant(tensor(122, &[4]))), vec![]);
+        spec.input_scale = Some(Var::constant(tensor(123, &[6])));
+        let gain = Var::constant(tensor(124, &[4]));
+        spec.output_scale = Some(OutputScale { gain, covers_bias: false });
+        let residual = Var::constant(tensor(125, &[2, 4]));
+        values(ops::linear_residual(&mut tape, &x, spec, &residual).unwrap().tensor())
+    };
+    let exact = engobe_autograd::Activations::Exact;
+    close(&out(Tape::generation(exact)), &out(Tape::inference()), 1e-6, "generation");
 }
 
 /// The last product of a block is left out when the block runs again; gradients are the same bits.
@@ -322,7 +408,7 @@ fn a_block_may_leave_out_its_output() {
             .block(&[start], move |tape, xs| {
                 let low_rank =
                     LowRank { a: tape.param(a), b: tape.param(b), b_bias: None, scale: 0.5, dropout: 0.0 };
-                let spec = LinearSpec { weight: weight.clone(), bias: None, low_rank: vec![low_rank] };
+                let spec = LinearSpec::new(weight.clone(), None, vec![low_rank]);
                 let y = ops::linear_residual(tape, &xs[0], spec.clone(), &xs[0])?;
                 let z = ops::linear_residual_last(tape, &y, spec, &y)?;
                 let all_zero = values(z.tensor()).iter().all(|v| *v == 0.0);
@@ -410,7 +496,7 @@ fn quantized_weights_in_every_place() {
             let x = ops::add(tape, &x, &rows)?;
             let low_rank =
                 LowRank { a: tape.param(&a), b: tape.param(&b), b_bias: None, scale: 0.1, dropout: 0.0 };
-            let spec = LinearSpec { weight: Matrix::Frozen(w.clone()), bias: None, low_rank: vec![low_rank] };
+            let spec = LinearSpec::new(Matrix::Frozen(w.clone()), None, vec![low_rank]);
             let y = ops::linear(tape, &x, spec)?;
             let head = Head { weight: head.clone(), bias: None, low_rank: None, soft_cap: None };
             Ok(ops::head_loss(tape, &y, head, ids)?.loss)

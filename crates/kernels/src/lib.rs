@@ -11,6 +11,7 @@ pub mod adamw8;
 pub mod attention;
 pub mod attention_step;
 pub mod codec;
+pub mod columns;
 pub mod cross_entropy;
 pub mod divergence;
 pub mod dropout;

@@ -16,6 +16,8 @@ pub enum Norms {
     Sandwich([Norm; 4]),
     /// x + A(n₁(x)) + F(n₂(x)) (GPT-J, GPT-NeoX)
     Parallel([Norm; 2]),
+    /// y = x + A(x), y + F(n(y)): the first block after an embedding that is normed itself (ModernBERT)
+    PreMlp(Norm),
 }
 
 /// A decoder block.
@@ -42,15 +44,9 @@ impl Block {
         match &self.norms {
             Norms::Pre([before_attention, before_mlp]) => {
                 let normed = before_attention.forward(tape, x)?;
-                let attended = attention.attend(tape, &normed, context, cache)?;
-                drop(normed);
-                let x = attention.output.forward_residual(tape, &attended, x)?;
-                drop(attended);
-                let normed = before_mlp.forward(tape, &x)?;
-                let inner = mlp.inner(tape, &normed)?;
-                drop(normed);
-                mlp.down.forward_residual_last(tape, &inner, &x)
+                self.pre(tape, x, normed, before_mlp, context, cache)
             }
+            Norms::PreMlp(before_mlp) => self.pre(tape, x, x.clone(), before_mlp, context, cache),
             Norms::Post([after_attention, after_mlp]) => {
                 let attended = attention.attend(tape, x, context, cache)?;
                 let sum = attention.output.forward_residual(tape, &attended, x)?;
@@ -88,6 +84,26 @@ impl Block {
         }
     }
 
+    /// x + A(`input`), and on it the feed-forward behind its norm.
+    fn pre<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        x: &Var,
+        input: Var,
+        before_mlp: &'m Norm,
+        context: &Context,
+        cache: Option<CacheSlot<'_>>,
+    ) -> Result<Var> {
+        let attended = self.attention.attend(tape, &input, context, cache)?;
+        drop(input);
+        let x = self.attention.output.forward_residual(tape, &attended, x)?;
+        drop(attended);
+        let normed = before_mlp.forward(tape, &x)?;
+        let inner = self.mlp.inner(tape, &normed)?;
+        drop(normed);
+        self.mlp.down.forward_residual_last(tape, &inner, &x)
+    }
+
     /// Calls `f` on every module.
     pub fn visit(&mut self, f: &mut dyn FnMut(ModuleMut<'_>)) {
         self.attention.visit(f);
@@ -95,6 +111,7 @@ impl Block {
         let norms: &mut [Norm] = match &mut self.norms {
             Norms::Pre(norms) | Norms::Post(norms) | Norms::Parallel(norms) => norms,
             Norms::Sandwich(norms) => norms,
+            Norms::PreMlp(norm) => std::slice::from_mut(norm),
         };
         norms.iter_mut().for_each(|norm| f(norm.module()));
     }

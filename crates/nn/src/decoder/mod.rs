@@ -16,7 +16,7 @@ use crate::{
     CausalLm, Embedding, Error, KvCache, Linear, ModelInfo, ModuleMut, ModuleTree, Norm, Result, TokenBatch,
 };
 use candle_core::{Device, Tensor};
-use engobe_autograd::ops::{self, Head, HeadLoss, LinearSpec, RopeSpec};
+use engobe_autograd::ops::{self, Head, HeadLoss, RopeSpec};
 use engobe_autograd::{Tape, Var};
 use engobe_kernels::attention::Segment;
 use std::sync::Arc;
@@ -47,6 +47,23 @@ pub struct Positions {
     pub embedding: Embedding,
     /// row of position 0
     pub first: u32,
+}
+
+impl Positions {
+    /// Rows of the batch's positions: `[n, d]`.
+    ///
+    /// # Errors
+    /// A position beyond the last row.
+    pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch, device: &Device) -> Result<Var> {
+        let rows = self.embedding.weight().dims().0;
+        let at: Arc<[u32]> = batch.positions.iter().map(|p| p + self.first).collect();
+        if let Some(p) = at.iter().find(|p| **p as usize >= rows) {
+            let (at, most) = (p - self.first, rows - self.first as usize);
+            let what = format!("a row reaches position {at}; the model has embeddings for {most} positions");
+            return Err(Error::shape("positions", what));
+        }
+        self.embedding.forward(tape, at, device)
+    }
 }
 
 /// A decoder with its output head.
@@ -88,16 +105,13 @@ impl Decoder {
         if let Some(project) = &self.project_in {
             x = project.forward(tape, &x)?;
         }
-        let Some(positions) = &self.positions else { return Ok(x) };
-        let rows = positions.embedding.weight().dims().0;
-        let at: Arc<[u32]> = batch.positions.iter().map(|p| p + positions.first).collect();
-        if let Some(p) = at.iter().find(|p| **p as usize >= rows) {
-            let (at, most) = (p - positions.first, rows - positions.first as usize);
-            let what = format!("a row reaches position {at}; the model has embeddings for {most} positions");
-            return Err(Error::shape("positions", what));
+        match &self.positions {
+            None => Ok(x),
+            Some(positions) => {
+                let embedded = positions.forward(tape, batch, &self.device)?;
+                ops::add(tape, &x, &embedded)
+            }
         }
-        let embedded = positions.embedding.forward(tape, at, &self.device)?;
-        ops::add(tape, &x, &embedded)
     }
 
     /// What the head takes of the last block's output.
@@ -172,8 +186,8 @@ impl CausalLm for Decoder {
 
     fn head_loss<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var, targets: Arc<[u32]>) -> Result<HeadLoss> {
         let normed = self.before_head(tape, hidden)?;
-        let spec = self.lm_head.spec(tape);
-        let head = Head { soft_cap: self.soft_cap, ..head_of(tape, &normed, spec)? };
+        let (normed, head) = self.lm_head.head(tape, &normed)?;
+        let head = Head { soft_cap: self.soft_cap, ..head };
         ops::head_loss(tape, &normed, head, targets)
     }
 
@@ -185,22 +199,4 @@ impl CausalLm for Decoder {
             None => Ok(logits),
         }
     }
-}
-
-/// The head with its delta's inner activation computed.
-fn head_of<'m>(tape: &mut Tape<'m>, hidden: &Var, spec: LinearSpec) -> Result<Head> {
-    let mut deltas = spec.low_rank.into_iter();
-    let low_rank = match (deltas.next(), deltas.next()) {
-        (None, _) => None,
-        (Some(delta), None) if delta.b_bias.is_none() => {
-            let input = ops::drop_out(tape, hidden, delta.dropout)?;
-            let u = ops::linear(tape, &input, LinearSpec::plain(ops::Matrix::Trained(delta.a)))?;
-            Some((ops::scale(tape, &u, delta.scale)?, delta.b))
-        }
-        _ => {
-            let what = "one low-rank delta without a bias is all that an output head can carry";
-            return Err(Error::shape("head", what));
-        }
-    };
-    Ok(Head { weight: spec.weight, bias: spec.bias, low_rank, soft_cap: None })
 }
