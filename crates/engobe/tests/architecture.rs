@@ -23,7 +23,7 @@ const ROOMS: [(&str, &[&str], &[&str]); 12] = [
         &["clap", "anyhow", "indicatif"],
     ),
     ("infer", &["kernels", "autograd", "nn", "adapters", "models"], &["clap", "anyhow", "indicatif"]),
-    ("testkit", &["kernels", "formats"], &["clap"]),
+    ("testkit", &["kernels", "autograd", "nn", "formats", "models"], &["clap"]),
     (
         "engobe",
         &["kernels", "autograd", "nn", "formats", "adapters", "models", "data", "convert", "train", "infer"],
