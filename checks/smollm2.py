@@ -9,7 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ENGOBE, Report, engobe, llama_cpp
+from common import ENGOBE, Report, engobe
+from greedy import compare_greedy
 from gguf import GGUFReader
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -54,23 +55,7 @@ TOKENS = 16
 def main():
     report = Report()
     path = Path(engobe("fetch", "smollm2-135m")["path"])
-    complete, same, itself = llama_cpp(path), 0, 0
-    plain = llama_cpp(path, flash_attention=False)
-    for prompt in PROMPTS:
-        mine = engobe("generate", "--model", path, "--prompt", prompt, "--max-new-tokens", TOKENS)
-        theirs, margins, _ = complete(prompt, TOKENS)
-        itself += plain(prompt, TOKENS)[0] == theirs
-        ids = mine["token_ids"]
-        parted = next((i for i, (a, b) in enumerate(zip(ids, theirs)) if a != b), None)
-        same += parted is None
-        # Both round activations to 8 bits, and a sum in another order is rounded to another code now and then: over
-        # thirty layers that grows to a third of a nat, beside exact arithmetic too.
-        good = parted is None or margins[parted] < 1.0
-        where = "" if parted is None else f"parts at token {parted}, where llama.cpp's choice leads by {margins[parted]:.2f} nats"
-        report.true(f"greedy {prompt[:24]!r}", good, where)
-    print(f"{same} of {len(PROMPTS)} prompts continue with the same {TOKENS} tokens; llama.cpp without flash attention: {itself}")
-    # the counts are those of coins thrown 24 times: what is not broken has more than half of the other's
-    report.true("as near to llama.cpp as llama.cpp is to itself", 2 * same >= itself)
+    compare_greedy(report, path, PROMPTS, TOKENS)
     reader = GGUFReader(path)
     field = reader.fields["tokenizer.chat_template"]
     template = bytes(field.parts[field.data[0]]).decode()

@@ -7,6 +7,7 @@
 
 mod adapter;
 mod base_copies;
+mod bottleneck;
 mod error;
 mod fill;
 mod lora;

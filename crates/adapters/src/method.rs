@@ -4,6 +4,7 @@
 //! one that implements [`Attached`] (what it trained, saves and merges), and a line in [`METHODS`]. Flags, `run.toml`,
 //! `plan`, resuming and `inspect` follow from the method's own table of settings.
 
+use crate::bottleneck::Bottleneck;
 use crate::fill;
 use crate::lora::method::Lora;
 use crate::p_tuning::PTuning;
@@ -21,7 +22,7 @@ use std::fmt::Debug;
 use std::path::Path;
 
 /// All methods.
-pub static METHODS: [&dyn Method; 4] = [&Lora, &PromptTuning, &PTuning, &PrefixTuning];
+pub static METHODS: [&dyn Method; 5] = [&Lora, &PromptTuning, &PTuning, &PrefixTuning, &Bottleneck];
 
 /// What a setting's value must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,10 @@ pub enum Kind {
     Table,
     /// true, false or a name
     FlagOrText,
+    /// a number, or numbers by name
+    NumberOrTable,
+    /// a number or a name
+    NumberOrText,
 }
 
 /// What a setting decides.

@@ -201,3 +201,52 @@ fn a_model_without_them_is_its_base_again() {
         assert_eq!(one(model.as_ref(), &IDS), plain, "{peft_type}");
     }
 }
+
+/// The up-projection starts at zero, so that nothing is added; the residual sum is no longer one op with the linear
+/// layer before it, and rounds once more.
+#[test]
+fn a_new_bottleneck_changes_no_logit() {
+    for architecture in ["pfeiffer", "houlsby", "parallel"] {
+        let mut model = base("gqa_tied");
+        let plain = one(model.as_ref(), &IDS);
+        let settings = [("architecture", json!(architecture)), ("init_weights", json!("mam_adapter"))];
+        attach(model.as_mut(), "BOTTLENECK", &settings);
+        same(&one(model.as_ref(), &IDS), &plain, architecture);
+    }
+}
+
+#[test]
+fn widths_of_bottlenecks_are_the_package_s() {
+    let count = |settings: &[(&str, Value)]| {
+        attach(base("gqa_tied").as_mut(), "BOTTLENECK", settings).num_parameters()
+    };
+    // two layers of width 32: 32·m + m + m·32 + 32 each
+    let of = |m: usize| 65 * m + 32;
+    assert_eq!(count(&[]), 2 * of(2));
+    assert_eq!(count(&[("mh_adapter", json!(true)), ("leave_out", json!([1]))]), 2 * of(2));
+    assert_eq!(count(&[("reduction_factor", json!({ "0": 5, "default": 64 }))]), of(6) + of(1));
+}
+
+/// `plan` counts without attaching what is large; what it counts is what is trained.
+#[test]
+fn counts_are_those_of_what_is_attached() {
+    let lstm = [("encoder_reparameterization_type", json!("LSTM")), ("encoder_hidden_size", json!(6))];
+    let projected = [("prefix_projection", json!(true)), ("encoder_hidden_size", json!(7))];
+    let houlsby = [("architecture", json!("houlsby")), ("leave_out", json!([1]))];
+    let learned = [("scaling", json!("channel")), ("ln_after", json!(true))];
+    for (peft_type, settings) in [
+        ("PROMPT_TUNING", &[][..]),
+        ("P_TUNING", &[]),
+        ("P_TUNING", &lstm),
+        ("PREFIX_TUNING", &[]),
+        ("PREFIX_TUNING", &projected),
+        ("BOTTLENECK", &[]),
+        ("BOTTLENECK", &houlsby),
+        ("BOTTLENECK", &learned),
+    ] {
+        let counted = Adapter::sizes(base("gqa_tied").as_mut(), config(peft_type, settings)).unwrap();
+        let adapter = attach(base("gqa_tied").as_mut(), peft_type, settings);
+        let lens: Vec<usize> = adapter.params().into_iter().map(|p| p.len()).collect();
+        assert_eq!(counted.params().collect::<Vec<_>>(), lens, "{peft_type} {settings:?}");
+    }
+}

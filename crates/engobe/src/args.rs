@@ -33,6 +33,8 @@ pub enum Task {
     Demo(DemoArgs),
     /// Download a known model into the cache
     Fetch(FetchArgs),
+    /// The methods, and the settings of one
+    Methods(MethodsArgs),
     /// Train several methods under one budget, over one load of the base, and compare them
     #[command(after_help = COMPARE_EXAMPLES)]
     Compare(Box<CompareArgs>),
@@ -178,6 +180,16 @@ pub struct TrainArgs {
     pub settings: SettingFlags,
 }
 
+/// `engobe methods`
+#[derive(Debug, Args)]
+pub struct MethodsArgs {
+    /// The method whose settings to show
+    pub method: Option<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
+
 const COMPARE_EXAMPLES: &str = "\
 The base is loaded once; methods are attached to it, trained and taken away again one after the other. All see the same
 rows in the same order for the same number of steps; --only gives one of them settings of its own. Peak memory is the
@@ -259,11 +271,12 @@ impl Args for SettingFlags {
                     .hide_possible_values(true),
                 Kind::Names | Kind::Wholes => arg.action(ArgAction::Append).value_name("A,B"),
                 Kind::Whole => arg.value_name("N"),
-                Kind::Number => arg.value_name("X"),
+                Kind::Number | Kind::NumberOrTable => arg.value_name("X"),
                 Kind::Table => arg.value_name("TABLE"),
-                Kind::Text | Kind::FlagOrText => arg.value_name("TEXT"),
+                Kind::Text | Kind::FlagOrText | Kind::NumberOrText => arg.value_name("TEXT"),
             };
             // numbers may be negative: the error about them is ours
+            let arg = arg.hide(key.hidden);
             command = command.arg(arg.allow_hyphen_values(matches!(key.kind, Kind::Whole | Kind::Number)));
         }
         for name in ON_BY_DEFAULT {

@@ -2,7 +2,7 @@
 
 use engobe_adapters::{Adapter, Start};
 use engobe_data::{EncodeOptions, Encoder, Loader, LoaderOptions, MicroBatch, PromptStyle, TrainOn, reader};
-use engobe_formats::peft::{LoraConfig, TargetModules};
+use engobe_formats::peft::{LoraConfig, PeftConfig, TargetModules};
 use engobe_models::{LoadOptions, load_causal_lm};
 use engobe_testkit::golden;
 use engobe_train::memory::guard::Guard;
@@ -55,8 +55,6 @@ fn guarded(
     fingerprint: &str,
     guard: Option<Guard>,
 ) -> Result<Outcome, Error> {
-    let device = candle_core::Device::Cpu;
-    let mut model = load_causal_lm(&golden("llama/gqa_tied"), &LoadOptions::default()).unwrap();
     let config = LoraConfig {
         // 72 rows of 64 numbers are above the 4096 from which moments take 8 bits
         r: if plan.optimization.optimizer.is_8bit() { 72 } else { 4 },
@@ -64,7 +62,21 @@ fn guarded(
         target_modules: Some(TargetModules::AllLinear),
         ..Default::default()
     };
-    let adapter = Adapter::attach(model.as_mut(), &config, Start { seed: 1 }, &device).unwrap();
+    of_method(out, plan, steps, fingerprint, guard, PeftConfig::from(&config))
+}
+
+/// The same with an adapter of any method.
+fn of_method(
+    out: &Path,
+    plan: &Plan,
+    steps: usize,
+    fingerprint: &str,
+    guard: Option<Guard>,
+    config: PeftConfig,
+) -> Result<Outcome, Error> {
+    let device = candle_core::Device::Cpu;
+    let mut model = load_causal_lm(&golden("llama/gqa_tied"), &LoadOptions::default()).unwrap();
+    let adapter = Adapter::attach(model.as_mut(), config, Start { seed: 1 }, &device).unwrap();
     let files = reader::read(&[golden("peft/rows.jsonl")]).unwrap();
     let encode = EncodeOptions { train_on: TrainOn::All, style: PromptStyle::Auto, max_seq_len: 48 };
     let samples = Encoder::new(None, model.info().vocab_size, encode).unwrap().encode(&files).unwrap();
@@ -97,6 +109,22 @@ fn pieces_make_the_whole() {
             assert_eq!(outcome.interrupted, outcome.steps < 14);
         }
         assert_eq!(files(whole.path()), files(pieces.path()), "packing {packing}");
+    }
+}
+
+/// Encoders of prompts are no part of an adapter's file, but of checkpoints and of what is kept of the best evaluation.
+#[test]
+fn pieces_make_the_whole_through_an_encoder() {
+    let mut projected = PeftConfig::new("PREFIX_TUNING");
+    projected.set("prefix_projection", true);
+    for config in [PeftConfig::new("P_TUNING"), projected] {
+        let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let run = |out: &Path, steps| of_method(out, &plan(), steps, "f", None, config.clone()).unwrap();
+        run(whole.path(), 99);
+        for steps in [1, 4, 2, 99] {
+            run(pieces.path(), steps);
+        }
+        assert_eq!(files(whole.path()), files(pieces.path()), "{}", config.peft_type());
     }
 }
 

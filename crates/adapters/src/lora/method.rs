@@ -124,6 +124,7 @@ impl LoraAdapter {
             others: vec![],
             base_elements: 0,
             linear_names: BTreeSet::new(),
+            fan_in_fan_out: false,
         };
         let mut result = Ok(());
         model.visit_modules(&mut |mut module| {
@@ -132,7 +133,7 @@ impl LoraAdapter {
             }
         });
         result?;
-        let Attach { layers, others, base_elements, linear_names, .. } = attached;
+        let Attach { layers, others, base_elements, linear_names, fan_in_fan_out, .. } = attached;
         if layers.is_empty() {
             if let Some(indices) = config.layers_to_transform.as_ref().filter(|l| !l.is_empty()) {
                 let reason =
@@ -146,7 +147,7 @@ impl LoraAdapter {
             return Err(nothing("modules_to_save", (*name).to_string(), &paths));
         }
         let unmatched = unmatched.into_iter().map(str::to_string).collect();
-        let mut config = config.clone();
+        let mut config = LoraConfig { fan_in_fan_out, ..config.clone() };
         if config.target_modules == Some(TargetModules::AllLinear) {
             // files name the layers, as PEFT's do: other readers need not know the shorthand
             config.target_modules = Some(TargetModules::List(linear_names.iter().cloned().collect()));
@@ -196,11 +197,17 @@ struct Attach<'a> {
     others: Vec<Param>,
     base_elements: usize,
     linear_names: BTreeSet<String>,
+    fan_in_fan_out: bool,
 }
 
 impl Attach<'_> {
     fn module(&mut self, module: &mut ModuleMut<'_>, heads: &[String]) -> Result<()> {
         if self.targets.saves(module.path()) {
+            if let ModuleMut::Linear(linear) = module
+                && linear.is_transposed_in_files()
+            {
+                return Err(Error::Conv1d { path: linear.path().to_string() });
+            }
             self.others.extend(saved::train_module(module)?);
             return Ok(());
         }
@@ -243,6 +250,7 @@ impl Attach<'_> {
         )?;
         let layer = Arc::new(layer);
         linear.attach(layer.clone());
+        self.fan_in_fan_out |= linear.is_transposed_in_files();
         self.layers.push(layer);
         Ok(())
     }

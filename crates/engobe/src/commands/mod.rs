@@ -9,6 +9,7 @@ pub mod generate;
 pub mod inspect;
 pub mod lint;
 pub mod merge;
+pub mod methods;
 pub mod plan;
 pub mod quantize;
 pub mod train;

@@ -67,6 +67,8 @@ pub struct LoraConfig {
     pub modules_to_save: Vec<String>,
     /// start
     pub init_lora_weights: InitLoraWeights,
+    /// adapted matrices lie as `[in, out]` in the base's files (GPT-2's `Conv1D`), which PEFT must know to merge
+    pub fan_in_fan_out: bool,
     /// the base model's name or path, as a note
     pub base_model_name_or_path: Option<String>,
     /// kind of task, as a note
@@ -90,23 +92,23 @@ impl Default for LoraConfig {
             bias: BiasMode::None,
             modules_to_save: Vec::new(),
             init_lora_weights: InitLoraWeights::Kaiming,
+            fan_in_fan_out: false,
             base_model_name_or_path: None,
             task_type: Some("CAUSAL_LM".to_string()),
         }
     }
 }
 
-/// Keys that change nothing that we compute, beside those of every method.
-const NOTES: [&str; 2] = ["megatron_core", "qalora_group_size"];
+/// Keys that users do not set, beside those of every method.
+const NOTES: [&str; 3] = ["fan_in_fan_out", "megatron_core", "qalora_group_size"];
 
 /// Keys of features that engobe does not have. They may only be off.
-const NOT_YET: [&str; 20] = [
+const NOT_YET: [&str; 19] = [
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
     "loftq_config",
@@ -227,6 +229,7 @@ impl LoraConfig {
                     return Err(raw.bad("init_lora_weights", &other.to_string(), right));
                 }
             },
+            fan_in_fan_out: raw.flag("fan_in_fan_out")?,
             base_model_name_or_path: text("base_model_name_or_path"),
             task_type: text("task_type"),
         })
@@ -244,7 +247,7 @@ impl From<&LoraConfig> for PeftConfig {
         for off in ["megatron_config", "target_parameters", "trainable_token_indices"] {
             raw.set(off, Value::Null);
         }
-        for off in ["ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora"] {
+        for off in ["ensure_weight_tying", "lora_bias", "use_dora"] {
             raw.set(off, false);
         }
         raw.set("loftq_config", json!({}));
@@ -265,6 +268,7 @@ impl From<&LoraConfig> for PeftConfig {
         raw.set("alpha_pattern", alphas);
         raw.set("base_model_name_or_path", c.base_model_name_or_path.clone());
         raw.set("bias", bias);
+        raw.set("fan_in_fan_out", c.fan_in_fan_out);
         raw.set("exclude_modules", modules_json(&c.exclude_modules));
         raw.set("init_lora_weights", init);
         raw.set("layers_pattern", list_json(&c.layers_pattern));

@@ -1,4 +1,4 @@
-//! Prompts, their encoders and prefixes in training: beside PEFT's, and against themselves.
+//! Prompts, their encoders, prefixes and bottlenecks in training: beside PEFT's and AdapterHub's, and against themselves.
 
 use candle_core::Device;
 use engobe_adapters::{Adapter, Start};
@@ -40,8 +40,8 @@ fn logits(model: &dyn CausalLm, ids: &[u32]) -> Vec<f32> {
 }
 
 /// The adapter of a case as it is trained: with the encoder that a file of PEFT's leaves out.
-fn to_train(model: &mut dyn CausalLm, name: &str) -> Adapter {
-    let dir = golden(format!("virtual_tokens/{name}"));
+fn to_train(model: &mut dyn CausalLm, case: &str) -> Adapter {
+    let dir = golden(case);
     let encoder = dir.join("encoder.safetensors");
     if !encoder.exists() {
         return Adapter::load(model, &dir, &Device::Cpu).unwrap();
@@ -55,10 +55,19 @@ fn to_train(model: &mut dyn CausalLm, name: &str) -> Adapter {
 
 #[test]
 fn curves_and_logits_are_those_of_peft() {
-    let names = cases("virtual_tokens");
-    assert!(names.len() >= 7, "{names:?}");
-    for name in names {
-        let expected: Expected = golden_json(format!("virtual_tokens/{name}/expected.json"));
+    assert!(curves("virtual_tokens") >= 7);
+}
+
+#[test]
+fn curves_and_logits_are_those_of_adapter_hub() {
+    assert!(curves("bottleneck") >= 5);
+}
+
+/// Trains every case of a directory beside what is expected of it; says how many there are.
+fn curves(dir: &str) -> usize {
+    let names = cases(dir);
+    for name in names.iter().map(|name| format!("{dir}/{name}")) {
+        let expected: Expected = golden_json(format!("{name}/expected.json"));
         let mut model = tiny(&expected.base);
         let adapter = to_train(model.as_mut(), &name);
         assert_eq!(adapter.num_parameters(), expected.trainable_parameters, "{name}");
@@ -101,6 +110,7 @@ fn curves_and_logits_are_those_of_peft() {
             "{name}"
         );
     }
+    names.len()
 }
 
 /// Rows of uneven lengths end to end, every third token a label.
@@ -136,12 +146,18 @@ fn apart(batch: &MicroBatch) -> Vec<MicroBatch> {
 /// rows differs, and nothing else.
 #[test]
 fn packing_and_checkpointing_change_no_gradient() {
-    for (peft_type, projection) in
-        [("PROMPT_TUNING", false), ("P_TUNING", false), ("PREFIX_TUNING", false), ("PREFIX_TUNING", true)]
-    {
+    for (peft_type, projection) in [
+        ("PROMPT_TUNING", false),
+        ("P_TUNING", false),
+        ("PREFIX_TUNING", false),
+        ("PREFIX_TUNING", true),
+        ("BOTTLENECK", false),
+    ] {
         let mut model = tiny("gqa_tied");
         let mut config = PeftConfig::new(peft_type);
-        config.set("num_virtual_tokens", 3);
+        if peft_type != "BOTTLENECK" {
+            config.set("num_virtual_tokens", 3);
+        }
         if projection {
             config.set("prefix_projection", json!(true));
         }
