@@ -20,7 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGOBE = os.environ.get("ENGOBE", str(ROOT / "target" / "release" / "engobe"))
-torch.set_num_threads(int(os.environ.get("THREADS", "2")))
+# of all programs; more than the machine has free make llama.cpp crawl
+THREADS = int(os.environ.get("THREADS", "2"))
+torch.set_num_threads(THREADS)
 
 
 def engobe(*args, ok=True, env=None):
@@ -130,7 +132,7 @@ def greedy_logits(model, ids):
         return model(torch.tensor([ids])).logits[0].float()
 
 
-def llama_cpp(path, lora=None, flash_attention=True, exact_cache=False, threads=2):
+def llama_cpp(path, lora=None, flash_attention=True, exact_cache=False):
     """Greedy continuations by llama.cpp of a GGUF file: with either of its two ways to compute attention, and keys and
     values in f16 or, with `exact_cache`, in f32. Returns a function of a prompt (text or ids), a number of tokens and
     tokens that must not come, which gives token ids, how many nats each lies above the second best, and their
@@ -140,7 +142,7 @@ def llama_cpp(path, lora=None, flash_attention=True, exact_cache=False, threads=
     params = xlc.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
-    params.cpuparams.n_threads = threads
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
     params.sampling.temp, params.sampling.top_k, params.sampling.seed = 0.0, 1, 1
     if not flash_attention:
         params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

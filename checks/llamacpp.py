@@ -22,7 +22,7 @@ from pathlib import Path
 import common
 import torch
 import transformers
-from common import Report, engobe, make_model, randomize
+from common import THREADS, Report, engobe, make_model, randomize
 from gguf import GGUFReader
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -48,7 +48,7 @@ def partings(complete, args, ids, tokens):
     found, at = [], 0
     while at < len(theirs):
         context = ",".join(map(str, ids + theirs[:at]))
-        mine = engobe("generate", *args, "--prompt-ids", context, "--max-new-tokens", len(theirs) - at)["token_ids"]
+        mine = engobe("generate", *args, "--prompt-ids", context, "--max-new-tokens", len(theirs) - at, "--threads", THREADS)["token_ids"]
         if len(theirs) < tokens and len(mine) == len(theirs) - at - 1:
             # both ended; llama.cpp's answer has the token that ends it
             mine.append(theirs[-1])
@@ -77,7 +77,7 @@ def demo_prompts(demo, hf):
     tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
     template = (hf / "chat_template.jinja").read_text()
     rows = [json.loads(l) for l in (demo / "test.jsonl").read_text().splitlines()]
-    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows]
+    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows[:16]]
     texts, _ = render_jinja_template(chats, chat_template=template, add_generation_prompt=True)
     ids = lambda texts: [tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
     return {"held-out prompts": ids(texts), "plain texts": ids(PLAIN)}

@@ -1,8 +1,10 @@
 //! What can be typed. What it means is decided in the commands.
 
 mod conversion;
+mod embed;
 
 pub use conversion::{ConvertArgs, MergeArgs, QuantizeArgs, VerifyArgs};
+pub use embed::EmbedArgs;
 
 use crate::keys::{KEYS, Kind, ON_BY_DEFAULT};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -43,8 +45,10 @@ pub enum Task {
     Plan(Box<TrainArgs>),
     /// Train an adapter on your rows
     Train(Box<TrainArgs>),
-    /// Loss, perplexity, token accuracy and exact match on rows
+    /// Loss and scores on rows, and predictions
     Eval(EvalArgs),
+    /// Vectors of texts, from an encoder
+    Embed(EmbedArgs),
     /// Continue a prompt, or hold a dialogue
     Generate(GenerateArgs),
     /// Bake an adapter into its model: a new Hugging Face directory or GGUF file
@@ -112,7 +116,7 @@ pub struct ModelArgs {
 /// How rows become tokens.
 #[derive(Clone, Debug, Args)]
 pub struct RowArgs {
-    /// JSONL, JSON, CSV or Parquet file, or a directory of them
+    /// JSONL, JSON, CSV, TSV or Parquet file, or a directory of them
     #[arg(long, value_name = "FILE", required = true)]
     pub data: Vec<PathBuf>,
     /// Labels: completions, all, last
@@ -321,7 +325,7 @@ impl FromArgMatches for SettingFlags {
 /// `engobe eval`
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  engobe eval --model smollm2-135m --adapter my-adapter --data held-out.jsonl --exact-match\n  engobe eval --model ./tiny --data rows.jsonl --json"
+    after_help = "Examples:\n  engobe eval --model smollm2-135m --adapter my-adapter --data held-out.jsonl --exact-match\n  engobe eval --model ./tiny --data rows.jsonl --json\n  engobe eval --model ./MiniLM --adapter sst2 --data dev.tsv --predictions said.jsonl"
 )]
 pub struct EvalArgs {
     #[command(flatten)]
@@ -333,6 +337,16 @@ pub struct EvalArgs {
     /// Tokens after which a row is cut
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub max_seq_len: usize,
+    /// What for: causal-lm, seq-cls, token-cls, regression [the adapter's, or by the model's configuration and the rows]
+    #[arg(long, value_name = "TASK")]
+    pub task: Option<String>,
+    /// Scores to print [all]: of labels accuracy, f1_macro, matthews, pearson, ...; of completions, which are then
+    /// generated greedily, exact_match, bleu, rouge_l
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub metrics: Vec<String>,
+    /// Write what the model says of each row, as JSON lines
+    #[arg(long, value_name = "FILE")]
+    pub predictions: Option<PathBuf>,
     /// Also generate each row's completion greedily and count those that are exactly right
     #[arg(long)]
     pub exact_match: bool,

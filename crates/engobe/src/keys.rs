@@ -33,7 +33,7 @@ const DATA: &str = "Data";
 const MODEL: &str = "Model and machine";
 
 /// Settings of every run.
-const COMMON: [Key; 44] = [
+const COMMON: [Key; 46] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
     key(
         "dtype",
@@ -48,10 +48,16 @@ const COMMON: [Key; 44] = [
     key("device", Kind::Text, MODEL, "cpu, cuda[:N] or metal [cpu]"),
     key("threads", Kind::Whole, MODEL, "threads [all cores]"),
     key(
+        "task",
+        Kind::Text,
+        DATA,
+        "causal-lm, seq-cls, token-cls, regression [by the model's configuration and the rows]",
+    ),
+    key(
         "data",
         Kind::Names,
         DATA,
-        "training rows: JSONL, JSON, CSV or Parquet; several with commas or by repeating",
+        "training rows: JSONL, JSON, CSV, TSV or Parquet; several with commas or by repeating",
     ),
     key("val_data", Kind::Names, DATA, "validation rows"),
     key("val_split", Kind::Number, DATA, "share of the training rows to validate on [0]"),
@@ -98,7 +104,13 @@ const COMMON: [Key; 44] = [
         "early_stopping_threshold",
         Kind::Number,
         UPKEEP,
-        "a loss must fall by more than this to count as better [0]",
+        "the loss must fall, or the score rise, by more than this to count as better [0]",
+    ),
+    key(
+        "metric_for_best_model",
+        Kind::Text,
+        UPKEEP,
+        "score that tells the best evaluation: accuracy, f1_macro, matthews, pearson, ... [loss]",
     ),
     key("load_best", Kind::Flag, UPKEEP, "end with the adapter of the best evaluation"),
     key(

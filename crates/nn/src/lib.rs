@@ -17,6 +17,7 @@ mod prefix;
 pub mod rope;
 mod seq2seq;
 mod sub_layer;
+mod task;
 
 pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
@@ -28,3 +29,4 @@ pub use modules::{Embedding, LayerNorm, ModuleMut, ModuleTree, Norm, RmsNorm, Si
 pub use prefix::{KeyValueRows, KvPrefix};
 pub use seq2seq::{EncoderStates, Seq2Seq, Seq2SeqCache};
 pub use sub_layer::{Closing, NormAfter, SubLayer, SubLayerAdapter, SubLayerKind};
+pub use task::{HeadLayer, Pooling, TaskHead, TaskModel, pool};

@@ -124,7 +124,8 @@ fn micro_batch(lens: &[usize]) -> MicroBatch {
     let tokens: Vec<u32> = (0..n as u32).map(|i| (i * 7 + 3) % 40).collect();
     let targets: Vec<Option<u32>> = (0..n as u32).map(|i| (i % 3 == 0).then_some((i * 5 + 1) % 40)).collect();
     let label_tokens = targets.iter().flatten().count();
-    MicroBatch { tokens, targets, segments, label_tokens, rows: (0..lens.len()).collect() }
+    let rows = (0..lens.len()).collect();
+    MicroBatch { tokens, targets, segments, label_tokens, rows, ..MicroBatch::default() }
 }
 
 /// The rows of a batch, each by itself.
@@ -137,6 +138,7 @@ fn apart(batch: &MicroBatch) -> Vec<MicroBatch> {
             targets,
             segments: std::iter::once(0..s.len()).collect(),
             rows: vec![row],
+            ..MicroBatch::default()
         }
     };
     batch.segments.iter().enumerate().map(one).collect()
