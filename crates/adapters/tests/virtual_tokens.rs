@@ -6,7 +6,7 @@ use engobe_autograd::{Activations, Tape, Var, host};
 use engobe_formats::peft::PeftConfig;
 use engobe_nn::{CausalLm, TokenBatch};
 use engobe_testkit::models::{self, tiny};
-use engobe_testkit::{assert_close, doubles, golden};
+use engobe_testkit::{assert_close, doubles};
 use serde_json::{Value, json};
 use std::ops::Range;
 
@@ -207,7 +207,7 @@ fn a_model_without_them_is_its_base_again() {
 #[test]
 fn a_new_bottleneck_changes_no_logit() {
     for architecture in ["pfeiffer", "houlsby", "parallel"] {
-        let mut model = base("gqa_tied");
+        let mut model = tiny("gqa_tied");
         let plain = one(model.as_ref(), &IDS);
         let settings = [("architecture", json!(architecture)), ("init_weights", json!("mam_adapter"))];
         attach(model.as_mut(), "BOTTLENECK", &settings);
@@ -218,7 +218,7 @@ fn a_new_bottleneck_changes_no_logit() {
 #[test]
 fn widths_of_bottlenecks_are_the_package_s() {
     let count = |settings: &[(&str, Value)]| {
-        attach(base("gqa_tied").as_mut(), "BOTTLENECK", settings).num_parameters()
+        attach(tiny("gqa_tied").as_mut(), "BOTTLENECK", settings).num_parameters()
     };
     // two layers of width 32: 32·m + m + m·32 + 32 each
     let of = |m: usize| 65 * m + 32;
@@ -244,8 +244,8 @@ fn counts_are_those_of_what_is_attached() {
         ("BOTTLENECK", &houlsby),
         ("BOTTLENECK", &learned),
     ] {
-        let counted = Adapter::sizes(base("gqa_tied").as_mut(), config(peft_type, settings)).unwrap();
-        let adapter = attach(base("gqa_tied").as_mut(), peft_type, settings);
+        let counted = Adapter::sizes(tiny("gqa_tied").as_mut(), config(peft_type, settings)).unwrap();
+        let adapter = attach(tiny("gqa_tied").as_mut(), peft_type, settings);
         let lens: Vec<usize> = adapter.params().into_iter().map(|p| p.len()).collect();
         assert_eq!(counted.params().collect::<Vec<_>>(), lens, "{peft_type} {settings:?}");
     }
