@@ -14,24 +14,21 @@ must be small. Small means what the arithmetic allows: llama.cpp rounds activati
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import common
 import torch
 import transformers
-import xllamacpp as xlc
-from common import Report, engobe, make_model, randomize
+from common import THREADS, Report, engobe, make_model, randomize
 from gguf import GGUFReader
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils.chat_template_utils import render_jinja_template
 
 TOKENS = 48
-# of both programs; more than the machine has free make llama.cpp crawl
-THREADS = int(os.environ.get("THREADS", "2"))
 PLAIN = [
     "The capital of France is Paris, and the capital of Italy is",
     "Once upon a time, in a village by the sea, there lived an old potter who",
@@ -41,29 +38,8 @@ PLAIN = [
 
 
 def llama_cpp(path, lora=None):
-    """Greedy continuations by llama.cpp."""
-    params = xlc.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
-    params.sampling.temp, params.sampling.top_k, params.sampling.seed = 0.0, 1, 1
-    # attention in f32, so that only weights and activations are rounded
-    params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
-    if lora:
-        params.lora_adapters = [xlc.CommonAdapterLoraInfo(str(lora), 1.0)]
-    server = xlc.Server(params)
-
-    def complete(ids, count, banned=()):
-        """Token ids, how many nats each lies above the second best, and their log-probabilities."""
-        body = {"prompt": ids, "n_predict": count, "temperature": 0.0, "n_probs": 2, "cache_prompt": False}
-        body["logit_bias"] = [[token, False] for token in banned]
-        done = server.handle_completions(body)
-        steps = done.get("completion_probabilities") or done["choices"][0]["logprobs"]["content"]
-        margins = [s["top_logprobs"][0]["logprob"] - s["top_logprobs"][1]["logprob"] for s in steps]
-        return [s["id"] for s in steps], margins, [s["logprob"] for s in steps]
-
-    return complete
+    """llama.cpp with attention in f32, so that only weights and activations are rounded."""
+    return common.llama_cpp(path, lora, flash_attention=False, exact_cache=True)
 
 
 def partings(complete, args, ids, tokens):

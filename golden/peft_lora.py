@@ -6,20 +6,16 @@ Writes golden/peft/NAME/: the adapter that training starts from, and expected.js
 share golden/peft/rows.jsonl. The models are those of golden/llama.
 """
 
-import json
 import shutil
-import sys
-from pathlib import Path
 
 import torch
 from tiny import save_adapter
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "checks"))
-from common import make_rows  # noqa: E402
-from parity import LORAS, perturb, train_peft  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import LlamaForCausalLM  # noqa: E402
+from shared import HERE, save_adapter, write_expected  # noqa: I001
+from common import make_rows
+from parity import LORAS, perturb, train_peft
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 STEPS, BATCH = 20, 2
 
@@ -43,12 +39,12 @@ def main():
         expected = {
             "base": base,
             "accumulation": accumulation,
-            "losses": [round(l, 7) for l, _ in curve],
-            "grad_norms": [round(n, 7) for _, n in curve],
+            "losses": [l for l, _ in curve],
+            "grad_norms": [n for _, n in curve],
             "trainable_parameters": peft.get_nb_trainable_parameters()[0],
             "all_parameters": peft.get_nb_trainable_parameters()[1],
         }
-        (out / name / "expected.json").write_text(json.dumps(expected))
+        write_expected(out / name, expected)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 mod conversion;
 mod embed;
 
-pub use conversion::{ConvertArgs, VerifyArgs};
+pub use conversion::{ConvertArgs, MergeArgs, QuantizeArgs, VerifyArgs};
 pub use embed::EmbedArgs;
 
 use crate::keys::{KEYS, Kind, ON_BY_DEFAULT};
@@ -199,8 +199,10 @@ The base is loaded once; methods are attached to it, trained and taken away agai
 rows in the same order for the same number of steps; --only gives one of them settings of its own. Peak memory is the
 base's weights and the most that tensors took beside them.
 
-  engobe compare --model smollm2-135m --methods lora,prefix-tuning,prompt-tuning --data train.jsonl \\
-      --val-data val.jsonl --test-data test.jsonl --max-steps 80 --out compared --only lora.learning_rate=1e-3";
+Examples:
+  engobe compare --model smollm2-135m --methods lora,prefix-tuning --data train.jsonl --out compared
+  engobe compare --model smollm2-135m --methods lora,bottleneck --data train.jsonl --test-data test.jsonl --out c2
+  engobe compare --config compare.toml --methods lora,prompt-tuning --only lora.learning_rate=1e-3 --out c3";
 
 /// `engobe compare`
 #[derive(Debug, Args)]
@@ -410,75 +412,6 @@ pub struct GenerateArgs {
     #[allow(missing_docs)]
     pub common: Common,
 }
-
-/// `engobe merge`
-#[derive(Debug, Args)]
-#[command(after_help = MERGE_HELP)]
-pub struct MergeArgs {
-    /// Hugging Face directory, .gguf file, hub id, or known name
-    #[arg(long, value_name = "MODEL")]
-    pub model: String,
-    /// PEFT directory
-    #[arg(long, value_name = "DIR")]
-    pub adapter: PathBuf,
-    /// Directory to write, or a file that ends in .gguf; must not exist, or be empty
-    #[arg(long, value_name = "PATH")]
-    pub out: PathBuf,
-    /// f32, bf16, f16 [as stored; f32 for quantized weights]; for .gguf as convert's --type
-    #[arg(long, value_name = "TYPE", visible_alias = "type")]
-    pub dtype: Option<String>,
-    /// Most bytes in one file, in GB
-    #[arg(long, value_name = "GB", default_value_t = 5.0)]
-    pub max_shard_size: f64,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub verify: VerifyArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub common: Common,
-}
-
-/// `engobe quantize`
-#[derive(Debug, Args)]
-#[command(
-    after_help = "Examples:\n  engobe quantize --model ./Llama-3.2-1B --to nf4 --double-quant --out llama-nf4\n  engobe quantize --model ./Llama-3.2-1B --to int8 --out llama-int8"
-)]
-pub struct QuantizeArgs {
-    /// Hugging Face directory, .gguf file, hub id, or known name; its weights in f32, bf16 or f16
-    #[arg(long, value_name = "MODEL")]
-    pub model: String,
-    /// nf4, fp4 or int8
-    #[arg(long, value_name = "TYPE")]
-    pub to: String,
-    /// Quantize the factors of 4-bit blocks too
-    #[arg(long)]
-    pub double_quant: bool,
-    /// Elements in a 4-bit block: 32 to 4096, a power of two [default: 64]
-    #[arg(long, value_name = "N")]
-    pub block_size: Option<usize>,
-    /// Directory to write; must not exist, or be empty
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
-    /// Most bytes in one file, in GB
-    #[arg(long, value_name = "GB", default_value_t = 5.0, allow_negative_numbers = true)]
-    pub max_shard_size: f64,
-    /// Threads [all cores]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub common: Common,
-}
-
-const MERGE_HELP: &str = "\
-Examples:
-  engobe merge --model smollm2-135m --adapter my-adapter --out merged --dtype bf16
-  engobe merge --model smollm2-135m --adapter my-adapter --out merged.gguf
-  engobe merge --model ./Llama-3.2-1B --adapter my-adapter --out m.gguf --type q4_k --verify-data rows.jsonl
-
-Where weights are quantized, rounding the sum of weight and adapter can lose what was learned.
-So the merged model is run beside base + adapter: mean KL divergence a token, perplexity and
-likeliest tokens are compared, and what is too far away is not written.";
 
 /// `engobe inspect`
 #[derive(Debug, Args)]

@@ -7,6 +7,7 @@ mod allocator;
 mod args;
 mod beside;
 mod commands;
+mod companions;
 mod dataset;
 mod demo_rows;
 mod fetch;

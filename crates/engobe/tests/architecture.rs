@@ -24,7 +24,7 @@ const ROOMS: [(&str, &[&str], &[&str]); 13] = [
         &["clap", "anyhow", "indicatif"],
     ),
     ("infer", &["kernels", "autograd", "nn", "adapters", "models"], &["clap", "anyhow", "indicatif"]),
-    ("testkit", &["kernels", "formats"], &["clap"]),
+    ("testkit", &["kernels", "autograd", "nn", "formats", "models"], &["clap"]),
     (
         "engobe",
         &[
