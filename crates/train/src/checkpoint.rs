@@ -160,7 +160,7 @@ fn sync_dir(dir: &Path) -> Result<()> {
     fs::File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io(dir))
 }
 
-fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+pub(crate) fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     let on_host = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.contiguous();
     let tensors = tensors.iter().map(|(name, t)| Ok((name, on_host(t)?))).collect::<Result<Vec<_>>>()?;
     let mut rows = Vec::with_capacity(tensors.len());

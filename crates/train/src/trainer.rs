@@ -12,10 +12,15 @@ use crate::{Error, Result};
 use engobe_adapters::Adapter;
 use engobe_autograd::{Gradients, Param};
 use engobe_data::{Loader, MicroBatch};
+use engobe_formats::peft::PeftAdapter;
+use engobe_formats::safetensors_file::SafetensorsFile;
 use engobe_kernels::dropout::mix;
 use engobe_nn::CausalLm;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+
+/// What is trained at the best evaluation, where the adapter's own file does not hold all of it.
+const BEST_STATE: &str = "state.safetensors";
 
 /// Watches a run.
 pub trait Observer {
@@ -294,6 +299,9 @@ impl<'a> Trainer<'a> {
             state.evals_without_gain = 0;
             if upkeep.load_best {
                 self.adapter.save(&best_dir)?;
+                if !self.adapter.file_is_whole() {
+                    checkpoint::write_tensors(&best_dir.join(BEST_STATE), &self.adapter.state()?)?;
+                }
             }
         } else {
             state.evals_without_gain += 1;
@@ -320,8 +328,15 @@ impl<'a> Trainer<'a> {
     fn finish(&mut self) -> Result<()> {
         let best = self.best_dir();
         if self.plan.upkeep.load_best && self.state.best_step.is_some() && best.exists() {
-            let file = engobe_formats::peft::PeftAdapter::load(&best)?;
-            self.adapter.fill(&best, &file.tensors)?;
+            let state = best.join(BEST_STATE);
+            match state.exists() {
+                true => {
+                    let file = SafetensorsFile::open(&state)?;
+                    let tensors = file.tensors().map(|t| (t.name.clone(), t.clone())).collect();
+                    self.adapter.restore(&state, &tensors)?;
+                }
+                false => self.adapter.fill(&best, &PeftAdapter::load(&best)?.tensors)?,
+            }
         }
         Ok(self.adapter.save(&self.out)?)
     }
