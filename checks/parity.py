@@ -68,7 +68,30 @@ LORAS = {
     "head": dict(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"]),
     "bias_all": dict(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], bias="all"),
     "bias_lora": dict(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], bias="lora_only"),
+    "dora": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_dora=True),
+    "bias_dora": dict(
+        r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True, use_dora=True, bias="lora_only",
+        rank_pattern={"down_proj": 2},
+    ),
+    "head_dora": dict(r=2, lora_alpha=8, target_modules=["o_proj", "lm_head"], use_dora=True),
+    "bias_b": dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], lora_bias=True),
+    "pissa": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa"),
+    "olora": dict(
+        r=3, lora_alpha=4, target_modules=["o_proj", "down_proj"], init_lora_weights="olora", rank_pattern={"o_proj": 2}
+    ),
+    "pissa_dora": dict(r=2, lora_alpha=4, target_modules=["up_proj"], init_lora_weights="pissa", use_dora=True),
+    "embed": dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "v_proj"]),
+    "tied_embed": dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"]),
+    "tokens": dict(r=4, lora_alpha=8, target_modules=["q_proj"], trainable_token_indices=[3, 17, 5]),
+    "tied_tokens": dict(r=4, lora_alpha=8, target_modules=["v_proj"], trainable_token_indices=[3, 17, 5]),
 }
+
+# The model that a setting is tried on: biases where there are some to train, a head of its own or a tied one.
+KINDS = {"bias": "head_dim_bias", "default": "gqa_tied", "saved_embed": "gqa_tied", "tied": "gqa_tied"}
+
+
+def kind_of(name):
+    return next((kind for prefix, kind in KINDS.items() if name.startswith(prefix)), "plain")
 
 
 def perturb(model, seed):

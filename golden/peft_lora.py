@@ -16,7 +16,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "checks"))
 from common import make_rows  # noqa: E402
-from parity import LORAS, perturb, train_peft  # noqa: E402
+from parity import LORAS, kind_of, perturb, train_peft  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import LlamaForCausalLM  # noqa: E402
 
@@ -29,7 +29,7 @@ def main():
     out.mkdir()
     rows = make_rows(out / "rows.jsonl", 5, 18, (4, 30), vocab=40)
     for seed, (name, lora) in enumerate(LORAS.items()):
-        base = "head_dim_bias" if name.startswith("bias") else ("gqa_tied" if name in ("default", "saved_embed") else "plain")
+        base = kind_of(name)
         model = LlamaForCausalLM.from_pretrained(HERE / "llama" / base, dtype=torch.float32)
         lora = {**lora, "layers_to_transform": [1]} if "layers_to_transform" in lora else lora
         if "exclude_modules" in lora:

@@ -18,6 +18,8 @@ use std::path::Path;
 pub struct AdapterSizes {
     /// low-rank layers, in the model's order
     pub layers: Vec<LayerSizes>,
+    /// elements of each vector beside them (magnitudes, biases behind B)
+    pub vectors: Vec<usize>,
     /// elements of each bias and module that is trained in full
     pub full: Vec<usize>,
     /// elements of each parameter that is neither
@@ -41,13 +43,16 @@ pub struct LayerSizes {
     pub in_features: usize,
     /// rows of B
     pub out_features: usize,
+    /// the output is kept for the gradient of factors on it
+    pub keeps_output: bool,
 }
 
 impl AdapterSizes {
     /// Elements of every parameter.
     pub fn params(&self) -> impl Iterator<Item = usize> {
         let factors = |l: &LayerSizes| [l.rank * l.in_features, l.rank * l.out_features];
-        self.layers.iter().flat_map(factors).chain(self.full.iter().chain(&self.other).copied())
+        let rest = self.vectors.iter().chain(&self.full).chain(&self.other);
+        self.layers.iter().flat_map(factors).chain(rest.copied())
     }
 
     /// Number of trained elements.
@@ -207,7 +212,12 @@ impl Adapter {
         self.attached.export()
     }
 
-    /// The weight of the linear layer at `path` with the adapter in it.
+    /// The bias of the linear layer at `path` with the adapter in it.
+    pub(crate) fn merged_bias(&self, path: &str, bias: Tensor) -> Result<Tensor> {
+        self.attached.merged_bias(path, bias)
+    }
+
+    /// The weight of the linear layer or embedding at `path` with the adapter in it.
     pub(crate) fn merged_weight(&self, path: &str, weight: Tensor) -> Result<Tensor> {
         self.attached.merged_weight(path, weight)
     }
@@ -228,6 +238,6 @@ impl Adapter {
         for (name, tensor) in &state {
             tensors.push((name.clone(), tensor.dims().to_vec(), host(tensor)?));
         }
-        Ok(PeftAdapter::save(dir, self.config(), &tensors)?)
+        Ok(PeftAdapter::save(dir, self.attached.file_config(), &tensors)?)
     }
 }

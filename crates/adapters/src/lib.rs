@@ -18,10 +18,10 @@ mod prompt_tuning;
 mod random;
 mod saved;
 mod target;
+mod tokens;
 mod virtual_tokens;
 
 pub use adapter::{Adapter, AdapterSizes, LayerSizes, Start};
 pub use error::{Error, Result};
-pub use lora::LoraLayer;
 pub use method::{Method, StartText};
 pub use target::Targets;

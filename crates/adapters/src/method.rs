@@ -193,6 +193,11 @@ pub trait Attached: Debug + Send + Sync {
         by_name(&self.params())
     }
 
+    /// The configuration of the file that [`Attached::export`] fills.
+    fn file_config(&self) -> PeftConfig {
+        self.config()
+    }
+
     /// Sets every parameter from a file's tensors; nothing is set unless everything fits.
     fn fill(&self, path: &Path, tensors: &BTreeMap<String, TensorView>) -> Result<()> {
         fill::by_name(&self.params(), path, tensors)
@@ -227,9 +232,14 @@ pub trait Attached: Debug + Send + Sync {
         None
     }
 
-    /// The weight of the linear layer at a path with the adapter in it; both on the CPU in f32.
+    /// The weight of the linear layer or embedding at a path with the adapter in it; both on the CPU in f32.
     fn merged_weight(&self, _path: &str, weight: Tensor) -> Result<Tensor> {
         Ok(weight)
+    }
+
+    /// The same of a linear layer's bias.
+    fn merged_bias(&self, _path: &str, bias: Tensor) -> Result<Tensor> {
+        Ok(bias)
     }
 }
 

@@ -77,6 +77,12 @@ impl Linear {
         self.weight.dims().0
     }
 
+    /// Puts another frozen matrix of this shape in the place of the base's.
+    pub fn set_weight(&mut self, weight: FrozenWeight) {
+        let base = std::mem::replace(&mut self.weight, Weight::Frozen(weight));
+        self.base_weight.get_or_insert(base);
+    }
+
     /// Trains the whole matrix: `param` has its shape.
     pub fn train_weight(&mut self, param: Param) {
         let base = std::mem::replace(&mut self.weight, Weight::Trained(param));

@@ -84,7 +84,11 @@ impl StepSizes {
         let mut trained_head = false;
         for layer in &run.adapter.layers {
             match block_of(&layer.path) {
-                Some(block) => *by_block.entry(block).or_default() += layer.rank,
+                Some(block) => {
+                    // layer.out_features per token more where factors on the output want it
+                    let output = if layer.keeps_output { layer.out_features } else { 0 };
+                    *by_block.entry(block).or_default() += layer.rank + output;
+                }
                 None => trained_head = true,
             }
         }
