@@ -61,6 +61,8 @@ def main():
         for extra in (out / name).iterdir():
             if extra.name not in ("adapter_config.json", "adapter.safetensors"):
                 extra.unlink()
+        path = out / name / "adapter_config.json"
+        path.write_text(path.read_text().replace(f"{HERE.parent}/", ""))
         expect(model, base, accumulation, rows, out / name / "expected.json")
 
 

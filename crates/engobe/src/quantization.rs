@@ -41,11 +41,8 @@ impl Asked<'_> {
     pub fn scheme(&self, names: Names) -> Result<Option<Scheme>> {
         let flag = |name: &str| name.replace('_', "-");
         let (to, block_flag) = (flag(names.to), flag(names.block));
-        let qlora = match self.method {
-            // (what is no method is refused with the adapter's settings)
-            Some(QLORA) => true,
-            _ => false,
-        };
+        // (what is no method is refused with the adapter's settings)
+        let qlora = matches!(self.method, Some(QLORA));
         // QLoRA is NF4 with double quantization, unless one of both was said otherwise
         let kind = match (self.to, qlora) {
             (None, false) => {

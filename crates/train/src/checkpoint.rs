@@ -5,6 +5,7 @@
 //! name, every file is fsynced, and then it is renamed: what carries the final name is whole, whatever
 //! moment the process was killed at.
 
+use crate::metrics::StepMetrics;
 use crate::optimizer::StateTensor;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -47,6 +48,9 @@ pub struct RunState {
     pub label_tokens: u64,
     /// seconds spent in steps
     pub seconds: f64,
+    /// the last step's line, if its evaluation was due and could not be done: it is not in `metrics.jsonl` yet
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unevaluated: Option<StepMetrics>,
 }
 
 /// A checkpoint read back.

@@ -133,7 +133,7 @@ fn apart(batch: &MicroBatch) -> Vec<MicroBatch> {
             tokens: batch.tokens[s.clone()].to_vec(),
             label_tokens: targets.iter().flatten().count(),
             targets,
-            segments: vec![0..s.len()],
+            segments: std::iter::once(0..s.len()).collect(),
             rows: vec![row],
         }
     };

@@ -184,13 +184,13 @@ fn table(rows: &[Row], base: Option<f64>) -> String {
     let widths: Vec<usize> =
         (0..7).map(|i| lines.iter().map(|l| l[i].chars().count()).max().unwrap_or(0)).collect();
     let line = |cells: &[String; 7]| {
-        let cells = cells.iter().zip(&widths).enumerate().map(|(i, (c, w))| match i {
+        let cells = cells.iter().zip(widths.iter().copied()).enumerate().map(|(i, (c, w))| match i {
             0 => format!("{c:<w$}"),
             _ => format!("{c:>w$}"),
         });
         format!("| {} |\n", cells.collect::<Vec<_>>().join(" | "))
     };
-    let rule = widths.iter().enumerate().map(|(i, w)| match i {
+    let rule = widths.iter().copied().enumerate().map(|(i, w)| match i {
         0 => "-".repeat(w + 2),
         _ => format!("{}:", "-".repeat(w + 1)),
     });
