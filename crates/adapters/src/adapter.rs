@@ -2,10 +2,10 @@
 
 use crate::base_copies;
 use crate::fill;
-use crate::method::{self, Attached, Attaching, Method, Purpose, StartText};
+use crate::method::{self, Attached, Attaching, Method, Purpose, StartText, StepTaken};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
-use engobe_autograd::{Param, host};
+use engobe_autograd::{Gradients, Param, host};
 use engobe_formats::peft::{PeftAdapter, PeftConfig};
 use engobe_formats::tensor::TensorView;
 use engobe_nn::ModuleTree;
@@ -24,6 +24,8 @@ pub struct AdapterSizes {
     pub full: Vec<usize>,
     /// elements of each parameter that is neither
     pub other: Vec<usize>,
+    /// floats that are kept of each token for the backward beside u = A·x of the layers above, by module path
+    pub kept: Vec<(String, usize)>,
     /// trained elements that are the base's own (biases)
     pub base_elements: usize,
     /// rows that come before each sequence
@@ -43,8 +45,6 @@ pub struct LayerSizes {
     pub in_features: usize,
     /// rows of B
     pub out_features: usize,
-    /// the output is kept for the gradient of factors on it
-    pub keeps_output: bool,
 }
 
 impl AdapterSizes {
@@ -158,7 +158,7 @@ impl Adapter {
 
     /// Sets every parameter from what [`Adapter::state`] gave; nothing is set unless everything fits.
     pub fn restore(&self, path: &Path, tensors: &BTreeMap<String, TensorView>) -> Result<()> {
-        fill::by_name(&self.params(), path, tensors)
+        fill::by_name(&self.stateful(), path, tensors)
     }
 
     /// True if the adapter's file holds all that is trained, and not only its outcome.
@@ -191,6 +191,29 @@ impl Adapter {
         self.attached.params()
     }
 
+    /// What checkpoints hold: everything that is trained, and the method's state beside it.
+    pub fn stateful(&self) -> Vec<&Param> {
+        self.params().into_iter().chain(self.attached.buffers()).collect()
+    }
+
+    /// Says how many steps a run will take, before the first.
+    ///
+    /// # Errors
+    /// The method's own schedule does not fit into them.
+    pub fn begin(&self, total_steps: usize) -> Result<()> {
+        self.attached.begin(total_steps)
+    }
+
+    /// What the method adds to a step's loss, with its gradient added to `grads`.
+    pub fn penalty(&self, grads: &mut Gradients) -> Result<f64> {
+        self.attached.penalty(grads)
+    }
+
+    /// Lets the method look at a step that was taken.
+    pub fn after_step(&self, step: &StepTaken<'_>) -> Result<()> {
+        self.attached.after_step(step)
+    }
+
     /// Number of trained elements.
     pub fn num_parameters(&self) -> usize {
         self.params().iter().map(|p| p.len()).sum()
@@ -204,7 +227,7 @@ impl Adapter {
 
     /// Current values of what is trained by name, on the CPU: what a checkpoint holds.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
-        method::by_name(&self.params())
+        method::by_name(&self.stateful())
     }
 
     /// What the adapter's file holds, by PEFT's tensor names, on the CPU.

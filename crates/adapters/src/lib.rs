@@ -5,13 +5,18 @@
 //!
 //! Must not know: names of models, the training loop.
 
+mod adalora;
 mod adapter;
 mod base_copies;
+pub mod combine;
 mod error;
 mod fill;
+mod ia3;
 mod lora;
 pub mod merge;
 pub mod method;
+mod modules;
+mod own;
 mod p_tuning;
 mod prefix_tuning;
 mod prompt_tuning;
@@ -19,6 +24,8 @@ mod random;
 mod saved;
 mod target;
 mod tokens;
+mod trainable_tokens;
+mod vera;
 mod virtual_tokens;
 
 pub use adapter::{Adapter, AdapterSizes, LayerSizes, Start};

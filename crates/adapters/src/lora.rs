@@ -8,7 +8,8 @@ mod initial;
 pub(crate) mod method;
 
 pub(crate) use embedding::LoraEmbedding;
-pub(crate) use initial::Factors;
+pub(crate) use initial::{Factors, decomposed_change};
+pub(crate) use method::rank_of;
 
 use crate::method::{Attaching, Purpose};
 use crate::random::{gaussian, generator, uniform};
@@ -167,6 +168,10 @@ impl LoraLayer {
 }
 
 impl LinearAdapter for LoraLayer {
+    fn changes_bias(&self) -> bool {
+        self.has_bias()
+    }
+
     fn extend(&self, tape: &mut Tape<'_>, spec: &mut LinearSpec) -> OpResult<()> {
         if let Some(magnitude) = &self.magnitude {
             let versions = vec![self.a.version(), self.b.version()];

@@ -148,7 +148,7 @@ fn planned(module: &ModuleMut<'_>) -> Vec<Planned> {
     match module {
         ModuleMut::Linear(m) => {
             let mut all = vec![of("weight", vec![m.out_features(), m.in_features()], !m.weight_is_plain())];
-            all.extend(m.bias().map(|b| of("bias", b.dims().to_vec(), !m.is_plain())));
+            all.extend(m.bias().map(|b| of("bias", b.dims().to_vec(), !m.bias_is_plain())));
             all
         }
         ModuleMut::Embedding(m) => {

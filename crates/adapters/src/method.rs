@@ -4,14 +4,19 @@
 //! one that implements [`Attached`] (what it trained, saves and merges), and a line in [`METHODS`]. Flags, `run.toml`,
 //! `plan`, resuming and `inspect` follow from the method's own table of settings.
 
+use crate::adalora::AdaLora;
 use crate::fill;
+use crate::ia3::Ia3;
 use crate::lora::method::Lora;
+use crate::own::{BITFIT, FULL, LN_TUNING};
 use crate::p_tuning::PTuning;
 use crate::prefix_tuning::PrefixTuning;
 use crate::prompt_tuning::PromptTuning;
+use crate::trainable_tokens::TrainableTokens;
+use crate::vera::Vera;
 use crate::{AdapterSizes, Error, Result, Start};
 use candle_core::{Device, Tensor};
-use engobe_autograd::Param;
+use engobe_autograd::{Gradients, Param};
 use engobe_formats::peft::PeftConfig;
 use engobe_formats::tensor::TensorView;
 use engobe_nn::ModuleTree;
@@ -21,7 +26,19 @@ use std::fmt::Debug;
 use std::path::Path;
 
 /// All methods.
-pub static METHODS: [&dyn Method; 4] = [&Lora, &PromptTuning, &PTuning, &PrefixTuning];
+pub static METHODS: [&dyn Method; 11] = [
+    &Lora,
+    &PromptTuning,
+    &PTuning,
+    &PrefixTuning,
+    &AdaLora,
+    &Ia3,
+    &Vera,
+    &LN_TUNING,
+    &BITFIT,
+    &FULL,
+    &TrainableTokens,
+];
 
 /// What a setting's value must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,6 +197,18 @@ pub trait Method: Debug + Sync {
     }
 }
 
+/// A step of training that was taken.
+pub struct StepTaken<'a> {
+    /// its number, from 0
+    pub step: usize,
+    /// steps of the run
+    pub total: usize,
+    /// the gradients
+    pub grads: &'a Gradients,
+    /// what the optimizer multiplied them with (clipping)
+    pub grad_scale: f32,
+}
+
 /// A method's adapter on a model.
 pub trait Attached: Debug + Send + Sync {
     /// Its configuration as files have it.
@@ -187,6 +216,29 @@ pub trait Attached: Debug + Send + Sync {
 
     /// Everything that is trained, in a fixed order; names are those of checkpoints.
     fn params(&self) -> Vec<&Param>;
+
+    /// State beside what is trained, which checkpoints hold as well.
+    fn buffers(&self) -> Vec<&Param> {
+        Vec::new()
+    }
+
+    /// Says how many steps a run will take, before the first.
+    ///
+    /// # Errors
+    /// The method's own schedule does not fit into them.
+    fn begin(&self, _total_steps: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// What the method adds to a step's loss, with its gradient added to `grads`.
+    fn penalty(&self, _grads: &mut Gradients) -> Result<f64> {
+        Ok(0.0)
+    }
+
+    /// Looks at a step that was taken.
+    fn after_step(&self, _step: &StepTaken<'_>) -> Result<()> {
+        Ok(())
+    }
 
     /// What the adapter's file holds, by PEFT's names, on the CPU.
     fn export(&self) -> Result<BTreeMap<String, Tensor>> {

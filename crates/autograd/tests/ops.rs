@@ -375,7 +375,8 @@ fn factors_on_rows_and_matrices_side_by_side() {
         let (x, y, g) = (tape.param(&x), tape.param(&y), tape.param(&g));
         let both = ops::concat_columns(tape, &[x.clone(), y, x])?;
         let scaled = ops::scale_rows(tape, &both, &g)?;
-        weigh(tape, &[both, scaled])
+        let flat = ops::flatten(tape, &scaled)?;
+        weigh(tape, &[both, scaled, flat])
     });
 }
 

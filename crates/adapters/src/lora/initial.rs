@@ -118,9 +118,9 @@ pub(crate) fn loftq(
     let mut rest = w.clone();
     let mut left = config.iterations.max(1);
     loop {
-        let floats = host(&rest)?;
-        let bytes: &[u8] = floats.as_ref();
-        let quantized = QuantizedWeight::new(scheme, StorageType::F32, out, width, bytes, &|_| ())
+        let floats = host(&rest)?.to_vec();
+        let bytes: Vec<u8> = floats.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let quantized = QuantizedWeight::new(scheme, StorageType::F32, out, width, &bytes, &|_| ())
             .map_err(|e| Error::Conflict { keys: "loftq_config", reason: format!("{path}: {e}").into() })?;
         let quantized = FrozenWeight::quantized(quantized)?;
         let lost = (&w - quantized.to_tensor(&Device::Cpu)?)?;
@@ -131,6 +131,15 @@ pub(crate) fn loftq(
         }
         rest = (&w - factors.b.matmul(&factors.a)?)?;
     }
+}
+
+/// The best factors of rank at most `r` for the change `w` `[out, in]`: A has orthonormal rows, B the singular values.
+pub(crate) fn decomposed_change(path: &str, w: &Tensor, r: usize) -> Result<(Tensor, Tensor)> {
+    let svd = matrix(w)?.thin_svd().map_err(|_| no_svd(path))?;
+    let s = svd.S().column_vector();
+    let r = r.min(s.nrows());
+    let a = tensor(svd.V().get(.., ..r).transpose(), |_| 1.0, |_| 1.0)?;
+    Ok((a, tensor(svd.U().get(.., ..r), |_| 1.0, |k| s[k])?))
 }
 
 fn no_svd(path: &str) -> Error {

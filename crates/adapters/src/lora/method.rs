@@ -2,6 +2,7 @@
 
 use super::{LoraEmbedding, LoraLayer};
 use crate::method::{Attached, Attaching, Decides, Kind, Method, Setting, StartText, by_name, setting};
+use crate::modules::{self, nothing};
 use crate::saved;
 use crate::target::Targets;
 use crate::tokens::TokenRows;
@@ -36,21 +37,18 @@ struct LoraAdapter {
 }
 
 const SETTINGS: [Setting; 18] = [
-    setting("r", Kind::Whole, "rank [16]"),
-    setting("lora_alpha", Kind::Number, "scale is lora_alpha / r [32]"),
-    Setting {
-        decides: Decides::Training,
-        ..setting("lora_dropout", Kind::Number, "dropout on the adapter's input [0]")
-    },
+    setting("r", Kind::Whole, modules::RANK_HELP),
+    setting("lora_alpha", Kind::Number, modules::ALPHA_HELP),
+    Setting { decides: Decides::Training, ..setting("lora_dropout", Kind::Number, modules::DROPOUT_HELP) },
     setting("use_rslora", Kind::Flag, "scale by lora_alpha / sqrt(r) instead"),
-    setting("target_modules", Kind::Names, "names, a regex, or all-linear [all-linear]"),
-    setting("exclude_modules", Kind::Names, "names or a regex to leave out"),
-    setting("layers_to_transform", Kind::Wholes, "layers to adapt [all]"),
-    setting("layers_pattern", Kind::Names, "name of the list that the layers count in"),
-    setting("rank_pattern", Kind::Table, "ranks by module pattern"),
+    setting("target_modules", Kind::Names, modules::TARGETS_HELP),
+    setting("exclude_modules", Kind::Names, modules::EXCLUDE_HELP),
+    setting("layers_to_transform", Kind::Wholes, modules::LAYERS_HELP),
+    setting("layers_pattern", Kind::Names, modules::PATTERN_HELP),
+    setting("rank_pattern", Kind::Table, modules::RANKS_HELP),
     setting("alpha_pattern", Kind::Table, "alphas by module pattern"),
     setting("bias", Kind::Text, "biases to train: none, all, lora_only [none]"),
-    setting("modules_to_save", Kind::Names, "modules to train in full"),
+    setting("modules_to_save", Kind::Names, modules::SAVED_HELP),
     Setting {
         decides: Decides::Start,
         ..setting(
@@ -110,14 +108,13 @@ impl Method for Lora {
         let mut thin = LoraConfig { r: 1, ..config.clone() };
         thin.rank_pattern.iter_mut().for_each(|(_, r)| *r = 1);
         let adapter = LoraAdapter::attach(model, &thin, &Attaching::to_count(&StartText::default()))?;
-        let size = |path: &str, [a, b]: [&Param; 2], keeps_output| LayerSizes {
+        let size = |path: &str, [a, b]: [&Param; 2]| LayerSizes {
             path: path.to_string(),
             rank: targets.rank(path, config.r),
             in_features: a.len(),
             out_features: b.len(),
-            keeps_output,
         };
-        let layers = adapter.layers.iter().map(|l| size(l.path(), l.factors(), l.scales_output()));
+        let layers = adapter.layers.iter().map(|l| size(l.path(), l.factors()));
         let embeddings = adapter.embeddings.iter().flat_map(|e| {
             let rank = targets.rank(e.path(), config.r);
             e.factors().map(|p| rank * p.len())
@@ -125,6 +122,12 @@ impl Method for Lora {
         let tokens = adapter.tokens.iter().map(|t| t.param().len());
         Ok(AdapterSizes {
             layers: layers.collect(),
+            kept: adapter
+                .layers
+                .iter()
+                .filter(|l| l.scales_output())
+                .map(|l| (l.path().to_string(), l.factors()[1].len()))
+                .collect(),
             vectors: adapter.layers.iter().flat_map(|l| l.vectors()).map(Param::len).collect(),
             other: embeddings.chain(tokens).collect(),
             full: adapter.others.iter().map(Param::len).collect(),
@@ -276,6 +279,13 @@ impl Attached for LoraAdapter {
     }
 }
 
+/// Rank and scale of the module at `path`.
+pub(crate) fn rank_of(targets: &Targets, config: &LoraConfig, path: &str) -> (usize, f64) {
+    let r = targets.rank(path, config.r);
+    let alpha = targets.alpha(path, config.lora_alpha);
+    (r, if config.use_rslora { alpha / (r as f64).sqrt() } else { alpha / r as f64 })
+}
+
 /// A module of trainable_token_indices that no embedding answers to.
 fn unanswered(config: &LoraConfig, tokens: &[Arc<TokenRows>]) -> Option<String> {
     match &config.trainable_token_indices {
@@ -338,15 +348,8 @@ impl Attach<'_> {
         }
     }
 
-    /// Rank and scale of the module at `path`.
-    fn rank_and_scale(&self, path: &str) -> (usize, f64) {
-        let r = self.targets.rank(path, self.config.r);
-        let alpha = self.targets.alpha(path, self.config.lora_alpha);
-        (r, if self.config.use_rslora { alpha / (r as f64).sqrt() } else { alpha / r as f64 })
-    }
-
     fn linear(&mut self, linear: &mut Linear) -> Result<()> {
-        let (r, scale) = self.rank_and_scale(linear.path());
+        let (r, scale) = rank_of(self.targets, self.config, linear.path());
         let layer = Arc::new(LoraLayer::new(linear, r, scale, self.config, self.at)?);
         linear.attach(layer.clone());
         self.layers.push(layer);
@@ -371,7 +374,7 @@ impl Attach<'_> {
             let reason = format!("and trainable_token_indices both name {path}");
             return Err(Error::Conflict { keys: "target_modules", reason: reason.into() });
         }
-        let (r, scale) = self.rank_and_scale(&path);
+        let (r, scale) = rank_of(self.targets, self.config, &path);
         let layer = Arc::new(LoraEmbedding::new(embedding, r, scale, self.at)?);
         embedding.attach(layer.clone());
         self.embeddings.push(layer);
@@ -420,12 +423,4 @@ impl Attach<'_> {
         }
         Ok(())
     }
-}
-
-/// The last parts of module paths, each once: what a user may put into `target_modules`.
-fn nothing(key: &'static str, given: String, paths: &[String]) -> Error {
-    let mut kinds: Vec<&str> = paths.iter().filter_map(|p| p.rsplit('.').next()).collect();
-    kinds.sort_unstable();
-    kinds.dedup();
-    Error::NothingMatches { key, given, available: kinds.join(", ") }
 }

@@ -21,7 +21,7 @@ mod split;
 
 pub use add::add;
 pub use attention::attention;
-pub use columns::{concat_columns, scale_columns, scale_rows};
+pub use columns::{concat_columns, flatten, scale_columns, scale_rows};
 pub use dropout::dropout as drop_out;
 pub use embedding::embedding;
 pub use gated::{activate, gated};

@@ -84,12 +84,13 @@ impl StepSizes {
         let mut trained_head = false;
         for layer in &run.adapter.layers {
             match block_of(&layer.path) {
-                Some(block) => {
-                    // layer.out_features per token more where factors on the output want it
-                    let output = if layer.keeps_output { layer.out_features } else { 0 };
-                    *by_block.entry(block).or_default() += layer.rank + output;
-                }
+                Some(block) => *by_block.entry(block).or_default() += layer.rank,
                 None => trained_head = true,
+            }
+        }
+        for (path, floats) in &run.adapter.kept {
+            if let Some(block) = block_of(path) {
+                *by_block.entry(block).or_default() += floats;
             }
         }
         // a bias or module that is trained in full may lie in any block
