@@ -2,11 +2,12 @@
 //! Zaken et al. 2022), or whole modules. They are baselines for the others. PEFT has only the first; files of the
 //! others have the same form with a `peft_type` of ours.
 
-use crate::method::{Attached, Attaching, Kind, Method, Setting, setting};
+use crate::method::{Attached, Attaching, Kind, Method, Purpose, Setting, StartText, setting};
 use crate::modules::{EXCLUDE_HELP, SAVED_HELP, TARGETS_HELP, list_or_null, nothing};
 use crate::saved;
 use crate::target::Targets;
 use crate::{AdapterSizes, Error, Result};
+use candle_core::Tensor;
 use engobe_autograd::Param;
 use engobe_formats::peft::{KnownKeys, LoraConfig, PeftConfig, TargetModules, modules_json};
 use engobe_nn::{ModuleMut, ModuleTree};
@@ -116,8 +117,25 @@ impl Method for Own {
         &self,
         model: &mut dyn ModuleTree,
         config: &PeftConfig,
-        _at: &Attaching<'_>,
+        at: &Attaching<'_>,
     ) -> Result<Box<dyn Attached>> {
+        Ok(Box::new(self.choose(model, config, at)?.0))
+    }
+
+    fn sizes(&self, model: &mut dyn ModuleTree, config: &PeftConfig) -> Result<AdapterSizes> {
+        let (_, full) = self.choose(model, config, &Attaching::to_count(&StartText::default()))?;
+        Ok(AdapterSizes { base_elements: full.iter().sum(), full, ..AdapterSizes::default() })
+    }
+}
+
+impl Own {
+    /// The attachment, and the sizes of what it trains (in counting, it trains nothing whole).
+    fn choose(
+        &self,
+        model: &mut dyn ModuleTree,
+        config: &PeftConfig,
+        at: &Attaching<'_>,
+    ) -> Result<(Attachment, Vec<usize>)> {
         let given = config.modules("target_modules")?;
         let targets = Targets::new(&LoraConfig {
             target_modules: given.clone().or_else(|| Some(TargetModules::Regex(".*".to_string()))),
@@ -125,18 +143,17 @@ impl Method for Own {
             modules_to_save: config.names("modules_to_save")?,
             ..LoraConfig::default()
         })?;
+        let counting = at.purpose == Purpose::Count;
         let heads = model.output_heads();
-        let (mut params, mut names, mut paths) = (Vec::new(), BTreeSet::new(), Vec::new());
+        let (mut params, mut names, mut paths, mut sizes) =
+            (Vec::new(), BTreeSet::new(), Vec::new(), Vec::new());
         let (mut trained, mut result) = (0, Ok(()));
         model.visit_modules(&mut |mut module| {
             let path = module.path().to_string();
             paths.push(path.clone());
-            if result.is_err() {
-                return;
-            }
             let plain = matches!(module, ModuleMut::Linear(_)) && !heads.contains(&path);
             let saves = targets.saves(&path);
-            if !saves && !(self.part.is_in(&module) && targets.adapts(&path, plain)) {
+            if result.is_err() || !(saves || self.part.is_in(&module) && targets.adapts(&path, plain)) {
                 return;
             }
             if !saves {
@@ -144,7 +161,11 @@ impl Method for Own {
                 names.insert(path.rsplit('.').next().unwrap_or_default().to_string());
             }
             let part = if saves { Part::Modules } else { self.part };
-            result = train(&mut module, part).map(|new| params.extend(new));
+            // copies of whole modules are not made for the sake of their sizes
+            match counting && part == Part::Modules {
+                true => sizes.extend(elements(&module)),
+                false => result = train(&mut module, part).map(|new| params.extend(new)),
+            }
         });
         result?;
         if trained == 0 {
@@ -167,16 +188,22 @@ impl Method for Own {
         if !matches!(given, Some(TargetModules::List(_) | TargetModules::Regex(_))) {
             config.set("target_modules", json!(names));
         }
-        Ok(Box::new(Attachment { config, params, unmatched, names }))
+        sizes.extend(params.iter().map(Param::len));
+        Ok((Attachment { config, params, unmatched, names }, sizes))
     }
+}
 
-    fn sizes(&self, model: &mut dyn ModuleTree, config: &PeftConfig) -> Result<AdapterSizes> {
-        let attached = self.attach(model, config, &Attaching::to_count(&Default::default()))?;
-        Ok(AdapterSizes {
-            full: attached.params().into_iter().map(Param::len).collect(),
-            base_elements: attached.base_elements(),
-            ..AdapterSizes::default()
-        })
+/// Sizes of a module's tensors.
+fn elements(module: &ModuleMut<'_>) -> Vec<usize> {
+    let of = |weight: usize, bias: Option<&Tensor>| {
+        [weight].into_iter().chain(bias.map(Tensor::elem_count)).collect()
+    };
+    let matrix = |(rows, cols): (usize, usize)| rows * cols;
+    match module {
+        ModuleMut::Linear(m) => of(matrix(m.weight().dims()), m.bias()),
+        ModuleMut::Embedding(m) => of(matrix(m.weight().dims()), None),
+        ModuleMut::RmsNorm(m) => of(m.weight().elem_count(), None),
+        ModuleMut::LayerNorm(m) => of(m.weight().elem_count(), m.bias()),
     }
 }
 

@@ -2,6 +2,7 @@
 //! are trained, and a head that is the embedding's matrix has them as well.
 
 use crate::method::Attaching;
+use crate::target::ends_with_module;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use engobe_autograd::ops::{self, LinearSpec, LowRank};
@@ -75,8 +76,7 @@ impl TokenRows {
 
     /// [`TokenRows::covers`] for a name, or the end of one.
     pub fn covers_name(&self, name: &str) -> bool {
-        let ends =
-            |path: &str| path == name || path.strip_suffix(name).is_some_and(|head| head.ends_with('.'));
+        let ends = |path: &str| ends_with_module(path, name);
         ends(&self.path) || self.head.get().is_some_and(|head| ends(head))
     }
 

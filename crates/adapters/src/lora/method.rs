@@ -4,7 +4,7 @@ use super::{LoraEmbedding, LoraLayer};
 use crate::method::{Attached, Attaching, Decides, Kind, Method, Setting, StartText, by_name, setting};
 use crate::modules::{self, nothing};
 use crate::saved;
-use crate::target::Targets;
+use crate::target::{Targets, ends_with_module};
 use crate::tokens::TokenRows;
 use crate::{AdapterSizes, Error, LayerSizes, Result};
 use candle_core::{Device, Tensor};
@@ -384,8 +384,7 @@ impl Attach<'_> {
     /// Trained tokens of an embedding. The first embedding of a model is its input.
     fn tokens(&mut self, embedding: &mut Embedding) -> Result<()> {
         let path = embedding.path();
-        let ends =
-            |name: &str| path == name || path.strip_suffix(name).is_some_and(|head| head.ends_with('.'));
+        let ends = |name: &str| ends_with_module(path, name);
         let ids = match &self.config.trainable_token_indices {
             Some(TokenIndices::Input(ids)) if self.tokens.is_empty() => ids,
             Some(TokenIndices::Modules(modules)) => match modules.iter().find(|(name, _)| ends(name)) {
