@@ -186,7 +186,7 @@ impl Method for AdaLora {
         thin.set("init_r", 1);
         let attached = self.attach(model, &thin, &Attaching::to_count(&Default::default()))?;
         let params = attached.params();
-        let of = |end: &str| params.iter().filter(move |p| p.name().ends_with(end));
+        let of = |end: &'static str| params.iter().filter(move |p| p.name().ends_with(end));
         let layers = of(".lora_A").zip(of(".lora_B")).map(|(a, b)| LayerSizes {
             path: a.name().to_string(),
             rank: r,

