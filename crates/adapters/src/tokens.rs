@@ -80,6 +80,11 @@ impl TokenRows {
         ends(&self.path) || self.head.get().is_some_and(|head| ends(head))
     }
 
+    /// Name of the copy that PEFT's files hold for a head that is tied to the embedding.
+    pub fn name_at_head(&self) -> Option<String> {
+        self.head.get().map(|head| format!("base_model.model.{head}.trainable_tokens_delta"))
+    }
+
     /// What is trained.
     pub fn param(&self) -> &Param {
         &self.rows

@@ -1,14 +1,17 @@
 //! PEFT's trainable tokens as a method of its own: embeddings of some tokens are trained, and nothing else.
 
-use crate::method::{Attached, Attaching, Kind, Method, Setting, setting};
+use crate::method::{Attached, Attaching, Kind, Method, Setting, by_name, setting};
 use crate::modules::{TARGETS_HELP, nothing};
 use crate::tokens::TokenRows;
-use crate::{Result, target};
+use crate::{Result, fill, target};
 use candle_core::Tensor;
 use engobe_autograd::Param;
 use engobe_formats::peft::{KnownKeys, PeftConfig, TokenIndices, tokens};
+use engobe_formats::tensor::TensorView;
 use engobe_nn::{ModuleMut, ModuleTree, Weight};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Trained embeddings of tokens.
@@ -112,6 +115,27 @@ impl Attached for Attachment {
 
     fn params(&self) -> Vec<&Param> {
         self.rows.iter().map(|r| r.param()).collect()
+    }
+
+    /// A tied head has a copy of its own in PEFT's files.
+    fn export(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut tensors = by_name(&self.params())?;
+        for rows in &self.rows {
+            if let (Some(name), Some(value)) =
+                (rows.name_at_head(), tensors.get(rows.param().name()).cloned())
+            {
+                tensors.insert(name, value);
+            }
+        }
+        Ok(tensors)
+    }
+
+    fn fill(&self, path: &Path, tensors: &BTreeMap<String, TensorView>) -> Result<()> {
+        let mut tensors = tensors.clone();
+        for name in self.rows.iter().filter_map(|r| r.name_at_head()) {
+            tensors.remove(&name);
+        }
+        fill::by_name(&self.params(), path, &tensors)
     }
 
     fn merged_weight(&self, path: &str, mut weight: Tensor) -> Result<Tensor> {
