@@ -159,8 +159,10 @@ fn targets_that_match_nothing_are_named() {
     let refused = |config: &LoraConfig| attach(base("plain").as_mut(), config).unwrap_err().to_string();
     let error = refused(&config(TargetModules::List(vec!["query".into()])));
     assert!(error.contains("query") && error.contains("q_proj"), "{error}");
-    let error = refused(&config(TargetModules::List(vec!["embed_tokens".into()])));
-    assert!(error.contains("model.embed_tokens is an embedding"), "{error}");
+    let error = refused(&config(TargetModules::List(vec!["input_layernorm".into()])));
+    assert!(error.contains("input_layernorm is a norm"), "{error}");
+    let dora = LoraConfig { use_dora: true, ..config(TargetModules::List(vec!["embed_tokens".into()])) };
+    assert!(refused(&dora).contains("model.embed_tokens, an embedding"), "{}", refused(&dora));
     let saved = LoraConfig {
         modules_to_save: vec!["classifier".into()],
         ..config(TargetModules::List(vec!["q_proj".into()]))

@@ -45,9 +45,10 @@ pub fn replace_rows<'m>(tape: &mut Tape<'m>, x: &Var, by: &Var, rows: Arc<[(u32,
     if width != d || rows.iter().any(|(to, from)| *to as usize >= n || *from as usize >= k) {
         return Err(Error::shape("replace_rows", format!("rows of [{k}, {width}] into [{n}, {d}]")));
     }
-    if rows.is_empty() {
+    if rows.is_empty() && !by.is_tracked() {
         return Ok(x.clone());
     }
+    // (without a row, `by` still gets a gradient of zeros: optimizers go on with what they remember)
     let (x_slot, by_slot) = (x.slot(), by.slot());
     // rows kept (1) and where the others come from, as matrices for other devices
     let selection = |like: &Tensor| -> Result<(Tensor, Tensor)> {
