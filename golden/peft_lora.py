@@ -6,19 +6,16 @@ Writes golden/peft/NAME/: the adapter that training starts from, and expected.js
 share golden/peft/rows.jsonl. The models are those of golden/llama.
 """
 
-import json
 import shutil
-import sys
-from pathlib import Path
 
 import torch
+from tiny import save_adapter
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "checks"))
-from common import make_rows  # noqa: E402
-from parity import LORAS, kind_of, peft_config, perturb, train_peft  # noqa: E402
-from peft import get_peft_model  # noqa: E402
-from transformers import LlamaForCausalLM  # noqa: E402
+from shared import HERE, save_adapter, write_expected  # noqa: I001
+from common import make_rows
+from parity import LORAS, kind_of, peft_config, perturb, train_peft
+from peft import get_peft_model
+from transformers import LlamaForCausalLM
 
 STEPS, BATCH = 20, 2
 
@@ -41,24 +38,20 @@ def main():
             lora = {**lora, "exclude_modules": ["layers.1.self_attn.k_proj"]}
         peft = get_peft_model(model, peft_config(lora))
         perturb(peft, seed)
-        peft.save_pretrained(out / name)
-        (out / name / "README.md").unlink(missing_ok=True)
-        config = json.loads((out / name / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = f"golden/llama/{base}"
-        (out / name / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+        save_adapter(peft, out / name, f"golden/llama/{base}")
         accumulation = 4 if seed % 2 else 1
         curve = train_peft(peft, rows, STEPS, BATCH, accumulation, loraplus=lora.get("loraplus"))
         expected = {
             "base": base,
             "accumulation": accumulation,
-            "losses": [round(l, 7) for l, _ in curve],
-            "grad_norms": [round(n, 7) for _, n in curve],
+            "losses": [l for l, _ in curve],
+            "grad_norms": [n for _, n in curve],
             "trainable_parameters": peft.get_nb_trainable_parameters()[0],
             "all_parameters": peft.get_nb_trainable_parameters()[1],
         }
         if "loraplus" in lora:
             expected["loraplus"] = lora["loraplus"]
-        (out / name / "expected.json").write_text(json.dumps(expected))
+        write_expected(out / name, expected)
 
 
 if __name__ == "__main__":

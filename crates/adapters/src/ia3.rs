@@ -72,7 +72,7 @@ impl Method for Ia3 {
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
         let names: Vec<&str> = SETTINGS.iter().map(|s| s.name).collect();
-        config.check_keys(KnownKeys { settings: &names, notes: &[], not_yet: &["fan_in_fan_out"] })?;
+        config.check_keys(KnownKeys { settings: &names, notes: &["fan_in_fan_out"], not_yet: &[] })?;
         let mut out = config.clone();
         let (targets, feedforward) = (config.modules("target_modules")?, feedforward(config)?);
         if let (Some(TargetModules::List(all)), Some(TargetModules::List(some))) = (&targets, &feedforward)

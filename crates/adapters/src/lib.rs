@@ -8,6 +8,7 @@
 mod adalora;
 mod adapter;
 mod base_copies;
+mod bottleneck;
 pub mod combine;
 mod error;
 mod fill;

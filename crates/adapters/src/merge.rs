@@ -147,7 +147,11 @@ fn planned(module: &ModuleMut<'_>) -> Vec<Planned> {
         |kind: &str, shape: Vec<usize>, changed| Planned { name: format!("{path}.{kind}"), shape, changed };
     match module {
         ModuleMut::Linear(m) => {
-            let mut all = vec![of("weight", vec![m.out_features(), m.in_features()], !m.weight_is_plain())];
+            let shape = match m.is_transposed_in_files() {
+                true => vec![m.in_features(), m.out_features()],
+                false => vec![m.out_features(), m.in_features()],
+            };
+            let mut all = vec![of("weight", shape, !m.weight_is_plain())];
             all.extend(m.bias().map(|b| of("bias", b.dims().to_vec(), !m.bias_is_plain())));
             all
         }
@@ -175,7 +179,10 @@ fn value(module: &ModuleMut<'_>, tensor: &Planned, adapter: Option<&Adapter>) ->
             }
         }
         ModuleMut::LayerNorm(m) if tensor.name.ends_with(".bias") => vector(m.bias(), tensor)?,
-        ModuleMut::Linear(m) => merged(m.weight(), m.path(), adapter)?,
+        ModuleMut::Linear(m) => {
+            let weight = merged(m.weight(), m.path(), adapter)?;
+            if m.is_transposed_in_files() { weight.t()? } else { weight }
+        }
         ModuleMut::Embedding(m) => merged(m.weight(), m.path(), adapter)?,
         ModuleMut::RmsNorm(m) => m.weight().clone(),
         ModuleMut::LayerNorm(m) => m.weight().clone(),

@@ -5,6 +5,7 @@
 //! `plan`, resuming and `inspect` follow from the method's own table of settings.
 
 use crate::adalora::AdaLora;
+use crate::bottleneck::Bottleneck;
 use crate::fill;
 use crate::ia3::Ia3;
 use crate::lora::method::Lora;
@@ -26,11 +27,12 @@ use std::fmt::Debug;
 use std::path::Path;
 
 /// All methods.
-pub static METHODS: [&dyn Method; 11] = [
+pub static METHODS: [&dyn Method; 12] = [
     &Lora,
     &PromptTuning,
     &PTuning,
     &PrefixTuning,
+    &Bottleneck,
     &AdaLora,
     &Ia3,
     &Vera,
@@ -59,6 +61,10 @@ pub enum Kind {
     Table,
     /// true, false or a name
     FlagOrText,
+    /// a number, or numbers by name
+    NumberOrTable,
+    /// a number or a name
+    NumberOrText,
 }
 
 /// What a setting decides.

@@ -77,7 +77,7 @@ impl Method for Vera {
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
         let names: Vec<&str> =
             SETTINGS.iter().map(|s| s.name).chain(["save_projection", "init_weights", "bias"]).collect();
-        config.check_keys(KnownKeys { settings: &names, notes: &[], not_yet: &["fan_in_fan_out"] })?;
+        config.check_keys(KnownKeys { settings: &names, notes: &["fan_in_fan_out"], not_yet: &[] })?;
         config.choice("bias", &[("none", ())], ())?;
         let (r, dropout) = (config.whole("r")?.unwrap_or(256), config.number("vera_dropout")?.unwrap_or(0.0));
         if r == 0 {

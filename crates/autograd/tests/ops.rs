@@ -6,7 +6,7 @@
 //! gradients' scale, hence the tolerance of 1e-2 of the largest gradient.
 
 use candle_core::{Device, Tensor};
-use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, OutputScale, RopeSpec};
+use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, OutputScale, RopeSpec, RowTargets};
 use engobe_autograd::{FrozenWeight, Gradients, Param, Result, Tape, Var};
 use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::{AttentionShape, Segment};
@@ -482,6 +482,33 @@ fn head_loss_trained_with_delta() {
     }
 }
 
+#[test]
+fn losses_of_rows() {
+    let z = param("logits", 55, &[4, 3]);
+    let sets: Vec<f32> = (0..12).map(|i| f32::from(i % 3 == 1)).collect();
+    for targets in [
+        RowTargets::Classes(Arc::from([0u32, 2, 2, 1])),
+        RowTargets::Sets(sets.into()),
+        RowTargets::Values(randn(56, 12).into()),
+    ] {
+        check(&[&z], &|tape| {
+            let z = tape.param(&z);
+            ops::row_loss(tape, &z, targets.clone())
+        });
+    }
+}
+
+#[test]
+fn means_of_segments() {
+    let x = param("x", 57, &[6, 4]);
+    check(&[&x], &|tape| {
+        let x = tape.param(&x);
+        // the fourth row is in none of them
+        let y = ops::segment_mean(tape, &x, Arc::from([0..2, 2..3, 4..6]))?;
+        weigh(tape, &[y])
+    });
+}
+
 fn quantized(scheme: Scheme, seed: u64, rows: usize, cols: usize) -> FrozenWeight {
     let bytes: Vec<u8> = randn(seed, rows * cols).iter().flat_map(|x| x.to_le_bytes()).collect();
     let weight = QuantizedWeight::new(scheme, StorageType::F32, rows, cols, &bytes, &|_| ()).unwrap();
@@ -573,4 +600,13 @@ fn shapes_that_do_not_fit_are_errors() {
     assert!(ops::attention(&mut tape, &x, &x, &x, shape, segments).is_err());
     let head = Head { weight: frozen(84, 3, 4), bias: None, low_rank: None, soft_cap: None };
     assert!(ops::head_loss(&mut tape, &x, head, Arc::from([0u32, 3])).is_err());
+    for targets in [
+        RowTargets::Classes(Arc::from([0u32, 4])),
+        RowTargets::Classes(Arc::from([0u32])),
+        RowTargets::Sets(Arc::from([0f32; 7])),
+    ] {
+        assert!(ops::row_loss(&mut tape, &x, targets).is_err());
+    }
+    assert!(ops::segment_mean(&mut tape, &x, Arc::from([1..3])).is_err());
+    assert!(ops::segment_mean(&mut tape, &x, Arc::from([1..1])).is_err());
 }

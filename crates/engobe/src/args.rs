@@ -1,8 +1,10 @@
 //! What can be typed. What it means is decided in the commands.
 
 mod conversion;
+mod embed;
 
-pub use conversion::{ConvertArgs, VerifyArgs};
+pub use conversion::{ConvertArgs, MergeArgs, QuantizeArgs, VerifyArgs};
+pub use embed::EmbedArgs;
 
 use crate::keys::{KEYS, Kind, ON_BY_DEFAULT};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -33,6 +35,8 @@ pub enum Task {
     Demo(DemoArgs),
     /// Download a known model into the cache
     Fetch(FetchArgs),
+    /// The methods, and the settings of one
+    Methods(MethodsArgs),
     /// Train several methods under one budget, over one load of the base, and compare them
     #[command(after_help = COMPARE_EXAMPLES)]
     Compare(Box<CompareArgs>),
@@ -41,8 +45,10 @@ pub enum Task {
     Plan(Box<TrainArgs>),
     /// Train an adapter on your rows
     Train(Box<TrainArgs>),
-    /// Loss, perplexity, token accuracy and exact match on rows
+    /// Loss and scores on rows, and predictions
     Eval(EvalArgs),
+    /// Vectors of texts, from an encoder
+    Embed(EmbedArgs),
     /// Continue a prompt, or hold a dialogue
     Generate(GenerateArgs),
     /// Bake an adapter into its model: a new Hugging Face directory or GGUF file
@@ -110,7 +116,7 @@ pub struct ModelArgs {
 /// How rows become tokens.
 #[derive(Clone, Debug, Args)]
 pub struct RowArgs {
-    /// JSONL, JSON, CSV or Parquet file, or a directory of them
+    /// JSONL, JSON, CSV, TSV or Parquet file, or a directory of them
     #[arg(long, value_name = "FILE", required = true)]
     pub data: Vec<PathBuf>,
     /// Labels: completions, all, last
@@ -176,6 +182,16 @@ pub struct TrainArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub settings: SettingFlags,
+}
+
+/// `engobe methods`
+#[derive(Debug, Args)]
+pub struct MethodsArgs {
+    /// The method whose settings to show
+    pub method: Option<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
 }
 
 const COMPARE_EXAMPLES: &str = "\
@@ -259,11 +275,12 @@ impl Args for SettingFlags {
                     .hide_possible_values(true),
                 Kind::Names | Kind::Wholes => arg.action(ArgAction::Append).value_name("A,B"),
                 Kind::Whole => arg.value_name("N"),
-                Kind::Number => arg.value_name("X"),
+                Kind::Number | Kind::NumberOrTable => arg.value_name("X"),
                 Kind::Table => arg.value_name("TABLE"),
-                Kind::Text | Kind::FlagOrText => arg.value_name("TEXT"),
+                Kind::Text | Kind::FlagOrText | Kind::NumberOrText => arg.value_name("TEXT"),
             };
             // numbers may be negative: the error about them is ours
+            let arg = arg.hide(key.hidden);
             command = command.arg(arg.allow_hyphen_values(matches!(key.kind, Kind::Whole | Kind::Number)));
         }
         for name in ON_BY_DEFAULT {
@@ -308,7 +325,7 @@ impl FromArgMatches for SettingFlags {
 /// `engobe eval`
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  engobe eval --model smollm2-135m --adapter my-adapter --data held-out.jsonl --exact-match\n  engobe eval --model ./tiny --data rows.jsonl --json"
+    after_help = "Examples:\n  engobe eval --model smollm2-135m --adapter my-adapter --data held-out.jsonl --exact-match\n  engobe eval --model ./tiny --data rows.jsonl --json\n  engobe eval --model ./MiniLM --adapter sst2 --data dev.tsv --predictions said.jsonl"
 )]
 pub struct EvalArgs {
     #[command(flatten)]
@@ -320,6 +337,16 @@ pub struct EvalArgs {
     /// Tokens after which a row is cut
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub max_seq_len: usize,
+    /// What for: causal-lm, seq-cls, token-cls, regression [the adapter's, or by the model's configuration and the rows]
+    #[arg(long, value_name = "TASK")]
+    pub task: Option<String>,
+    /// Scores to print [all]: of labels accuracy, f1_macro, matthews, pearson, ...; of completions, which are then
+    /// generated greedily, exact_match, bleu, rouge_l
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub metrics: Vec<String>,
+    /// Write what the model says of each row, as JSON lines
+    #[arg(long, value_name = "FILE")]
+    pub predictions: Option<PathBuf>,
     /// Also generate each row's completion greedily and count those that are exactly right
     #[arg(long)]
     pub exact_match: bool,
@@ -383,89 +410,6 @@ pub struct GenerateArgs {
     #[allow(missing_docs)]
     pub common: Common,
 }
-
-/// `engobe merge`
-#[derive(Debug, Args)]
-#[command(after_help = MERGE_HELP)]
-pub struct MergeArgs {
-    /// Hugging Face directory, .gguf file, hub id, or known name
-    #[arg(long, value_name = "MODEL", required_unless_present = "combine", conflicts_with = "combine")]
-    pub model: Option<String>,
-    /// PEFT directory; with --combine several, each with its weight: DIR=0.7
-    #[arg(long, value_name = "DIR", required = true)]
-    pub adapter: Vec<String>,
-    /// Make one LoRA adapter of several: cat, svd, linear, ties, dare_linear, dare_ties, magnitude_prune,
-    /// or one of the last four with _svd
-    #[arg(long, value_name = "HOW")]
-    pub combine: Option<String>,
-    /// With --combine: share of elements that ties, dare and magnitude_prune keep
-    #[arg(long, value_name = "SHARE", requires = "combine")]
-    pub density: Option<f32>,
-    /// With --combine: rank of what svd gives [the largest of the adapters]
-    #[arg(long, value_name = "R", requires = "combine")]
-    pub svd_rank: Option<usize>,
-    /// With --combine: seed of what dare drops
-    #[arg(long, value_name = "N", requires = "combine", default_value_t = 42)]
-    pub seed: u64,
-    /// Directory to write, or a file that ends in .gguf; must not exist, or be empty
-    #[arg(long, value_name = "PATH")]
-    pub out: PathBuf,
-    /// f32, bf16, f16 [as stored; f32 for quantized weights]; for .gguf as convert's --type
-    #[arg(long, value_name = "TYPE", visible_alias = "type")]
-    pub dtype: Option<String>,
-    /// Most bytes in one file, in GB
-    #[arg(long, value_name = "GB", default_value_t = 5.0)]
-    pub max_shard_size: f64,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub verify: VerifyArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub common: Common,
-}
-
-/// `engobe quantize`
-#[derive(Debug, Args)]
-#[command(
-    after_help = "Examples:\n  engobe quantize --model ./Llama-3.2-1B --to nf4 --double-quant --out llama-nf4\n  engobe quantize --model ./Llama-3.2-1B --to int8 --out llama-int8"
-)]
-pub struct QuantizeArgs {
-    /// Hugging Face directory, .gguf file, hub id, or known name; its weights in f32, bf16 or f16
-    #[arg(long, value_name = "MODEL")]
-    pub model: String,
-    /// nf4, fp4 or int8
-    #[arg(long, value_name = "TYPE")]
-    pub to: String,
-    /// Quantize the factors of 4-bit blocks too
-    #[arg(long)]
-    pub double_quant: bool,
-    /// Elements in a 4-bit block: 32 to 4096, a power of two [default: 64]
-    #[arg(long, value_name = "N")]
-    pub block_size: Option<usize>,
-    /// Directory to write; must not exist, or be empty
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
-    /// Most bytes in one file, in GB
-    #[arg(long, value_name = "GB", default_value_t = 5.0, allow_negative_numbers = true)]
-    pub max_shard_size: f64,
-    /// Threads [all cores]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub common: Common,
-}
-
-const MERGE_HELP: &str = "\
-Examples:
-  engobe merge --model smollm2-135m --adapter my-adapter --out merged --dtype bf16
-  engobe merge --model smollm2-135m --adapter my-adapter --out merged.gguf
-  engobe merge --model ./Llama-3.2-1B --adapter my-adapter --out m.gguf --type q4_k --verify-data rows.jsonl
-  engobe merge --adapter ./a=0.7 --adapter ./b=0.3 --combine linear --out combined
-
-Where weights are quantized, rounding the sum of weight and adapter can lose what was learned.
-So the merged model is run beside base + adapter: mean KL divergence a token, perplexity and
-likeliest tokens are compared, and what is too far away is not written.";
 
 /// `engobe inspect`
 #[derive(Debug, Args)]

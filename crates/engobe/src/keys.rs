@@ -17,10 +17,12 @@ pub struct Key {
     pub heading: &'static str,
     /// one line for `--help`, with the default
     pub help: &'static str,
+    /// left out of `--help`, which would be too long: `engobe methods` shows it
+    pub hidden: bool,
 }
 
 const fn key(name: &'static str, kind: Kind, heading: &'static str, help: &'static str) -> Key {
-    Key { name, kind, heading, help }
+    Key { name, kind, heading, help, hidden: false }
 }
 
 const ADAPTER: &str = "Adapter (PEFT's names and rules)";
@@ -46,10 +48,16 @@ const COMMON: [Key; 46] = [
     key("device", Kind::Text, MODEL, "cpu, cuda[:N] or metal [cpu]"),
     key("threads", Kind::Whole, MODEL, "threads [all cores]"),
     key(
+        "task",
+        Kind::Text,
+        DATA,
+        "causal-lm, seq-cls, token-cls, regression [by the model's configuration and the rows]",
+    ),
+    key(
         "data",
         Kind::Names,
         DATA,
-        "training rows: JSONL, JSON, CSV or Parquet; several with commas or by repeating",
+        "training rows: JSONL, JSON, CSV, TSV or Parquet; several with commas or by repeating",
     ),
     key("val_data", Kind::Names, DATA, "validation rows"),
     key("val_split", Kind::Number, DATA, "share of the training rows to validate on [0]"),
@@ -103,7 +111,13 @@ const COMMON: [Key; 46] = [
         "early_stopping_threshold",
         Kind::Number,
         UPKEEP,
-        "a loss must fall by more than this to count as better [0]",
+        "the loss must fall, or the score rise, by more than this to count as better [0]",
+    ),
+    key(
+        "metric_for_best_model",
+        Kind::Text,
+        UPKEEP,
+        "score that tells the best evaluation: accuracy, f1_macro, matthews, pearson, ... [loss]",
     ),
     key("load_best", Kind::Flag, UPKEEP, "end with the adapter of the best evaluation"),
     key(
@@ -130,7 +144,8 @@ pub static KEYS: LazyLock<Vec<Key>> = LazyLock::new(|| {
     for method in METHODS {
         for setting in method.settings() {
             if !keys.iter().any(|k| k.name == setting.name) {
-                keys.insert(at, key(setting.name, setting.kind, ADAPTER, setting.help));
+                let hidden = method.name() != "lora";
+                keys.insert(at, Key { hidden, ..key(setting.name, setting.kind, ADAPTER, setting.help) });
                 at += 1;
             }
         }
@@ -139,9 +154,8 @@ pub static KEYS: LazyLock<Vec<Key>> = LazyLock::new(|| {
 });
 
 fn method_help() -> String {
-    let each: Vec<String> = METHODS.iter().map(|m| format!("{} ({})", m.name(), m.about())).collect();
-    let qlora = "qlora: lora, and the base is quantized to NF4 with double quantization";
-    format!("how to adapt: {}, or {qlora} [lora]", each.join(", "))
+    let names: Vec<&str> = METHODS.iter().map(|m| m.name()).chain(["qlora"]).collect();
+    format!("how to adapt: {} (`engobe methods` tells of each) [lora]", names.join(", "))
 }
 
 /// True for a setting of the adapter.
@@ -189,6 +203,10 @@ impl Key {
             },
             Kind::Flag => Value::Boolean(text.parse().map_err(|_| wrong(self.expected()))?),
             Kind::Text => Value::String(text.to_string()),
+            Kind::NumberOrText => match text.parse::<f64>() {
+                Ok(v) if v.is_finite() => Value::Float(v),
+                _ => Value::String(text.to_string()),
+            },
             Kind::FlagOrText => match text.parse() {
                 Ok(flag) => Value::Boolean(flag),
                 Err(_) => Value::String(text.to_string()),
@@ -204,7 +222,11 @@ impl Key {
                 let parts = text.split(',').map(|p| p.trim().parse().map(Value::Integer));
                 Value::Array(parts.collect::<Result<_, _>>().map_err(|_| wrong(self.expected()))?)
             }
-            Kind::Table => inline(text).ok_or_else(|| wrong(self.expected()))?,
+            Kind::NumberOrTable if !text.trim_start().starts_with('{') => match text.parse::<f64>() {
+                Ok(v) if v.is_finite() => Value::Float(v),
+                _ => return Err(wrong(self.expected())),
+            },
+            Kind::Table | Kind::NumberOrTable => inline(text).ok_or_else(|| wrong(self.expected()))?,
         };
         self.check(&value, source)?;
         Ok(value)
@@ -230,8 +252,10 @@ impl Key {
             Kind::Text => "text",
             Kind::Names => "a name or a list of names",
             Kind::Wholes => "a list of whole numbers, 0 or above",
+            Kind::NumberOrTable => "a number, or a table such as { \"0\" = 8, \"default\" = 16 }",
             Kind::Table => "a table such as { \"q_proj\" = 4 }",
             Kind::FlagOrText => "true, false or a name",
+            Kind::NumberOrText => "a number or a name",
         }
     }
 
@@ -244,10 +268,12 @@ impl Key {
             Kind::Number => number(value),
             Kind::Flag => value.is_bool(),
             Kind::Text => value.is_str(),
+            Kind::NumberOrText => number(value) || value.is_str(),
             Kind::FlagOrText => value.is_bool() || value.is_str(),
             Kind::Names => value.is_str() || value.as_array().is_some_and(|a| a.iter().all(Value::is_str)),
             Kind::Wholes => whole(value) || value.as_array().is_some_and(|a| a.iter().all(whole)),
-            Kind::Table => value.as_table().is_some_and(|t| t.values().all(number)),
+            Kind::NumberOrTable if number(value) => true,
+            Kind::Table | Kind::NumberOrTable => value.as_table().is_some_and(|t| t.values().all(number)),
         };
         if good {
             return Ok(());

@@ -312,7 +312,7 @@ fn a_loss_that_is_no_number_is_an_error() {
 fn help_fits_a_person() {
     for command in [
         "", "demo", "fetch", "train", "eval", "generate", "merge", "quantize", "convert", "plan", "inspect",
-        "lint",
+        "lint", "methods", "compare",
     ] {
         let args: Vec<&str> = [command, "--help"].into_iter().filter(|a| !a.is_empty()).collect();
         let done = engobe(&args).output().unwrap();

@@ -17,6 +17,7 @@ mod prefix;
 pub mod rope;
 mod seq2seq;
 mod sub_layer;
+mod task;
 
 pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
@@ -30,3 +31,4 @@ pub use modules::{
 pub use prefix::{KeyValueRows, KvPrefix};
 pub use seq2seq::{EncoderStates, Seq2Seq, Seq2SeqCache};
 pub use sub_layer::{Closing, NormAfter, SubLayer, SubLayerAdapter, SubLayerKind};
+pub use task::{HeadLayer, Pooling, TaskHead, TaskModel, pool};

@@ -174,9 +174,11 @@ pub struct Upkeep {
     pub save_steps: usize,
     /// checkpoints kept, newest first
     pub save_total_limit: usize,
-    /// stop after so many evaluations without a better loss; 0 = never
+    /// the score that tells which evaluation is best; without, the loss
+    pub metric_for_best_model: Option<String>,
+    /// stop after so many evaluations that are not better; 0 = never
     pub early_stopping_patience: usize,
-    /// a loss must fall by more than this to count as better
+    /// the loss must fall, or the score rise, by more than this to count as better
     pub early_stopping_threshold: f64,
     /// end with the adapter of the best evaluation rather than the last step's
     pub load_best: bool,
@@ -188,6 +190,7 @@ impl Default for Upkeep {
             eval_steps: 0,
             save_steps: 0,
             save_total_limit: 2,
+            metric_for_best_model: None,
             early_stopping_patience: 0,
             early_stopping_threshold: 0.0,
             load_best: false,

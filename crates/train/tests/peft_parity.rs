@@ -40,13 +40,14 @@ fn curve(name: &str, expected: &Expected, checkpointing: bool) -> Vec<metrics::S
             plan.optimization.loraplus_lr_embedding = embedding;
         }
     };
-    train(&base, &start, change, Some(expected.trainable_parameters))
+    train(&base, &start, 20, change, Some(expected.trainable_parameters))
 }
 
-/// Twenty steps over the model at `base` from the adapter at `start`, in `golden/`.
+/// Steps over the model at `base` from the adapter at `start`, in `golden/`.
 fn train(
     base: &str,
     start: &str,
+    steps: usize,
     change: impl FnOnce(&mut Plan),
     parameters: Option<usize>,
 ) -> Vec<metrics::StepMetrics> {
@@ -57,7 +58,7 @@ fn train(
         assert_eq!(adapter.num_parameters(), parameters, "{start}");
     }
     let mut plan = Plan::default();
-    plan.schedule.max_steps = Some(20);
+    plan.schedule.max_steps = Some(steps);
     plan.schedule.batch_size = 2;
     plan.optimization.learning_rate = 1e-3;
     change(&mut plan);
@@ -110,11 +111,32 @@ fn curves_over_nf4_are_those_of_peft_and_bitsandbytes() {
     assert_eq!(names, ["all_linear", "default"]);
     for name in names {
         let expected: Curve = golden_json(format!("qlora/{name}/expected.json"));
-        let found = train("bitsandbytes/nf4_dq", &format!("qlora/{name}"), |_| (), None);
+        let found = train("bitsandbytes/nf4_dq", &format!("qlora/{name}"), 20, |_| (), None);
         assert_eq!(found.len(), expected.losses.len());
         for (line, (loss, norm)) in found.iter().zip(expected.losses.iter().zip(&expected.grad_norms)) {
             assert_relative(line.loss, *loss, LOSS, &format!("{name}: loss of step {}", line.step));
             assert_relative(line.grad_norm, *norm, NORM, &format!("{name}: norm of step {}", line.step));
+        }
+    }
+}
+
+/// Every family's decoder, LoRA on all of its linear layers.
+#[test]
+fn curves_over_every_family_are_those_of_peft() {
+    let trained = |name: &String| golden(format!("decoders/{name}/lora")).exists();
+    let names: Vec<String> = cases("decoders").into_iter().filter(trained).collect();
+    assert!(names.len() >= 9, "{names:?}");
+    for name in names {
+        let (base, start) = (format!("decoders/{name}"), format!("decoders/{name}/lora"));
+        let expected: Curve = golden_json(format!("{start}/expected.json"));
+        for checkpointing in [false, true] {
+            let recompute = |plan: &mut Plan| plan.compute.activation_checkpointing = checkpointing;
+            let found = train(&base, &start, 10, recompute, None);
+            assert_eq!(found.len(), expected.losses.len());
+            for (line, (loss, norm)) in found.iter().zip(expected.losses.iter().zip(&expected.grad_norms)) {
+                assert_relative(line.loss, *loss, LOSS, &format!("{name}: loss of step {}", line.step));
+                assert_relative(line.grad_norm, *norm, NORM, &format!("{name}: norm of step {}", line.step));
+            }
         }
     }
 }

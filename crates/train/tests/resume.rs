@@ -63,17 +63,17 @@ fn guarded(
         target_modules: Some(TargetModules::AllLinear),
         ..Default::default()
     };
-    run(&(&config).into(), out, plan, steps, fingerprint, guard)
+    of_method(out, plan, steps, fingerprint, guard, PeftConfig::from(&config))
 }
 
-/// The same with an adapter of any kind.
-fn run(
-    config: &PeftConfig,
+/// The same with an adapter of any method.
+fn of_method(
     out: &Path,
     plan: &Plan,
     steps: usize,
     fingerprint: &str,
     guard: Option<Guard>,
+    config: PeftConfig,
 ) -> Result<Outcome, Error> {
     let device = candle_core::Device::Cpu;
     let mut model = load_causal_lm(&golden("llama/gqa_tied"), &LoadOptions::default()).unwrap();
@@ -134,12 +134,28 @@ fn pieces_make_the_whole_with_lora_s_kin() {
         let mut plan = plan();
         plan.optimization.loraplus_lr_ratio = (kind == "LORA").then_some(4.0);
         let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        run(&config, whole.path(), &plan, 99, "f", None).unwrap();
+        of_method(whole.path(), &plan, 99, "f", None, config.clone()).unwrap();
         plan.compute.activation_checkpointing = true;
         for steps in [3, 5, 99] {
-            run(&config, pieces.path(), &plan, steps, "f", None).unwrap();
+            of_method(pieces.path(), &plan, steps, "f", None, config.clone()).unwrap();
         }
         assert_eq!(files(whole.path()), files(pieces.path()), "{}", config.to_json());
+    }
+}
+
+/// Encoders of prompts are no part of an adapter's file, but of checkpoints and of what is kept of the best evaluation.
+#[test]
+fn pieces_make_the_whole_through_an_encoder() {
+    let mut projected = PeftConfig::new("PREFIX_TUNING");
+    projected.set("prefix_projection", true);
+    for config in [PeftConfig::new("P_TUNING"), projected] {
+        let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let run = |out: &Path, steps| of_method(out, &plan(), steps, "f", None, config.clone()).unwrap();
+        run(whole.path(), 99);
+        for steps in [1, 4, 2, 99] {
+            run(pieces.path(), steps);
+        }
+        assert_eq!(files(whole.path()), files(pieces.path()), "{}", config.peft_type());
     }
 }
 

@@ -155,6 +155,7 @@ impl LoraAdapter {
             others: vec![],
             base_elements: 0,
             linear_names: BTreeSet::new(),
+            fan_in_fan_out: false,
         };
         let mut result = Ok(());
         model.visit_modules(&mut |mut module| {
@@ -163,7 +164,9 @@ impl LoraAdapter {
             }
         });
         result?;
-        let Attach { layers, embeddings, tokens, others, base_elements, linear_names, .. } = attached;
+        let Attach {
+            layers, embeddings, tokens, others, base_elements, linear_names, fan_in_fan_out, ..
+        } = attached;
         if layers.is_empty() && embeddings.is_empty() {
             if let Some(indices) = config.layers_to_transform.as_ref().filter(|l| !l.is_empty()) {
                 let reason =
@@ -180,7 +183,7 @@ impl LoraAdapter {
             return Err(nothing("trainable_token_indices", name, &paths));
         }
         let unmatched = unmatched.into_iter().map(str::to_string).collect();
-        let mut config = config.clone();
+        let mut config = LoraConfig { fan_in_fan_out, ..config.clone() };
         if config.target_modules == Some(TargetModules::AllLinear) {
             // files name the layers, as PEFT's do: other readers need not know the shorthand
             config.target_modules = Some(TargetModules::List(linear_names.iter().cloned().collect()));
@@ -311,11 +314,17 @@ struct Attach<'a> {
     others: Vec<Param>,
     base_elements: usize,
     linear_names: BTreeSet<String>,
+    fan_in_fan_out: bool,
 }
 
 impl Attach<'_> {
     fn module(&mut self, module: &mut ModuleMut<'_>, heads: &[String]) -> Result<()> {
         if self.targets.saves(module.path()) {
+            if let ModuleMut::Linear(linear) = module
+                && linear.is_transposed_in_files()
+            {
+                return Err(Error::Conv1d { path: linear.path().to_string() });
+            }
             self.others.extend(saved::train_module(module)?);
             return Ok(());
         }
@@ -352,6 +361,7 @@ impl Attach<'_> {
         let (r, scale) = rank_of(self.targets, self.config, linear.path());
         let layer = Arc::new(LoraLayer::new(linear, r, scale, self.config, self.at)?);
         linear.attach(layer.clone());
+        self.fan_in_fan_out |= linear.is_transposed_in_files();
         self.layers.push(layer);
         Ok(())
     }

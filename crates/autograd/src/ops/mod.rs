@@ -15,8 +15,10 @@ mod linear;
 mod lstm;
 mod norm;
 mod rope;
+mod row_loss;
 mod rows;
 mod scale;
+mod segment_mean;
 mod split;
 
 pub use add::add;
@@ -35,8 +37,10 @@ pub use linear::{
 pub use lstm::lstm;
 pub use norm::rms_norm;
 pub use rope::{RopeSpec, rope};
+pub use row_loss::{RowTargets, row_loss};
 pub use rows::select_rows;
 pub use scale::scale;
+pub use segment_mean::segment_mean;
 pub use split::{reshape, split_columns};
 
 use crate::{Error, Result};

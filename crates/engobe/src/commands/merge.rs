@@ -4,6 +4,7 @@ use crate::Usage;
 use crate::args::MergeArgs;
 use crate::beside::Beside;
 use crate::commands::convert;
+use crate::companions;
 use crate::terminal::{Note, Progress, print, print_json};
 use crate::verification::{self, Verdict};
 use crate::workbench::{self, Bench};
@@ -11,13 +12,10 @@ use anyhow::{Context, Result, bail};
 use engobe_adapters::combine::{Combination, CombineOptions, combine};
 use engobe_adapters::merge::{MergeOptions, Merged, merge};
 use engobe_convert::GgufType;
-use engobe_formats::atomic::write_atomic;
 use engobe_formats::checkpoint::Checkpoint;
-use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::storage::StorageType;
 use engobe_models::LoadOptions;
 use serde_json::{Value, json};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Bakes an adapter into its model.
@@ -163,20 +161,6 @@ fn storage(name: &str) -> Result<StorageType> {
     })
 }
 
-/// Makes the directory, or takes an empty one.
-pub(super) fn prepare(out: &Path) -> Result<()> {
-    match fs::read_dir(out) {
-        Ok(mut entries) => match entries.next() {
-            None => Ok(()),
-            Some(_) => bail!("{}: is not empty; choose a new directory for --out", out.display()),
-        },
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            fs::create_dir_all(out).with_context(|| out.display().to_string())
-        }
-        Err(e) => Err(e).with_context(|| out.display().to_string()),
-    }
-}
-
 fn write(
     args: &MergeArgs,
     bench: &mut Bench,
@@ -210,49 +194,19 @@ fn write(
     drop(progress);
     let mut types: Vec<StorageType> = types.into_inner().into_iter().collect();
     types.sort_by_key(|t| t.to_string());
-    copy_companions(bench, model, out, &merged, &types)?;
+    write_companions(bench, model, out, &merged, &types)?;
     Ok((merged, types.iter().map(|t| t.to_string().to_lowercase()).collect()))
 }
 
-/// Files beside the weights that travel with a model.
-pub(super) const COMPANIONS: [&str; 9] = [
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-];
-
 /// Tokenizer and configuration; `config.json` comes last, for without it nothing takes the directory for a model.
-fn copy_companions(
+fn write_companions(
     bench: &Bench,
     model: &Path,
     out: &Path,
     merged: &Merged,
     types: &[StorageType],
 ) -> Result<()> {
-    let mut config = if model.is_dir() {
-        for name in COMPANIONS {
-            let from = model.join(name);
-            if from.exists() {
-                let bytes = fs::read(&from).with_context(|| from.display().to_string())?;
-                write_atomic(&out.join(name), &bytes)?;
-            }
-        }
-        Value::Object(HfConfig::open(model)?.raw().clone())
-    } else {
-        if let Some(tokenizer) = &bench.tokenizer {
-            tokenizer.save(out)?;
-        }
-        let gguf = engobe_formats::gguf::Gguf::open(model)?;
-        let ends = json!({ "eos_token_id": bench.end_ids()? });
-        write_atomic(&out.join("generation_config.json"), &serde_json::to_vec_pretty(&ends)?)?;
-        engobe_models::hf_config_of(&gguf)?
-    };
+    let mut config = companions::write(model, bench.tokenizer.as_ref(), out)?;
     config["tie_word_embeddings"] = json!(merged.tied_head);
     if let Some(config) = config.as_object_mut() {
         // what is written is not quantized any more
@@ -268,5 +222,5 @@ fn copy_companions(
             }
         }
     }
-    Ok(write_atomic(&out.join("config.json"), &serde_json::to_vec_pretty(&config)?)?)
+    companions::write_json(&out.join("config.json"), &config)
 }

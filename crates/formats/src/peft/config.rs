@@ -143,6 +143,8 @@ pub struct LoraConfig {
     pub trainable_token_indices: Option<TokenIndices>,
     /// what is trained of a tied embedding, the head has as well
     pub ensure_weight_tying: bool,
+    /// adapted matrices lie as `[in, out]` in the base's files (GPT-2's `Conv1D`), which PEFT must know to merge
+    pub fan_in_fan_out: bool,
     /// the base model's name or path, as a note
     pub base_model_name_or_path: Option<String>,
     /// kind of task, as a note
@@ -171,22 +173,22 @@ impl Default for LoraConfig {
             loftq_config: None,
             trainable_token_indices: None,
             ensure_weight_tying: false,
+            fan_in_fan_out: false,
             base_model_name_or_path: None,
             task_type: Some("CAUSAL_LM".to_string()),
         }
     }
 }
 
-/// Keys that change nothing that we compute, beside those of every method.
-const NOTES: [&str; 2] = ["megatron_core", "qalora_group_size"];
+/// Keys that users do not set, beside those of every method.
+const NOTES: [&str; 3] = ["fan_in_fan_out", "megatron_core", "qalora_group_size"];
 
 /// Keys of features that engobe does not have. They may only be off.
-const NOT_YET: [&str; 15] = [
+const NOT_YET: [&str; 14] = [
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
     "eva_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
     "lora_ga_config",
@@ -334,6 +336,7 @@ impl LoraConfig {
             loftq_config: loftq(raw)?,
             trainable_token_indices: tokens(raw, "trainable_token_indices")?,
             ensure_weight_tying: raw.flag("ensure_weight_tying")?,
+            fan_in_fan_out: raw.flag("fan_in_fan_out")?,
             base_model_name_or_path: text("base_model_name_or_path"),
             task_type: text("task_type"),
         })
@@ -394,7 +397,6 @@ impl From<&LoraConfig> for PeftConfig {
         for off in ["megatron_config", "target_parameters"] {
             raw.set(off, Value::Null);
         }
-        raw.set("fan_in_fan_out", false);
         let tokens = match &c.trainable_token_indices {
             None => Value::Null,
             Some(TokenIndices::Input(ids)) => json!(ids),
@@ -423,6 +425,7 @@ impl From<&LoraConfig> for PeftConfig {
         raw.set("alpha_pattern", alphas);
         raw.set("base_model_name_or_path", c.base_model_name_or_path.clone());
         raw.set("bias", bias);
+        raw.set("fan_in_fan_out", c.fan_in_fan_out);
         raw.set("exclude_modules", modules_json(&c.exclude_modules));
         raw.set("init_lora_weights", c.init_lora_weights.to_json());
         raw.set("layers_pattern", list_json(&c.layers_pattern));
