@@ -199,8 +199,10 @@ The base is loaded once; methods are attached to it, trained and taken away agai
 rows in the same order for the same number of steps; --only gives one of them settings of its own. Peak memory is the
 base's weights and the most that tensors took beside them.
 
-  engobe compare --model smollm2-135m --methods lora,prefix-tuning,prompt-tuning --data train.jsonl \\
-      --val-data val.jsonl --test-data test.jsonl --max-steps 80 --out compared --only lora.learning_rate=1e-3";
+Examples:
+  engobe compare --model smollm2-135m --methods lora,prefix-tuning --data train.jsonl --out compared
+  engobe compare --model smollm2-135m --methods lora,bottleneck --data train.jsonl --test-data test.jsonl --out c2
+  engobe compare --config compare.toml --methods lora,prompt-tuning --only lora.learning_rate=1e-3 --out c3";
 
 /// `engobe compare`
 #[derive(Debug, Args)]
