@@ -33,7 +33,7 @@ const DATA: &str = "Data";
 const MODEL: &str = "Model and machine";
 
 /// Settings of every run.
-const COMMON: [Key; 46] = [
+const COMMON: [Key; 48] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
     key(
         "dtype",
