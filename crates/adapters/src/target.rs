@@ -68,7 +68,7 @@ impl Matcher {
 }
 
 /// True if `path` is `name`, or ends with it after a dot.
-fn ends_with_module(path: &str, name: &str) -> bool {
+pub(crate) fn ends_with_module(path: &str, name: &str) -> bool {
     path == name || path.strip_suffix(name).is_some_and(|head| head.ends_with('.'))
 }
 

@@ -375,7 +375,21 @@ fn factors_on_rows_and_matrices_side_by_side() {
         let (x, y, g) = (tape.param(&x), tape.param(&y), tape.param(&g));
         let both = ops::concat_columns(tape, &[x.clone(), y, x])?;
         let scaled = ops::scale_rows(tape, &both, &g)?;
-        weigh(tape, &[both, scaled])
+        let flat = ops::flatten(tape, &scaled)?;
+        weigh(tape, &[both, scaled, flat])
+    });
+}
+
+#[test]
+fn columns_looked_up_and_rows_replaced() {
+    let (a, x, by) = (param("a", 130, &[3, 5]), param("x", 131, &[4, 3]), param("by", 132, &[2, 3]));
+    check(&[&a, &x, &by], &|tape| {
+        let (a, x, by) = (tape.param(&a), tape.param(&x), tape.param(&by));
+        let rows = ops::select_columns(tape, &a, Arc::from([4u32, 0, 4, 2]))?;
+        let sum = ops::add(tape, &rows, &x)?;
+        let replaced = ops::replace_rows(tape, &sum, &by, Arc::from([(0u32, 1u32), (3, 1), (2, 0)]))?;
+        let same = ops::replace_rows(tape, &sum, &by, Arc::from([]))?;
+        weigh(tape, &[replaced, same])
     });
 }
 

@@ -33,7 +33,7 @@ const DATA: &str = "Data";
 const MODEL: &str = "Model and machine";
 
 /// Settings of every run.
-const COMMON: [Key; 46] = [
+const COMMON: [Key; 48] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
     key(
         "dtype",
@@ -81,6 +81,13 @@ const COMMON: [Key; 46] = [
     key("adam_beta2", Kind::Number, OPTIMIZER, "second decay rate [0.999]"),
     key("adam_epsilon", Kind::Number, OPTIMIZER, "epsilon [1e-8]"),
     key("momentum", Kind::Number, OPTIMIZER, "momentum of sgd [0]"),
+    key("loraplus_lr_ratio", Kind::Number, OPTIMIZER, "LoRA+: learning rate of B over that of A [1]"),
+    key(
+        "loraplus_lr_embedding",
+        Kind::Number,
+        OPTIMIZER,
+        "LoRA+: learning rate of factors beside embeddings [1e-6]",
+    ),
     key("eval_steps", Kind::Whole, UPKEEP, "evaluate every so many steps; 0: at the end [0]"),
     key("save_steps", Kind::Whole, UPKEEP, "checkpoint every so many steps; 0: at the end [0]"),
     key("save_total_limit", Kind::Whole, UPKEEP, "checkpoints kept [2]"),

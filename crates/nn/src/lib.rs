@@ -25,7 +25,9 @@ pub use encoder::{Encoder, EncoderStack, Pooler};
 pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
 pub use entry::{Entry, InputRows};
 pub use linear::{Linear, LinearAdapter, linear_group};
-pub use modules::{Embedding, LayerNorm, ModuleMut, ModuleTree, Norm, RmsNorm, SiteMut, Weight};
+pub use modules::{
+    Embedding, EmbeddingAdapter, LayerNorm, ModuleMut, ModuleTree, Norm, RmsNorm, SiteMut, Weight,
+};
 pub use prefix::{KeyValueRows, KvPrefix};
 pub use seq2seq::{EncoderStates, Seq2Seq, Seq2SeqCache};
 pub use sub_layer::{Closing, NormAfter, SubLayer, SubLayerAdapter, SubLayerKind};

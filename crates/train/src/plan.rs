@@ -138,6 +138,10 @@ pub struct Optimization {
     pub momentum: f64,
     /// the file of a paged optimizer's moments; without, one in the run's directory
     pub state_file: Option<PathBuf>,
+    /// LoRA+ (Hayou et al. 2024): learning rate of B over that of A
+    pub loraplus_lr_ratio: Option<f64>,
+    /// LoRA+: peak learning rate of factors beside embeddings
+    pub loraplus_lr_embedding: f64,
 }
 
 impl Default for Optimization {
@@ -154,6 +158,8 @@ impl Default for Optimization {
             adam_epsilon: 1e-8,
             momentum: 0.0,
             state_file: None,
+            loraplus_lr_ratio: None,
+            loraplus_lr_embedding: 1e-6,
         }
     }
 }
@@ -253,6 +259,8 @@ impl Plan {
             ("learning_rate", o.learning_rate),
             ("weight_decay", o.weight_decay),
             ("max_grad_norm", o.max_grad_norm),
+            ("loraplus_lr_ratio", o.loraplus_lr_ratio.unwrap_or(1.0)),
+            ("loraplus_lr_embedding", o.loraplus_lr_embedding),
             ("early_stopping_threshold", self.upkeep.early_stopping_threshold),
         ] {
             if !(value.is_finite() && value >= 0.0) {

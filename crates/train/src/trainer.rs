@@ -12,6 +12,7 @@ use crate::scores;
 use crate::step::{self, Differentiate, LossSums};
 use crate::{Error, Result};
 use engobe_adapters::Adapter;
+use engobe_adapters::method::StepTaken;
 use engobe_autograd::{Gradients, Param};
 use engobe_data::{Loader, MicroBatch};
 use engobe_formats::peft::PeftAdapter;
@@ -111,6 +112,7 @@ impl<'a> Trainer<'a> {
             Some(steps) => steps,
             None => ((steps_per_epoch as f64 * plan.schedule.epochs).ceil() as usize).max(1),
         };
+        adapter.begin(total_steps)?;
         Ok(Self {
             model,
             adapter,
@@ -154,7 +156,7 @@ impl<'a> Trainer<'a> {
             );
             return Err(Error::Resume { what });
         }
-        for param in self.adapter.params() {
+        for param in self.adapter.stateful() {
             let value = found.adapter.get(param.name()).ok_or_else(|| Error::Resume {
                 what: format!("{} has no tensor {}", dir.display(), param.name()),
             })?;
@@ -269,7 +271,7 @@ impl<'a> Trainer<'a> {
                 guard.stepped(batch.tokens.len());
             }
         }
-        let loss = sums.mean();
+        let loss = sums.mean() + self.adapter.penalty(&mut grads)?;
         let grad_norm = grads.sum_squares()?.sqrt();
         if !(loss.is_finite() && grad_norm.is_finite()) {
             let rows: Vec<String> =
@@ -284,6 +286,8 @@ impl<'a> Trainer<'a> {
         };
         let lr = learning_rate(o, self.state.step, self.total_steps);
         self.optimizer.step(params, &grads, lr, clip)?;
+        let (step, total) = (self.state.step, self.total_steps);
+        self.adapter.after_step(&StepTaken { step, total, grads: &grads, grad_scale: clip as f32 })?;
         let seconds = started.elapsed().as_secs_f64();
         let state = &mut self.state;
         state.step += 1;

@@ -9,11 +9,24 @@ use std::path::PathBuf;
 #[command(after_help = MERGE_HELP)]
 pub struct MergeArgs {
     /// Hugging Face directory, .gguf file, hub id, or known name
-    #[arg(long, value_name = "MODEL")]
-    pub model: String,
-    /// PEFT directory
-    #[arg(long, value_name = "DIR")]
-    pub adapter: PathBuf,
+    #[arg(long, value_name = "MODEL", required_unless_present = "combine", conflicts_with = "combine")]
+    pub model: Option<String>,
+    /// PEFT directory; with --combine several, each with its weight: DIR=0.7
+    #[arg(long, value_name = "DIR", required = true)]
+    pub adapter: Vec<String>,
+    /// Make one LoRA adapter of several: cat, svd, linear, ties, dare_linear, dare_ties, magnitude_prune,
+    /// or one of the last four with _svd
+    #[arg(long, value_name = "HOW")]
+    pub combine: Option<String>,
+    /// With --combine: share of elements that ties, dare and magnitude_prune keep
+    #[arg(long, value_name = "SHARE", requires = "combine")]
+    pub density: Option<f32>,
+    /// With --combine: rank of what svd gives [the largest of the adapters]
+    #[arg(long, value_name = "R", requires = "combine")]
+    pub svd_rank: Option<usize>,
+    /// With --combine: seed of what dare drops
+    #[arg(long, value_name = "N", requires = "combine", default_value_t = 42)]
+    pub seed: u64,
     /// Directory to write, or a file that ends in .gguf; must not exist, or be empty
     #[arg(long, value_name = "PATH")]
     pub out: PathBuf,
@@ -36,6 +49,7 @@ Examples:
   engobe merge --model smollm2-135m --adapter my-adapter --out merged --dtype bf16
   engobe merge --model smollm2-135m --adapter my-adapter --out merged.gguf
   engobe merge --model ./Llama-3.2-1B --adapter my-adapter --out m.gguf --type q4_k --verify-data rows.jsonl
+  engobe merge --adapter ./a=0.7 --adapter ./b=0.3 --combine linear --out combined
 
 Where weights are quantized, rounding the sum of weight and adapter can lose what was learned.
 So the merged model is run beside base + adapter: mean KL divergence a token, perplexity and
