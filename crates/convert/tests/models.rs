@@ -9,9 +9,10 @@ use engobe_convert::model::{ModelSource, WrittenModel, write_model};
 use engobe_data::TextTokenizer;
 use engobe_formats::gguf::{Gguf, GgufValue};
 use engobe_kernels::storage::StorageType;
-use engobe_testkit::{assert_close, cases, golden};
+use engobe_testkit::models::load;
+use engobe_testkit::{assert_close, base_of, cases, doubles, golden};
 use std::path::{Path, PathBuf};
-use support::{base_of, doubles, load, logits, logits_of};
+use support::{logits, logits_of};
 
 fn write(
     base: &Path,

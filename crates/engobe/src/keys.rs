@@ -33,7 +33,7 @@ const DATA: &str = "Data";
 const MODEL: &str = "Model and machine";
 
 /// Settings of every run.
-const COMMON: [Key; 44] = [
+const COMMON: [Key; 48] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
     key(
         "dtype",
@@ -47,12 +47,8 @@ const COMMON: [Key; 44] = [
     key("quant_block_size", Kind::Whole, MODEL, "elements in a 4-bit block: 32 to 4096, a power of two [64]"),
     key("device", Kind::Text, MODEL, "cpu, cuda[:N] or metal [cpu]"),
     key("threads", Kind::Whole, MODEL, "threads [all cores]"),
-    key(
-        "data",
-        Kind::Names,
-        DATA,
-        "training rows: JSONL, JSON, CSV or Parquet; several with commas or by repeating",
-    ),
+    key("task", Kind::Text, DATA, "causal-lm, seq-cls, token-cls, regression [by model and rows]"),
+    key("data", Kind::Names, DATA, "training rows: JSONL, JSON, CSV, TSV, Parquet; several by commas"),
     key("val_data", Kind::Names, DATA, "validation rows"),
     key("val_split", Kind::Number, DATA, "share of the training rows to validate on [0]"),
     key("train_on", Kind::Text, DATA, "labels: completions, all, last [completions]"),
@@ -85,6 +81,13 @@ const COMMON: [Key; 44] = [
     key("adam_beta2", Kind::Number, OPTIMIZER, "second decay rate [0.999]"),
     key("adam_epsilon", Kind::Number, OPTIMIZER, "epsilon [1e-8]"),
     key("momentum", Kind::Number, OPTIMIZER, "momentum of sgd [0]"),
+    key("loraplus_lr_ratio", Kind::Number, OPTIMIZER, "LoRA+: learning rate of B over that of A [1]"),
+    key(
+        "loraplus_lr_embedding",
+        Kind::Number,
+        OPTIMIZER,
+        "LoRA+: learning rate of factors beside embeddings [1e-6]",
+    ),
     key("eval_steps", Kind::Whole, UPKEEP, "evaluate every so many steps; 0: at the end [0]"),
     key("save_steps", Kind::Whole, UPKEEP, "checkpoint every so many steps; 0: at the end [0]"),
     key("save_total_limit", Kind::Whole, UPKEEP, "checkpoints kept [2]"),
@@ -94,18 +97,14 @@ const COMMON: [Key; 44] = [
         UPKEEP,
         "stop after so many evaluations without gain; 0: never [0]",
     ),
-    key(
-        "early_stopping_threshold",
-        Kind::Number,
-        UPKEEP,
-        "a loss must fall by more than this to count as better [0]",
-    ),
+    key("early_stopping_threshold", Kind::Number, UPKEEP, "less than this is no gain [0]"),
+    key("metric_for_best_model", Kind::Text, UPKEEP, "what tells the best: accuracy, f1_macro, ... [loss]"),
     key("load_best", Kind::Flag, UPKEEP, "end with the adapter of the best evaluation"),
     key(
         "memory_limit",
         Kind::Text,
         MODEL,
-        "most memory to take (16GB, 12GiB, 8000MB): settings are chosen to fit, and the run keeps to it",
+        "memory to keep to (16GB, 12GiB, 8000MB); settings are chosen to fit",
     ),
     key(
         "activation_checkpointing",

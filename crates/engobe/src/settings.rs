@@ -285,6 +285,7 @@ impl Given {
             "double_quant",
             "quant_block_size",
             "device",
+            "task",
             "data",
             "val_data",
             "val_split",

@@ -25,6 +25,7 @@ pub mod matmul;
 pub mod norm;
 mod qdot;
 pub mod quantize;
+pub mod random;
 pub mod rope;
 pub mod storage;
 mod team;

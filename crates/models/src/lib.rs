@@ -31,6 +31,7 @@ mod rope_settings;
 mod scope;
 mod settings;
 mod stored;
+mod task_heads;
 mod weights;
 
 pub use blank::{TensorUse, scheme_bytes};
@@ -40,6 +41,7 @@ pub use quantize::{QuantizedModel, quantize};
 pub use scope::Naming;
 pub use settings::DecoderSizes;
 pub use stored::Stored;
+pub use task_heads::{HeadKind, load_task_model};
 pub use weights::{WeightDtype, Weights};
 
 use candle_core::Device;

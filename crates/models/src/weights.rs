@@ -141,6 +141,14 @@ impl<'a> Weights<'a> {
         }
     }
 
+    /// The shape of a tensor that is there; nothing is said of those that only will be.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        match self.source {
+            Source::Checkpoint(checkpoint) => checkpoint.get(&self.name(name)).ok().map(|t| t.shape.to_vec()),
+            Source::Blank(..) => None,
+        }
+    }
+
     /// A matrix `[rows, cols]` that stays as precise as it is stored: an embedding, an output head.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
         self.load(name, (rows, cols), None, false, Layout::Rows)

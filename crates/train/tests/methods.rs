@@ -2,12 +2,12 @@
 
 use candle_core::Device;
 use engobe_adapters::{Adapter, Start};
-use engobe_autograd::{Gradients, Tape, Var, host};
+use engobe_autograd::{Gradients, host};
 use engobe_data::{EncodeOptions, Encoder, Loader, LoaderOptions, MicroBatch, PromptStyle, TrainOn, reader};
 use engobe_formats::peft::{PeftAdapter, PeftConfig};
 use engobe_formats::safetensors_file::SafetensorsFile;
-use engobe_models::{LoadOptions, load_causal_lm};
-use engobe_nn::{CausalLm, TokenBatch};
+use engobe_nn::CausalLm;
+use engobe_testkit::models::{self, tiny};
 use engobe_testkit::{assert_close, assert_relative, cases, golden, golden_json};
 use engobe_train::plan::Plan;
 use engobe_train::step::{Differentiate, differentiate};
@@ -34,17 +34,9 @@ const LOGITS: f64 = 2e-5;
 const LOSS: f64 = 2e-5;
 const NORM: f64 = 2e-4;
 
-fn base(name: &str) -> Box<dyn CausalLm> {
-    load_causal_lm(&golden(format!("llama/{name}")), &LoadOptions::default()).unwrap()
-}
-
 /// Logits after the last of `ids`.
 fn logits(model: &dyn CausalLm, ids: &[u32]) -> Vec<f32> {
-    let batch = TokenBatch::packed(ids, std::slice::from_ref(&(0..ids.len())));
-    let mut tape = Tape::inference();
-    let hidden = model.hidden_states(&mut tape, &batch, None).unwrap().into_tensor();
-    let all = model.logits(&mut tape, &Var::constant(hidden)).unwrap();
-    host(&all).unwrap()[(ids.len() - 1) * model.info().vocab_size..].to_vec()
+    models::logits(model, ids).pop().unwrap()
 }
 
 /// The adapter of a case as it is trained: with the encoder that a file of PEFT's leaves out.
@@ -76,7 +68,7 @@ fn curves(dir: &str) -> usize {
     let names = cases(dir);
     for name in names.iter().map(|name| format!("{dir}/{name}")) {
         let expected: Expected = golden_json(format!("{name}/expected.json"));
-        let mut model = base(&expected.base);
+        let mut model = tiny(&expected.base);
         let adapter = to_train(model.as_mut(), &name);
         assert_eq!(adapter.num_parameters(), expected.trainable_parameters, "{name}");
         let what = |when: &str| format!("{name}: logits {when}");
@@ -110,7 +102,7 @@ fn curves(dir: &str) -> usize {
         }
         assert_close(&logits(model.as_ref(), &expected.probe), &expected.logits_after, 1e-4, &what("after"));
         // what was written, without its encoder, says the same
-        let mut again = base(&expected.base);
+        let mut again = tiny(&expected.base);
         Adapter::load(again.as_mut(), out.path(), &Device::Cpu).unwrap();
         assert_eq!(
             logits(again.as_ref(), &expected.probe),
@@ -132,7 +124,8 @@ fn micro_batch(lens: &[usize]) -> MicroBatch {
     let tokens: Vec<u32> = (0..n as u32).map(|i| (i * 7 + 3) % 40).collect();
     let targets: Vec<Option<u32>> = (0..n as u32).map(|i| (i % 3 == 0).then_some((i * 5 + 1) % 40)).collect();
     let label_tokens = targets.iter().flatten().count();
-    MicroBatch { tokens, targets, segments, label_tokens, rows: (0..lens.len()).collect() }
+    let rows = (0..lens.len()).collect();
+    MicroBatch { tokens, targets, segments, label_tokens, rows, ..MicroBatch::default() }
 }
 
 /// The rows of a batch, each by itself.
@@ -145,6 +138,7 @@ fn apart(batch: &MicroBatch) -> Vec<MicroBatch> {
             targets,
             segments: std::iter::once(0..s.len()).collect(),
             rows: vec![row],
+            ..MicroBatch::default()
         }
     };
     batch.segments.iter().enumerate().map(one).collect()
@@ -161,7 +155,7 @@ fn packing_and_checkpointing_change_no_gradient() {
         ("PREFIX_TUNING", true),
         ("BOTTLENECK", false),
     ] {
-        let mut model = base("gqa_tied");
+        let mut model = tiny("gqa_tied");
         let mut config = PeftConfig::new(peft_type);
         if peft_type != "BOTTLENECK" {
             config.set("num_virtual_tokens", 3);

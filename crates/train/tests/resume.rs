@@ -9,6 +9,7 @@ use engobe_train::memory::guard::Guard;
 use engobe_train::memory::resident::resident_bytes;
 use engobe_train::plan::Plan;
 use engobe_train::{Error, Evaluation, Observer, Outcome, StepMetrics, Trainer, checkpoint, metrics};
+use serde_json::json;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -109,6 +110,36 @@ fn pieces_make_the_whole() {
             assert_eq!(outcome.interrupted, outcome.steps < 14);
         }
         assert_eq!(files(whole.path()), files(pieces.path()), "packing {packing}");
+    }
+}
+
+/// What a start takes out of the base is taken out again; importance and what was given up are in checkpoints.
+#[test]
+fn pieces_make_the_whole_with_lora_s_kin() {
+    let all = "all-linear";
+    for (kind, settings) in [
+        ("LORA", json!({ "r": 2, "target_modules": all, "use_dora": true, "init_lora_weights": "pissa" })),
+        ("LORA", json!({ "r": 2, "target_modules": ["embed_tokens", "v_proj"], "lora_bias": false })),
+        ("LORA", json!({ "r": 2, "target_modules": ["v_proj"], "trainable_token_indices": [4, 7] })),
+        ("LORA", json!({ "r": 4, "target_modules": all, "init_lora_weights": "loftq" })),
+        ("ADALORA", json!({ "init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "target_modules": all })),
+        ("IA3", json!({ "target_modules": ["k_proj", "down_proj"] })),
+        ("VERA", json!({ "r": 6, "target_modules": all, "vera_dropout": 0.1 })),
+        ("LN_TUNING", json!({})),
+    ] {
+        let mut config = PeftConfig::new(kind);
+        for (key, value) in settings.as_object().unwrap() {
+            config.set(key, value.clone());
+        }
+        let mut plan = plan();
+        plan.optimization.loraplus_lr_ratio = (kind == "LORA").then_some(4.0);
+        let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        of_method(whole.path(), &plan, 99, "f", None, config.clone()).unwrap();
+        plan.compute.activation_checkpointing = true;
+        for steps in [3, 5, 99] {
+            of_method(pieces.path(), &plan, steps, "f", None, config.clone()).unwrap();
+        }
+        assert_eq!(files(whole.path()), files(pieces.path()), "{}", config.to_json());
     }
 }
 

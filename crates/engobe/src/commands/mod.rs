@@ -3,6 +3,7 @@
 pub mod compare;
 pub mod convert;
 pub mod demo;
+pub mod embed;
 pub mod eval;
 pub mod fetch;
 pub mod generate;

@@ -3,7 +3,7 @@
 mod config;
 mod raw;
 
-pub use config::{BiasMode, InitLoraWeights, LoraConfig, TargetModules};
+pub use config::{BiasMode, InitLoraWeights, LoftqConfig, LoraConfig, TargetModules, TokenIndices, tokens};
 pub use raw::{KnownKeys, PeftConfig, list_json, modules_json, number_json};
 
 use crate::atomic::write_atomic;

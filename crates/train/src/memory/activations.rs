@@ -91,6 +91,11 @@ impl StepSizes {
                 None => trained_head = true,
             }
         }
+        for (path, floats) in &run.adapter.kept {
+            if let Some(block) = block_of(path) {
+                *by_block.entry(block).or_default() += floats;
+            }
+        }
         // a bias or module that is trained in full may lie in any block
         // and what comes before a sequence reaches all of them
         let lowest = match run.adapter.full.is_empty() && run.adapter.other.is_empty() {
