@@ -221,7 +221,7 @@ fn separated(path: &Path, bytes: &[u8], delimiter: u8) -> Result<Vec<RawRow>> {
 
 /// The columns of a file whose first line is a row already.
 fn headerless(first: &csv::StringRecord) -> Option<csv::StringRecord> {
-    let label = first.iter().last()?.trim();
+    let label = first.iter().next_back()?.trim();
     let columns: &[&str] = match first.len() {
         2 => &["text", "label"],
         3 => &["text", "text_pair", "label"],

@@ -38,7 +38,7 @@ impl PairLayout {
         let (plain, ids) = (plain.get_ids(), full.get_ids());
         let n = plain.len();
         let mut found = (0..=ids.len().saturating_sub(n)).filter(|at| ids[*at..].starts_with(plain));
-        let (Some(first), Some(second)) = (found.next(), found.last()) else { return Ok(None) };
+        let (Some(first), Some(second)) = (found.next(), found.next_back()) else { return Ok(None) };
         if n == 0 || second < first + n {
             return Ok(None);
         }
