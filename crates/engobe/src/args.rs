@@ -237,13 +237,8 @@ const PLAN_EXAMPLES: &str = "\
 Takes the flags of train and reads headers alone (config.json, safetensors, GGUF): it answers at
 once, also for a model of which only the config.json is there.
 
-  weights      the base: mapped from its files, or quantized or converted (--quantize, --dtype)
-  adapter      what is trained, in f32: 4 bytes a parameter
-  optimizer    adamw: 8 bytes a parameter; adamw_8bit: 2; paged_*: in a file instead of memory
-  gradients    4 bytes a parameter, as far as they exist when memory is fullest
-  activations  what the forward keeps: grows with --batch-size x --max-seq-len
-               (--activation-checkpointing: one vector a token and block instead of about 20)
-  head         the loss of a block of logits at a time: the logits never exist whole
+It counts weights, adapter, optimizer, gradients, activations and the head's block of logits:
+docs/memory.md says how.
 
 Examples:
   engobe plan --model smollm2-135m
