@@ -80,7 +80,7 @@ pub struct ModelArgs {
     /// PEFT directory, or name=DIR
     #[arg(long, value_name = "[NAME=]DIR")]
     pub adapter: Vec<String>,
-    /// How base weights are kept: stored, f32, bf16, f16 (compute is f32)
+    /// How base weights are kept: stored, f32, bf16, f16 (arithmetic is f32)
     #[arg(long, value_name = "DTYPE", default_value = "stored")]
     pub dtype: String,
     /// Quantize linear layers as they are read: nf4, fp4, int8
@@ -280,6 +280,9 @@ pub struct EvalArgs {
     /// Tokens after which a row is cut
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub max_seq_len: usize,
+    /// Round adapters' factors as training with this --compute-dtype does: f32, bf16, f16
+    #[arg(long, value_name = "DTYPE", default_value = "f32")]
+    pub compute_dtype: String,
     /// Also generate each row's completion greedily and count those that are exactly right
     #[arg(long)]
     pub exact_match: bool,

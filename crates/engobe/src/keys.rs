@@ -49,13 +49,19 @@ const DATA: &str = "Data";
 const MODEL: &str = "Model and machine";
 
 /// All settings.
-pub const KEYS: [Key; 57] = [
+pub const KEYS: [Key; 58] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
     key(
         "dtype",
         Kind::Text,
         MODEL,
-        "how base weights are kept: stored, f32, bf16, f16 (compute is f32) [stored]",
+        "how base weights are kept: stored, f32, bf16, f16 (arithmetic is f32) [stored]",
+    ),
+    key(
+        "compute_dtype",
+        Kind::Text,
+        MODEL,
+        "how activations are kept for the backward: f32, or in half the memory bf16, f16 (arithmetic is f32) [f32]",
     ),
     key(
         "method",

@@ -20,6 +20,7 @@ mod exp;
 mod lanes;
 pub mod mat;
 pub mod matmul;
+pub mod narrow;
 pub mod norm;
 mod qdot;
 pub mod quantize;

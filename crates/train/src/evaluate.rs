@@ -2,6 +2,7 @@
 
 use crate::step::{self, LossSums};
 use crate::{Error, Result};
+use engobe_autograd::Half;
 use engobe_data::MicroBatch;
 use engobe_nn::CausalLm;
 
@@ -18,15 +19,16 @@ pub struct Evaluation {
     pub label_tokens: usize,
 }
 
-/// Evaluates `batches`; `progress` sees the number of batches done.
+/// Evaluates `batches`, with adapters' factors rounded to `half` if they are trained so; `progress` sees the number of batches done.
 pub fn evaluate(
     model: &dyn CausalLm,
     batches: &[MicroBatch],
+    half: Option<Half>,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Evaluation> {
     let mut sums = LossSums::default();
     for (i, batch) in batches.iter().enumerate() {
-        sums.add(step::evaluate(model, batch)?);
+        sums.add(step::evaluate(model, batch, half)?);
         progress(i + 1);
     }
     if sums.label_tokens == 0 {

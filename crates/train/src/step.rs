@@ -2,7 +2,7 @@
 
 use crate::Result;
 use candle_core::Tensor;
-use engobe_autograd::{Gradients, Tape, Watch, ops};
+use engobe_autograd::{Gradients, Half, Tape, Watch, ops};
 use engobe_data::MicroBatch;
 use engobe_nn::{CausalLm, TokenBatch};
 
@@ -40,13 +40,15 @@ pub struct Differentiate {
     pub dropout_seed: u64,
     /// factor on the summed loss before it is differentiated: one over the window's labelled tokens
     pub scale: f32,
+    /// keep the backward's values in 16 bits
+    pub half: Option<Half>,
     /// looks on; may end the pass
     pub watch: Option<Watch>,
 }
 
-/// Loss of a micro-batch without gradients.
-pub fn evaluate(model: &dyn CausalLm, batch: &MicroBatch) -> Result<LossSums> {
-    forward(model, Tape::inference(), batch, None)
+/// Loss of a micro-batch without gradients, with adapters' factors as training with `half` takes them.
+pub fn evaluate(model: &dyn CausalLm, batch: &MicroBatch, half: Option<Half>) -> Result<LossSums> {
+    forward(model, Tape::inference().half(half), batch, None)
 }
 
 /// Loss of a micro-batch; its gradients are added to `grads`.
@@ -56,7 +58,8 @@ pub fn differentiate(
     how: Differentiate,
     grads: &mut Gradients,
 ) -> Result<LossSums> {
-    let tape = Tape::new().checkpointing(how.checkpointing).dropout_seed(how.dropout_seed).watch(how.watch);
+    let tape = Tape::new().checkpointing(how.checkpointing).half(how.half);
+    let tape = tape.dropout_seed(how.dropout_seed).watch(how.watch);
     forward(model, tape, batch, Some((how.scale, grads)))
 }
 

@@ -233,6 +233,7 @@ impl<'a> Trainer<'a> {
                 checkpointing: self.plan.compute.activation_checkpointing,
                 dropout_seed: mix(step_seed, i as u64),
                 scale: 1.0 / label_tokens.max(1) as f32,
+                half: self.plan.compute.compute_dtype.half(),
                 watch: self.guard.as_ref().map(|guard| guard.watch(batch.tokens.len())),
             };
             sums.add(step::differentiate(self.model, batch, how, &mut grads)?);
@@ -283,7 +284,8 @@ impl<'a> Trainer<'a> {
             return Ok(None);
         }
         let upkeep = &self.plan.upkeep;
-        let evaluation = evaluate(self.model, &self.eval, &mut |_| ())?;
+        let evaluation =
+            evaluate(self.model, &self.eval, self.plan.compute.compute_dtype.half(), &mut |_| ())?;
         let best_dir = self.best_dir();
         let state = &mut self.state;
         let threshold = upkeep.early_stopping_threshold;

@@ -1,18 +1,21 @@
 //! `engobe eval`
 
+use crate::Usage;
 use crate::args::EvalArgs;
 use crate::dataset::{self, RowSettings};
 use crate::terminal::{Note, Progress, print, print_json};
 use crate::workbench::{self, Bench};
 use crate::{memory, scoring};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use engobe_data::Prompt;
 use engobe_train::evaluate;
+use engobe_train::plan::ComputeDtype;
 use serde_json::json;
 
 /// Scores a model on rows.
 pub fn run(args: &EvalArgs) -> Result<()> {
     let mut note = Note::new(&args.common);
+    let compute = compute_dtype(&args.compute_dtype)?;
     let mut bench = Bench::open(&args.model, &args.common, &mut note)?;
     workbench::set_chat_template(bench.tokenizer.as_mut(), args.rows.chat_template.as_deref())?;
     let settings = RowSettings {
@@ -24,7 +27,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let rows = dataset::load(&args.rows.data, &encoder, &mut note)?;
     let batches = scoring::eval_batches(&rows.samples);
     let mut progress = Progress::new("batches", batches.len(), 0, &note);
-    let found = evaluate(bench.model.as_ref(), &batches, &mut |done| {
+    let found = evaluate(bench.model.as_ref(), &batches, compute.half(), &mut |done| {
         progress.update(done, || "measuring the loss".to_string())
     })?;
     drop(progress);
@@ -67,4 +70,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         text += &format!("exact match {hits} of {of} ({:.1} %)\n", 100.0 * hits as f64 / of as f64);
     }
     print(&text)
+}
+
+fn compute_dtype(name: &str) -> Result<ComputeDtype> {
+    let value = toml::Value::String(name.to_string());
+    value.try_into().ok().context(Usage(format!("--compute-dtype {name}: expected f32, bf16 or f16")))
 }
