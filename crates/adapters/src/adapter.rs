@@ -310,7 +310,7 @@ impl Attach<'_> {
                 return self.bias(linear, adapted);
             }
             ModuleMut::Embedding(_) => "an embedding",
-            ModuleMut::RmsNorm(_) => "a norm",
+            ModuleMut::RmsNorm(_) | ModuleMut::LayerNorm(_) => "a norm",
         };
         match self.targets.adapts(module.path(), false) {
             true => Err(Error::Unsupported { path: module.path().to_string(), kind }),

@@ -89,7 +89,7 @@ impl LoraLayer {
 }
 
 impl LinearAdapter for LoraLayer {
-    fn extend(&self, tape: &mut Tape<'_>, spec: &mut LinearSpec) {
+    fn extend(&self, tape: &mut Tape<'_>, spec: &mut LinearSpec) -> Result<()> {
         spec.low_rank.push(LowRank {
             a: tape.param(&self.a),
             b: tape.param(&self.b),
@@ -97,6 +97,7 @@ impl LinearAdapter for LoraLayer {
             scale: self.scale,
             dropout: self.dropout,
         });
+        Ok(())
     }
 }
 

@@ -136,7 +136,7 @@ fn unties(model: &mut dyn ModuleTree, heads: &[String]) -> bool {
         changed |= match &module {
             ModuleMut::Linear(linear) => heads.iter().any(|h| h == linear.path()) && !linear.is_plain(),
             ModuleMut::Embedding(embedding) => matches!(embedding.weight(), Weight::Trained(_)),
-            ModuleMut::RmsNorm(_) => false,
+            ModuleMut::RmsNorm(_) | ModuleMut::LayerNorm(_) => false,
         }
     });
     changed
@@ -158,21 +158,33 @@ fn planned(module: &ModuleMut<'_>) -> Vec<Planned> {
             vec![of("weight", vec![rows, cols], matches!(m.weight(), Weight::Trained(_)))]
         }
         ModuleMut::RmsNorm(m) => vec![of("weight", m.weight().dims().to_vec(), m.is_trained())],
+        ModuleMut::LayerNorm(m) => {
+            let mut all = vec![of("weight", m.weight().dims().to_vec(), m.weight_is_trained())];
+            all.extend(m.bias().map(|b| of("bias", b.dims().to_vec(), m.bias_is_trained())));
+            all
+        }
     }
 }
 
 /// A tensor of a module, with the adapter's part in it.
 fn value(module: &ModuleMut<'_>, tensor: &Planned, layers: &[&crate::LoraLayer]) -> Result<Tensor> {
     let value = match module {
-        ModuleMut::Linear(m) if tensor.name.ends_with(".bias") => match m.bias() {
-            Some(bias) => bias.clone(),
-            None => Tensor::zeros(tensor.shape.as_slice(), candle_core::DType::F32, &Device::Cpu)?,
-        },
+        ModuleMut::Linear(m) if tensor.name.ends_with(".bias") => vector(m.bias(), tensor)?,
+        ModuleMut::LayerNorm(m) if tensor.name.ends_with(".bias") => vector(m.bias(), tensor)?,
         ModuleMut::Linear(m) => linear_weight(m, layers)?,
         ModuleMut::Embedding(m) => m.weight().to_tensor()?,
         ModuleMut::RmsNorm(m) => m.weight().clone(),
+        ModuleMut::LayerNorm(m) => m.weight().clone(),
     };
     Ok(value.to_device(&Device::Cpu)?.contiguous()?)
+}
+
+/// A bias; one that is not there adds nothing.
+fn vector(bias: Option<&Tensor>, planned: &Planned) -> Result<Tensor> {
+    match bias {
+        Some(bias) => Ok(bias.clone()),
+        None => Ok(Tensor::zeros(planned.shape.as_slice(), candle_core::DType::F32, &Device::Cpu)?),
+    }
 }
 
 fn linear_weight(linear: &Linear, layers: &[&crate::LoraLayer]) -> Result<Tensor> {

@@ -30,6 +30,17 @@ pub(crate) fn train_module(module: &mut ModuleMut<'_>) -> Result<Vec<Param>> {
             norm.train_weight(weight.clone());
             vec![weight]
         }
+        ModuleMut::LayerNorm(norm) => {
+            let weight = param("weight", norm.weight())?;
+            norm.train_weight(weight.clone());
+            let mut params = vec![weight];
+            if let Some(bias) = norm.bias() {
+                let bias = param("bias", bias)?;
+                norm.train_bias(bias.clone());
+                params.push(bias);
+            }
+            params
+        }
     })
 }
 

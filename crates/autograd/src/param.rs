@@ -18,6 +18,7 @@ pub struct Param {
     id: ParamId,
     name: Arc<str>,
     tensor: Tensor,
+    version: Arc<AtomicU64>,
 }
 
 impl fmt::Debug for Param {
@@ -31,7 +32,12 @@ impl Param {
     pub fn new(name: impl Into<Arc<str>>, tensor: &Tensor) -> Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = ParamId(NEXT.fetch_add(1, Ordering::Relaxed));
-        Ok(Self { id, name: name.into(), tensor: tensor.contiguous()?.copy()?.detach() })
+        Ok(Self {
+            id,
+            name: name.into(),
+            tensor: tensor.contiguous()?.copy()?.detach(),
+            version: Arc::default(),
+        })
     }
 
     /// Identity.
@@ -47,6 +53,11 @@ impl Param {
     /// The current value.
     pub fn tensor(&self) -> &Tensor {
         &self.tensor
+    }
+
+    /// Counts the changes of the value: what was worked out from it holds as long as this stays.
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
     }
 
     /// Number of elements.
@@ -74,12 +85,15 @@ impl Param {
         }
         let value = value.contiguous()?;
         self.tensor.slice_set(&value, 0, 0)?;
+        self.version.fetch_add(1, Ordering::AcqRel);
         Ok(())
     }
 
     /// Runs `f` on the elements of a CPU parameter, in place.
     pub fn update_host<R>(&self, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
-        update(&self.tensor, f)
+        let done = update(&self.tensor, f);
+        self.version.fetch_add(1, Ordering::AcqRel);
+        done
     }
 }
 

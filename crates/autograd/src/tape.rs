@@ -1,9 +1,9 @@
 //! [`Tape`] and the walk back.
 
+use crate::Result;
 use crate::host::narrowed;
 use crate::param::{Gradients, Param, ParamId};
 use crate::var::{Kept, Var};
-use crate::Result;
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 use engobe_kernels::matmul::Activations;
 use engobe_kernels::narrow::Half;

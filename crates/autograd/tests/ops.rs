@@ -6,7 +6,7 @@
 //! gradients' scale, hence the tolerance of 1e-2 of the largest gradient.
 
 use candle_core::{Device, Tensor};
-use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, RopeSpec};
+use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, OutputScale, RopeSpec};
 use engobe_autograd::{Error, FrozenWeight, Gradients, Half, Param, Result, Tape, Var};
 use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::{AttentionShape, Segment};
@@ -159,6 +159,17 @@ fn rms_norm() {
 }
 
 #[test]
+fn layer_norm() {
+    let (x, w, b) = (param("x", 3, &[3, 8]), param("w", 4, &[8]), param("b", 5, &[8]));
+    check(&[&x, &w, &b], &|tape| {
+        let (x, w, b) = (tape.param(&x), tape.param(&w), tape.param(&b));
+        let y = ops::layer_norm(tape, &x, &w, Some(&b), 1e-5)?;
+        let plain = ops::layer_norm(tape, &x, &w, None, 1e-5)?;
+        weigh(tape, &[y, plain])
+    });
+}
+
+#[test]
 fn activations_alone_and_gated() {
     let (g, u) = (param("gate", 5, &[3, 5]), param("up", 6, &[3, 5]));
     for f in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Tanh] {
@@ -214,9 +225,29 @@ fn embedding_trained_and_frozen() {
 }
 
 #[test]
+fn split_columns_and_reshape() {
+    for groups in [1, 2] {
+        let x = param("x", 6, &[3, 10]);
+        check(&[&x], &|tape| {
+            let x = tape.param(&x);
+            let [a, b] = ops::split_columns(tape, &x, groups, [10 / groups - 3, 3])?;
+            let b = ops::reshape(tape, &b, (9 * groups, 1))?;
+            weigh(tape, &[a, b])
+        });
+        // an output that nothing reads has no gradient
+        check(&[&x], &|tape| {
+            let x = tape.param(&x);
+            let [_, b] = ops::split_columns(tape, &x, groups, [10 / groups - 3, 3])?;
+            weigh(tape, &[b])
+        });
+    }
+}
+
+#[test]
 fn attention_grouped_packed_causal_and_not() {
-    for causal in [true, false] {
-        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 4, scale: 0.5, causal };
+    let extras = [(None, None), (Some(2), None), (Some(2), Some(0.8))];
+    for (causal, (window, soft_cap)) in [true, false].into_iter().flat_map(|c| extras.map(|e| (c, e))) {
+        let shape = AttentionShape { window, soft_cap, ..AttentionShape::new(4, 2, 4, 0.5, causal) };
         let (q, k, v) = (param("q", 11, &[7, 16]), param("k", 12, &[7, 8]), param("v", 13, &[7, 8]));
         let segment = |r: std::ops::Range<usize>| Segment { q: r.clone(), kv: r };
         let segments: Arc<[Segment]> = Arc::from([segment(0..3), segment(3..4), segment(4..7)]);
@@ -230,7 +261,7 @@ fn attention_grouped_packed_causal_and_not() {
 
 #[test]
 fn attention_over_longer_keys() {
-    let shape = AttentionShape { heads: 2, kv_heads: 1, head_dim: 4, scale: 0.5, causal: true };
+    let shape = AttentionShape::new(2, 1, 4, 0.5, true);
     let (q, k, v) = (param("q", 14, &[2, 8]), param("k", 15, &[5, 4]), param("v", 16, &[5, 4]));
     let segments: Arc<[Segment]> = Arc::from([Segment { q: 0..2, kv: 0..5 }]);
     check(&[&q, &k, &v], &|tape| {
@@ -261,13 +292,9 @@ fn linear_group() {
             let first = low_rank(&a1, &b1, None, tape);
             let second = low_rank(&a2, &b2, Some(&bb), tape);
             let specs = vec![
-                LinearSpec { weight: frozen(28, 5, 6), bias: None, low_rank: vec![first] },
-                LinearSpec { weight: frozen(29, 3, 6), bias: None, low_rank: vec![second] },
-                LinearSpec {
-                    weight: Matrix::Trained(tape.param(&w)),
-                    bias: Some(tape.param(&bias)),
-                    low_rank: vec![],
-                },
+                LinearSpec::new(frozen(28, 5, 6), None, vec![first]),
+                LinearSpec::new(frozen(29, 3, 6), None, vec![second]),
+                LinearSpec::new(Matrix::Trained(tape.param(&w)), Some(tape.param(&bias)), vec![]),
             ];
             let ys = ops::linear_group(tape, &x, specs)?;
             weigh(tape, &ys)
@@ -286,14 +313,74 @@ fn linear_residual_behind_recomputed_inputs() {
         let (g, u, w, r) = (tape.param(&g), tape.param(&u), tape.param(&w), tape.param(&r));
         let low_rank =
             LowRank { a: tape.param(&a), b: tape.param(&b), b_bias: None, scale: 0.5, dropout: 0.0 };
-        let spec =
-            LinearSpec { weight: frozen(45, 4, 6), bias: Some(tape.param(&bias)), low_rank: vec![low_rank] };
+        let spec = LinearSpec::new(frozen(45, 4, 6), Some(tape.param(&bias)), vec![low_rank]);
         let gated = ops::gated(tape, Activation::Silu, &g, &u)?;
         let first = ops::linear_residual(tape, &gated, spec.clone(), &r)?;
         let normed = ops::rms_norm(tape, &g, &w, 1e-5)?;
         let second = ops::linear_residual(tape, &normed, spec, &first)?;
         weigh(tape, &[second])
     });
+}
+
+/// Factors on inputs and outputs, beside layers without any, and at the end of a sub-layer.
+#[test]
+fn linear_with_factors() {
+    for (dropout, covers_bias) in [(0.0, false), (0.3, true)] {
+        let (x, g, l) = (param("x", 100, &[5, 6]), param("g", 101, &[4]), param("l", 102, &[6]));
+        let (a, b, bias) = (param("a", 103, &[2, 6]), param("b", 104, &[4, 2]), param("bias", 105, &[4]));
+        let (gate, r) = (param("gate", 106, &[5, 6]), param("residual", 107, &[5, 4]));
+        check(&[&x, &g, &l, &a, &b, &bias, &gate, &r], &|tape| {
+            let (x, gate, r) = (tape.param(&x), tape.param(&gate), tape.param(&r));
+            let spec = |tape: &mut Tape<'_>, seed: u64| {
+                let (a, b) = (tape.param(&a), tape.param(&b));
+                let low_rank = LowRank { a, b, b_bias: None, scale: 0.5, dropout };
+                LinearSpec::new(frozen(seed, 4, 6), Some(tape.param(&bias)), vec![low_rank])
+            };
+            let mut out = spec(tape, 110);
+            out.output_scale = Some(OutputScale { gain: tape.param(&g), covers_bias });
+            let mut input = spec(tape, 111);
+            let factors = tape.param(&l);
+            input.scale_input(tape, factors.clone())?;
+            let mut both = LinearSpec { output_scale: out.output_scale.clone(), ..input.clone() };
+            both.scale_input(tape, factors)?;
+            let plain = spec(tape, 112);
+            let mut ys = ops::linear_group(tape, &x, vec![out.clone(), plain, input.clone(), both.clone()])?;
+            // behind an input that is made again in the backward
+            let gated = ops::gated(tape, Activation::Silu, &gate, &x)?;
+            for spec in [out, input] {
+                ys.push(ops::linear_residual(tape, &gated, spec, &r)?);
+            }
+            ys.push(ops::linear_residual_last(tape, &gated, both, &r)?);
+            weigh(tape, &ys)
+        });
+    }
+}
+
+#[test]
+fn factors_on_rows_and_matrices_side_by_side() {
+    let (x, y, g) = (param("x", 113, &[3, 4]), param("y", 114, &[3, 2]), param("g", 115, &[3, 1]));
+    check(&[&x, &y, &g], &|tape| {
+        let (x, y, g) = (tape.param(&x), tape.param(&y), tape.param(&g));
+        let both = ops::concat_columns(tape, &[x.clone(), y, x])?;
+        let scaled = ops::scale_rows(tape, &both, &g)?;
+        weigh(tape, &[both, scaled])
+    });
+}
+
+/// On a tape for generation, factors give what they give in evaluation.
+#[test]
+fn generation_has_the_factors_too() {
+    let x = Var::constant(tensor(120, &[2, 6]));
+    let out = |mut tape: Tape<'_>| {
+        let mut spec = LinearSpec::new(frozen(121, 4, 6), Some(Var::constant(tensor(122, &[4]))), vec![]);
+        spec.input_scale = Some(Var::constant(tensor(123, &[6])));
+        let gain = Var::constant(tensor(124, &[4]));
+        spec.output_scale = Some(OutputScale { gain, covers_bias: false });
+        let residual = Var::constant(tensor(125, &[2, 4]));
+        values(ops::linear_residual(&mut tape, &x, spec, &residual).unwrap().tensor())
+    };
+    let exact = engobe_autograd::Activations::Exact;
+    close(&out(Tape::generation(exact)), &out(Tape::inference()), 1e-6, "generation");
 }
 
 /// The last product of a block is left out when the block runs again; gradients are the same bits.
@@ -309,7 +396,7 @@ fn a_block_may_leave_out_its_output() {
             .block(&[start], move |tape, xs| {
                 let low_rank =
                     LowRank { a: tape.param(a), b: tape.param(b), b_bias: None, scale: 0.5, dropout: 0.0 };
-                let spec = LinearSpec { weight: weight.clone(), bias: None, low_rank: vec![low_rank] };
+                let spec = LinearSpec::new(weight.clone(), None, vec![low_rank]);
                 let y = ops::linear_residual(tape, &xs[0], spec.clone(), &xs[0])?;
                 let z = ops::linear_residual_last(tape, &y, spec, &y)?;
                 let all_zero = values(z.tensor()).iter().all(|v| *v == 0.0);
@@ -341,11 +428,13 @@ fn linear_group_with_an_unused_output() {
 #[test]
 fn head_loss_frozen() {
     let h = param("hidden", 40, &[4, 6]);
-    check(&[&h], &|tape| {
-        let h = tape.param(&h);
-        let head = Head { weight: frozen(41, 9, 6), bias: None, low_rank: None };
-        Ok(ops::head_loss(tape, &h, head, Arc::from([0u32, 8, 3, 3]))?.loss)
-    });
+    for soft_cap in [None, Some(1.2)] {
+        check(&[&h], &|tape| {
+            let h = tape.param(&h);
+            let head = Head { weight: frozen(41, 9, 6), bias: None, low_rank: None, soft_cap };
+            Ok(ops::head_loss(tape, &h, head, Arc::from([0u32, 8, 3, 3]))?.loss)
+        });
+    }
 }
 
 #[test]
@@ -353,15 +442,18 @@ fn head_loss_trained_with_delta() {
     let h = param("hidden", 50, &[4, 6]);
     let (w, bias) = (param("w", 51, &[9, 6]), param("bias", 52, &[9]));
     let (u, b) = (param("u", 53, &[4, 2]), param("b", 54, &[9, 2]));
-    check(&[&h, &w, &bias, &u, &b], &|tape| {
-        let h = tape.param(&h);
-        let head = Head {
-            weight: Matrix::Trained(tape.param(&w)),
-            bias: Some(tape.param(&bias)),
-            low_rank: Some((tape.param(&u), tape.param(&b))),
-        };
-        Ok(ops::head_loss(tape, &h, head, Arc::from([0u32, 8, 3, 3]))?.loss)
-    });
+    for soft_cap in [None, Some(1.2)] {
+        check(&[&h, &w, &bias, &u, &b], &|tape| {
+            let h = tape.param(&h);
+            let head = Head {
+                weight: Matrix::Trained(tape.param(&w)),
+                bias: Some(tape.param(&bias)),
+                low_rank: Some((tape.param(&u), tape.param(&b))),
+                soft_cap,
+            };
+            Ok(ops::head_loss(tape, &h, head, Arc::from([0u32, 8, 3, 3]))?.loss)
+        });
+    }
 }
 
 fn quantized(scheme: Scheme, seed: u64, rows: usize, cols: usize) -> FrozenWeight {
@@ -392,9 +484,9 @@ fn quantized_weights_in_every_place() {
             let x = ops::add(tape, &x, &rows)?;
             let low_rank =
                 LowRank { a: tape.param(&a), b: tape.param(&b), b_bias: None, scale: 0.1, dropout: 0.0 };
-            let spec = LinearSpec { weight: Matrix::Frozen(w.clone()), bias: None, low_rank: vec![low_rank] };
+            let spec = LinearSpec::new(Matrix::Frozen(w.clone()), None, vec![low_rank]);
             let y = ops::linear(tape, &x, spec)?;
-            let head = Head { weight: head.clone(), bias: None, low_rank: None };
+            let head = Head { weight: head.clone(), bias: None, low_rank: None, soft_cap: None };
             Ok(ops::head_loss(tape, &y, head, ids)?.loss)
         });
     }
@@ -513,9 +605,9 @@ fn shapes_that_do_not_fit_are_errors() {
     assert!(ops::select_rows(&mut tape, &x, Arc::from([1u32, 0])).is_err());
     assert!(ops::select_rows(&mut tape, &x, Arc::from([2u32])).is_err());
     assert!(ops::embedding(&mut tape, &frozen(83, 3, 4), Arc::from([3u32]), &Device::Cpu).is_err());
-    let shape = AttentionShape { heads: 2, kv_heads: 2, head_dim: 2, scale: 1.0, causal: true };
+    let shape = AttentionShape::new(2, 2, 2, 1.0, true);
     let segments: Arc<[Segment]> = Arc::from([Segment { q: 0..1, kv: 0..2 }]);
     assert!(ops::attention(&mut tape, &x, &x, &x, shape, segments).is_err());
-    let head = Head { weight: frozen(84, 3, 4), bias: None, low_rank: None };
+    let head = Head { weight: frozen(84, 3, 4), bias: None, low_rank: None, soft_cap: None };
     assert!(ops::head_loss(&mut tape, &x, head, Arc::from([0u32, 3])).is_err());
 }

@@ -224,6 +224,7 @@ pub fn base_parameters(model: &mut dyn CausalLm) -> usize {
             }
             ModuleMut::Embedding(m) => m.weight().dims().0 * m.weight().dims().1,
             ModuleMut::RmsNorm(m) => m.weight().elem_count(),
+            ModuleMut::LayerNorm(m) => m.weight().elem_count() + m.bias().map_or(0, |b| b.elem_count()),
         }
     });
     let shared = if tied { model.info().vocab_size * model.info().hidden_size } else { 0 };

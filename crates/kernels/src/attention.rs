@@ -7,13 +7,21 @@
 //! dV = Pᵀ·dO    dP = dO·Vᵀ    dS = s·P ⊙ (dP - D)    dQ = dS·K    dK = dSᵀ·Q
 //! ```
 //!
+//! With a soft cap c (Gemma 2), c·tanh(S/c) takes the place of S, and dS is multiplied by that function's slope,
+//! 1 - tanh²(S/c) = 1 - (capped/c)².
+//!
 //! P is computed again in the backward (Dao et al. 2022). Keys and values are packed once for all the query heads of
-//! their group, as the products' inner loops read them. Queries go through in blocks of 48 rows; a causal
-//! block meets only the keys that its last row sees, so that blocks above the diagonal cost nothing.
+//! their group, as the products' inner loops read them. Queries go through in blocks of 48 rows; a block meets only
+//! the keys from the first that its first row sees to the last that its last row does (from a whole panel on), so that
+//! what lies above the diagonal or outside the window costs nothing.
 //!
 //! A task is a part of the queries of one head of one segment. The parts hold about equally many scores, and how
 //! many there are depends on the segment's length alone. In the backward each part sums its own dK and dV; they are
 //! added up over parts and the heads of a group in a fixed order, so results do not depend on the number of threads.
+
+mod shape;
+
+pub use shape::{AttentionShape, Segment};
 
 use crate::exp;
 use crate::mat::MatRef;
@@ -24,31 +32,6 @@ use rayon::prelude::*;
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
-
-/// Sizes and rules of an attention layer.
-#[derive(Clone, Copy, Debug)]
-pub struct AttentionShape {
-    /// query heads
-    pub heads: usize,
-    /// key/value heads; divides `heads`
-    pub kv_heads: usize,
-    /// width of a head
-    pub head_dim: usize,
-    /// factor on the scores
-    pub scale: f32,
-    /// a query sees keys up to its own position only
-    pub causal: bool,
-}
-
-/// One row of the batch: its queries, and the keys that they may see. With causal attention the last query
-/// sits at the last key.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// rows of q
-    pub q: Range<usize>,
-    /// rows of k and v
-    pub kv: Range<usize>,
-}
 
 /// Queries that go through together: a multiple of a tile's height. Half a block of scores a row is wasted above
 /// the diagonal; shorter blocks would read and write dK and dV more often.
@@ -61,7 +44,7 @@ const SUM_ROWS: usize = 64;
 
 thread_local! {
     /// Scores, their gradients, and packed queries, kept between calls.
-    static SCRATCH: Cell<[Vec<f32>; 4]> = const { Cell::new([Vec::new(), Vec::new(), Vec::new(), Vec::new()]) };
+    static SCRATCH: Cell<[Vec<f32>; 4]> = const { Cell::new([const { Vec::new() }; 4]) };
 }
 
 /// A buffer that tasks write in parts that do not overlap.
@@ -118,6 +101,13 @@ struct Call<'a> {
     queries: usize,
 }
 
+/// What a task adds to the gradients of its head's keys and values: rows from `first` of the segment on.
+struct Share {
+    first: usize,
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
 /// A part of one head's queries.
 struct Task {
     segment: usize,
@@ -159,9 +149,10 @@ impl<'a> Call<'a> {
     fn cuts(&self, s: &Segment) -> Vec<usize> {
         let (n, ahead) = (s.q.len(), s.kv.len() - if self.shape.causal { s.q.len() } else { 0 });
         let parts = (n / PART).clamp(1, MOST_PARTS);
-        let scores = |rows: usize| match self.shape.causal {
-            true => rows * ahead + rows * rows / 2,
-            false => rows * ahead,
+        let scores = |rows: usize| match (self.shape.window, self.shape.causal) {
+            (Some(_), _) => rows,
+            (None, true) => rows * ahead + rows * rows / 2,
+            (None, false) => rows * ahead,
         };
         let mut cuts = vec![0];
         for part in 1..parts {
@@ -201,18 +192,26 @@ impl<'a> Call<'a> {
         &packed[task.segment * self.shape.kv_heads + task.head / self.group()]
     }
 
-    /// Blocks of a task's queries, and how many keys each may see.
-    fn blocks<'t>(&'t self, task: &'t Task) -> impl Iterator<Item = (Range<usize>, usize)> + 't {
-        let (nq, nkv) = (self.segments[task.segment].q.len(), self.segments[task.segment].kv.len());
+    /// Blocks of a task's queries, and the keys that each meets: from a whole panel on.
+    fn blocks<'t>(&'t self, task: &'t Task) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + 't {
         task.rows.clone().step_by(BLOCK).map(move |start| {
             let end = (start + BLOCK).min(task.rows.end);
-            (start..end, if self.shape.causal { nkv - nq + end } else { nkv })
+            let first = self.visible(task, start).start / NR * NR;
+            (start..end, first..self.visible(task, end - 1).end)
         })
     }
 
-    /// How many of the `seen` keys of a block row `row` of it may see.
-    fn visible(&self, block: &Range<usize>, row: usize, seen: usize) -> usize {
-        if self.shape.causal { seen - (block.len() - 1 - row) } else { seen }
+    /// The keys that a row of the task's segment may see.
+    fn visible(&self, task: &Task, row: usize) -> Range<usize> {
+        let s = &self.segments[task.segment];
+        self.shape.visible(s.q.len(), s.kv.len(), row)
+    }
+
+    /// Squashes scores, if they shall be.
+    fn cap(&self, scores: &mut [f32]) {
+        if let Some(cap) = self.shape.soft_cap {
+            exp::soft_cap(scores, cap);
+        }
     }
 
     /// Rows `rows` of the task's head in a buffer like q.
@@ -227,7 +226,7 @@ impl<'a> Call<'a> {
         ((self.segments[task.segment].q.start + row) * heads + task.head) * head_dim
     }
 
-    /// `c[rows, width] = a·b` for packed panels of `b`, over the first `k` rows of b.
+    /// `c[rows, width] = a·b` for packed panels of `b`, over as many rows of b as a has columns, from row `skip` on.
     ///
     /// # Safety
     /// c has `a.rows` rows of `width` elements, `c_row` apart, that nobody else uses.
@@ -236,6 +235,7 @@ impl<'a> Call<'a> {
         a: MatRef,
         panels: &[f32],
         panel_rows: usize,
+        skip: usize,
         width: usize,
         c: *mut f32,
         c_row: usize,
@@ -243,13 +243,13 @@ impl<'a> Call<'a> {
     ) {
         a.check();
         let (panel_len, k) = (panel_rows * NR, a.cols);
-        assert!(k <= panel_rows && panels.len() >= width.div_ceil(NR) * panel_len);
+        assert!(skip + k <= panel_rows && panels.len() >= width.div_ceil(NR) * panel_len);
         for (panel, left) in panels.chunks_exact(panel_len.max(1)).zip((0..width).step_by(NR)) {
             let tile = Tile {
                 a: a.data.as_ptr(),
                 a_row: a.row_stride,
                 a_col: a.col_stride,
-                b: panel.as_ptr(),
+                b: panel[skip * NR..].as_ptr(),
                 b_row: NR,
                 k,
                 c: c.wrapping_add(left),
@@ -268,28 +268,19 @@ impl<'a> Call<'a> {
         let (heads, hd) = (self.shape.heads, self.shape.head_dim);
         let nkv = self.segments[task.segment].kv.len();
         let [mut scores, s1, s2, s3] = SCRATCH.take();
-        for (block, seen) in self.blocks(task) {
-            let n = block.len();
+        for (block, keys) in self.blocks(task) {
+            let (n, seen) = (block.len(), keys.len());
             resize(&mut scores, n * seen);
+            let (q, keys_t) = (self.queries(self.q, task, &block), &packed.keys_t[keys.start * hd..]);
             // SAFETY: the scratch has n rows of `seen` elements.
-            unsafe {
-                self.multiply(
-                    self.queries(self.q, task, &block),
-                    &packed.keys_t,
-                    hd,
-                    seen,
-                    scores.as_mut_ptr(),
-                    seen,
-                    false,
-                )
-            };
+            unsafe { self.multiply(q, keys_t, hd, 0, seen, scores.as_mut_ptr(), seen, false) };
             let mut sums = [0f32; BLOCK];
             for (row, scores) in scores[..n * seen].chunks_exact_mut(seen).enumerate() {
-                let visible = self.visible(&block, row, seen);
+                let scores = self.shown(task, block.start + row, &keys, scores);
+                self.cap(scores);
                 let mut most = f32::NEG_INFINITY;
-                exp::max(&scores[..visible], &mut most);
-                exp::exp_shifted(&mut scores[..visible], most, &mut sums[row]);
-                scores[visible..].fill(0.0);
+                exp::max(scores, &mut most);
+                exp::exp_shifted(scores, most, &mut sums[row]);
                 if let Some(lse) = lse {
                     let at =
                         task.head * self.queries + self.segments[task.segment].q.start + block.start + row;
@@ -300,7 +291,7 @@ impl<'a> Call<'a> {
             let p = MatRef::new(&scores, n, seen);
             let first = out.at(self.index(task, block.start));
             // SAFETY: the block's rows of `out` are this task's alone.
-            unsafe { self.multiply(p, &packed.values, nkv, hd, first, heads * hd, false) };
+            unsafe { self.multiply(p, &packed.values, nkv, keys.start, hd, first, heads * hd, false) };
             for (row, sum) in sums[..n].iter().enumerate() {
                 // SAFETY: as above; each row has `hd` elements.
                 let out = unsafe { std::slice::from_raw_parts_mut(first.wrapping_add(row * heads * hd), hd) };
@@ -311,51 +302,75 @@ impl<'a> Call<'a> {
         SCRATCH.set([scores, s1, s2, s3]);
     }
 
+    /// The scores, of those of a block's `keys`, that a row may see; the others become zeros.
+    fn shown<'s>(
+        &self,
+        task: &Task,
+        row: usize,
+        keys: &Range<usize>,
+        scores: &'s mut [f32],
+    ) -> &'s mut [f32] {
+        let visible = self.visible(task, row);
+        let (start, end) = (visible.start - keys.start, visible.end - keys.start);
+        scores[..start].fill(0.0);
+        scores[end..].fill(0.0);
+        &mut scores[start..end]
+    }
+
     /// dq of a task, into place; its share of dk and dv `[seen, hd]` each.
-    fn backward(&self, task: &Task, packed: &Packed, x: &Given, dq: Shared) -> (Vec<f32>, Vec<f32>) {
+    fn backward(&self, task: &Task, packed: &Packed, x: &Given, dq: Shared) -> Share {
         let (heads, hd, s) = (self.shape.heads, self.shape.head_dim, self.shape.scale);
         let nkv = self.segments[task.segment].kv.len();
-        let most_seen = self.blocks(task).map(|(_, seen)| seen).max().unwrap_or(0);
-        let (mut dk, mut dv) = (vec![0f32; most_seen * hd], vec![0f32; most_seen * hd]);
+        let first = self.blocks(task).map(|(_, keys)| keys.start).min().unwrap_or(0);
+        let last = self.blocks(task).map(|(_, keys)| keys.end).max().unwrap_or(0);
+        let (mut dk, mut dv) = (vec![0f32; (last - first) * hd], vec![0f32; (last - first) * hd]);
+        let mut slopes = Vec::new();
         let [mut p, mut ds, mut q_panels, mut dout_panels] = SCRATCH.take();
         let padded = hd.next_multiple_of(NR);
-        for (block, seen) in self.blocks(task) {
-            let n = block.len();
+        for (block, keys) in self.blocks(task) {
+            let (n, seen) = (block.len(), keys.len());
             let q = self.queries(self.q, task, &block);
             let (dout, out) = (self.queries(x.dout, task, &block), self.queries(x.out, task, &block));
             resize(&mut p, n * seen);
             resize(&mut ds, n * seen);
             // SAFETY: the scratch has n rows of `seen` elements.
             unsafe {
-                self.multiply(q, &packed.keys_t, hd, seen, p.as_mut_ptr(), seen, false);
-                self.multiply(dout, &packed.values_t, hd, seen, ds.as_mut_ptr(), seen, false);
+                let from = keys.start * hd;
+                self.multiply(q, &packed.keys_t[from..], hd, 0, seen, p.as_mut_ptr(), seen, false);
+                self.multiply(dout, &packed.values_t[from..], hd, 0, seen, ds.as_mut_ptr(), seen, false);
             }
             let rows = p[..n * seen].chunks_exact_mut(seen).zip(ds[..n * seen].chunks_exact_mut(seen));
             for (row, (p, ds)) in rows.enumerate() {
-                let visible = self.visible(&block, row, seen);
+                let p = self.shown(task, block.start + row, &keys, p);
+                let ds = self.shown(task, block.start + row, &keys, ds);
                 let lse =
                     x.lse[task.head * self.queries + self.segments[task.segment].q.start + block.start + row];
                 let at = row * out.row_stride;
                 let d = dot(&out.data[at..at + hd], &dout.data[at..at + hd]);
-                exp::probabilities_and_gradient(&mut p[..visible], &mut ds[..visible], lse, d, s);
-                p[visible..].fill(0.0);
-                ds[visible..].fill(0.0);
+                self.cap(p);
+                if let Some(cap) = self.shape.soft_cap {
+                    slopes.clear();
+                    slopes.extend(p.iter().map(|p| 1.0 - (p / cap) * (p / cap)));
+                }
+                exp::probabilities_and_gradient(p, ds, lse, d, s);
+                ds.iter_mut().zip(&slopes).for_each(|(ds, slope)| *ds *= slope);
             }
             let (p, ds) = (MatRef::new(&p, n, seen), MatRef::new(&ds, n, seen));
             for (m, panels) in [(q, &mut q_panels), (dout, &mut dout_panels)] {
                 resize(panels, n * padded);
                 pack::pack(self.isa, &Right::Dense(m), 1.0, 0..n, 0..hd, &mut panels[..n * padded], &mut []);
             }
-            // SAFETY: the block's rows of dq are this task's alone; dk and dv have `seen` rows.
+            let at = (keys.start - first) * hd;
+            // SAFETY: the block's rows of dq are this task's alone; dk and dv have `seen` rows from there on.
             unsafe {
                 let dq = dq.at(self.index(task, block.start));
-                self.multiply(ds, &packed.keys, nkv, hd, dq, heads * hd, false);
-                self.multiply(ds.t(), &q_panels, n, hd, dk.as_mut_ptr(), hd, true);
-                self.multiply(p.t(), &dout_panels, n, hd, dv.as_mut_ptr(), hd, true);
+                self.multiply(ds, &packed.keys, nkv, keys.start, hd, dq, heads * hd, false);
+                self.multiply(ds.t(), &q_panels, n, 0, hd, dk[at..].as_mut_ptr(), hd, true);
+                self.multiply(p.t(), &dout_panels, n, 0, hd, dv[at..].as_mut_ptr(), hd, true);
             }
         }
         SCRATCH.set([p, ds, q_panels, dout_panels]);
-        (dk, dv)
+        Share { first, dk, dv }
     }
 }
 
@@ -424,7 +439,7 @@ pub fn attention_backward(
     let packed = call.packed(true);
     let tasks = call.tasks();
     let (given, dq) = (Given { out, lse, dout }, Shared::new(dq));
-    let parts: Vec<_> =
+    let parts: Vec<Share> =
         tasks.par_iter().with_max_len(1).map(|t| call.backward(t, call.of(&packed, t), &given, dq)).collect();
     dk.fill(0.0);
     dv.fill(0.0);
@@ -435,11 +450,11 @@ pub fn attention_backward(
     (0..shape.kv_heads * rows.div_ceil(SUM_ROWS)).into_par_iter().for_each(|i| {
         let (kv_head, start) = (i % shape.kv_heads, i / shape.kv_heads * SUM_ROWS);
         let range = start..rows.min(start + SUM_ROWS);
-        for (task, (dk_part, dv_part)) in tasks.iter().zip(&parts) {
+        for (task, part) in tasks.iter().zip(&parts) {
             if task.head / call.group() == kv_head {
-                let first = segments[task.segment].kv.start;
-                add_rows(dk_part, first, &range, kv_head, shape, dk);
-                add_rows(dv_part, first, &range, kv_head, shape, dv);
+                let first = segments[task.segment].kv.start + part.first;
+                add_rows(&part.dk, first, &range, kv_head, shape, dk);
+                add_rows(&part.dv, first, &range, kv_head, shape, dv);
             }
         }
     });

@@ -7,6 +7,8 @@
 //! s_j = scale·q·k_j        o = Σ_j e^{s_j}·v_j / Σ_j e^{s_j}
 //! ```
 //!
+//! (with a soft cap c, s_j = c·tanh(scale·q·k_j / c); with a window, only its keys are read).
+//!
 //! Keys are taken in blocks of 256. A block b gives its largest score m_b, its sum l_b = Σ e^{s_j - m_b} and
 //! a_b = Σ e^{s_j - m_b}·v_j; with M the largest m_b, o = Σ_b e^{m_b - M}·a_b / Σ_b e^{m_b - M}·l_b (Dao et al.
 //! 2023, "Flash-Decoding"). The blocks are fixed, so results do not depend on the number of threads.
@@ -77,6 +79,11 @@ fn attend_on(
     let AttentionShape { heads, kv_heads, head_dim: hd, .. } = *shape;
     assert!(out.len() == q.len() && v.len() == k.len());
     assert!(segments.iter().all(|s| s.q.len() == 1 && !s.kv.is_empty()), "one query and some keys a segment");
+    let in_window = |s: &Segment| {
+        let seen = shape.visible(1, s.kv.len(), 0);
+        Segment { q: s.q.clone(), kv: s.kv.start + seen.start..s.kv.start + seen.end }
+    };
+    let segments: Vec<Segment> = segments.iter().map(in_window).collect();
     assert!(segments.iter().all(|s| s.kv.end * kv_heads * hd <= k.len()), "segments outside the keys");
     let mut tasks = Vec::new();
     for (segment, s) in segments.iter().enumerate() {
@@ -107,11 +114,11 @@ fn attend_on(
             unsafe {
                 match (k, v) {
                     (Cached::F32(k), Cached::F32(v)) => {
-                        block_f32(backend, q, hd, shape.scale, &rows(k), &rows(v), into);
+                        block_f32(backend, q, shape, &rows(k), &rows(v), into);
                     }
                     (Cached::F16(k), Cached::F16(v)) => {
                         let rows = |data| Rows { data, from, n: to - from, width, at: kv_head * hd };
-                        block_f16(backend, q, hd, shape.scale, &rows(k), &rows(v), into);
+                        block_f16(backend, q, shape, &rows(k), &rows(v), into);
                     }
                     _ => panic!("keys and values of two kinds"),
                 }
@@ -119,7 +126,7 @@ fn attend_on(
         }
     });
     let mut parts = partial.chunks_exact(each);
-    for s in segments {
+    for s in &segments {
         let blocks = s.kv.len().div_ceil(KEYS);
         for kv_head in 0..kv_heads {
             let parts: Vec<&[f32]> = parts.by_ref().take(blocks).collect();
@@ -192,8 +199,7 @@ by_backend!(
     /// `k` and `v` lie in their buffers, with 1 to [`KEYS`] rows.
     unsafe fn block_f32(
         q: &[f32],
-        hd: usize,
-        scale: f32,
+        shape: &AttentionShape,
         k: &Rows<'_, f32>,
         v: &Rows<'_, f32>,
         into: &mut [f32],
@@ -206,8 +212,7 @@ by_backend!(
     /// As there.
     unsafe fn block_f16(
         q: &[f32],
-        hd: usize,
-        scale: f32,
+        shape: &AttentionShape,
         k: &Rows<'_, f16>,
         v: &Rows<'_, f16>,
         into: &mut [f32],
@@ -219,20 +224,20 @@ by_backend!(
 #[inline(always)]
 unsafe fn block<L: Lanes, E: Element>(
     q: &[f32],
-    hd: usize,
-    scale: f32,
+    shape: &AttentionShape,
     k: &Rows<'_, E>,
     v: &Rows<'_, E>,
     into: &mut [f32],
 ) {
+    let hd = shape.head_dim;
     // two heads share what they read
     for (q, into) in q.chunks(2 * hd).zip(into.chunks_mut(2 * (hd + 2))) {
         let mut scores = [[0f32; KEYS]; 2];
         // SAFETY: passed on.
         unsafe {
             match q.len() / hd {
-                1 => heads::<L, E, 1>([q], hd, scale, k, v, &mut scores, into),
-                _ => heads::<L, E, 2>([&q[..hd], &q[hd..]], hd, scale, k, v, &mut scores, into),
+                1 => heads::<L, E, 1>([q], shape, k, v, &mut scores, into),
+                _ => heads::<L, E, 2>([&q[..hd], &q[hd..]], shape, k, v, &mut scores, into),
             }
         }
     }
@@ -262,13 +267,13 @@ macro_rules! by_columns {
 #[inline(always)]
 unsafe fn heads<L: Lanes, E: Element, const G: usize>(
     q: [&[f32]; G],
-    hd: usize,
-    scale: f32,
+    shape: &AttentionShape,
     k: &Rows<'_, E>,
     v: &Rows<'_, E>,
     scores: &mut [[f32; KEYS]; 2],
     into: &mut [f32],
 ) {
+    let hd = shape.head_dim;
     // SAFETY: passed on.
     let rest = unsafe { by_columns!(hd, add_scores::<L, E, G>(&q, k, scores)) };
     for (q, scores) in q.iter().zip(scores.iter_mut()) {
@@ -276,7 +281,10 @@ unsafe fn heads<L: Lanes, E: Element, const G: usize>(
         for (j, score) in scores.iter_mut().enumerate() {
             let key = &k.row(j)[rest..hd];
             *score += q[rest..].iter().zip(key).map(|(q, k)| q * k.widen()).sum::<f32>();
-            *score *= scale;
+            *score *= shape.scale;
+        }
+        if let Some(cap) = shape.soft_cap {
+            exp::soft_cap(scores, cap);
         }
     }
     for (scores, into) in scores.iter_mut().zip(into.chunks_exact_mut(hd + 2)) {
@@ -428,14 +436,15 @@ mod tests {
     fn agrees_with_attention_of_many_queries() {
         for (heads, kv_heads, hd) in [(1, 1, 8), (4, 2, 20), (9, 3, 64), (6, 1, 33), (2, 1, 256), (8, 8, 112)]
         {
-            let shape = AttentionShape { heads, kv_heads, head_dim: hd, scale: 0.7, causal: true };
-            for backend in Backend::all() {
+            let plain = AttentionShape::new(heads, kv_heads, hd, 0.7, true);
+            let capped = AttentionShape { window: Some(KEYS + 3), soft_cap: Some(1.5), ..plain };
+            for (backend, shape) in Backend::all().flat_map(|b| [(b, plain), (b, capped)]) {
                 let lens = [1, 2, KEYS - 1, KEYS, KEYS + 1, 3 * KEYS + 7];
                 for half in [false, true] {
                     let (found, expected) = step(backend, &shape, &lens, 5, half);
                     for (a, b) in found.iter().zip(&expected) {
                         // means of numbers below 1
-                        assert!((a - b).abs() < 1e-5, "{backend:?} {hd} {half}: {a} {b}");
+                        assert!((a - b).abs() < 1e-5, "{backend:?} {shape:?} {half}: {a} {b}");
                     }
                 }
             }
@@ -444,7 +453,7 @@ mod tests {
 
     #[test]
     fn threads_do_not_change_a_bit() {
-        let shape = AttentionShape { heads: 6, kv_heads: 2, head_dim: 32, scale: 0.2, causal: true };
+        let shape = AttentionShape::new(6, 2, 32, 0.2, true);
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| step(Backend::best(), &shape, &[2000, 30], 9, false).0)
@@ -454,7 +463,7 @@ mod tests {
 
     #[test]
     fn scores_far_apart_neither_overflow_nor_vanish() {
-        let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 1, scale: 1.0, causal: true };
+        let shape = AttentionShape::new(1, 1, 1, 1.0, true);
         let n = 2 * KEYS;
         let k: Vec<f32> = (0..n).map(|j| if j == 5 { 300.0 } else { -300.0 }).collect();
         let v: Vec<f32> = (0..n).map(|j| j as f32).collect();

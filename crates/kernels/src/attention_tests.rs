@@ -9,25 +9,31 @@ fn numbers(seed: u64, n: usize) -> Vec<f32> {
 
 /// Straight from the definition, in f64.
 fn reference(shape: &AttentionShape, segments: &[Segment], q: &[f32], k: &[f32], v: &[f32]) -> Vec<f64> {
-    let AttentionShape { heads, kv_heads, head_dim: hd, scale, causal } = *shape;
+    let AttentionShape { heads, kv_heads, head_dim: hd, scale, causal, window, soft_cap } = *shape;
     let mut out = vec![0f64; q.len()];
     for s in segments {
         for (i, qi) in s.q.clone().enumerate() {
             for h in 0..heads {
                 let g = h / (heads / kv_heads);
-                let last = if causal { s.kv.len() - s.q.len() + i + 1 } else { s.kv.len() };
+                let at_key = if causal { s.kv.len() - s.q.len() + i } else { i };
+                let sees =
+                    |j: usize| (!causal || j <= at_key) && window.is_none_or(|w| j.abs_diff(at_key) < w);
+                let keys: Vec<usize> = (0..s.kv.len()).filter(|j| sees(*j)).collect();
                 let at = |buffer: &[f32], j: usize, c: usize| {
                     f64::from(buffer[(s.kv.start + j) * kv_heads * hd + g * hd + c])
                 };
                 let score = |j: usize| -> f64 {
-                    (0..hd).map(|c| f64::from(q[qi * heads * hd + h * hd + c]) * at(k, j, c)).sum::<f64>()
-                        * f64::from(scale)
+                    let raw = (0..hd)
+                        .map(|c| f64::from(q[qi * heads * hd + h * hd + c]) * at(k, j, c))
+                        .sum::<f64>()
+                        * f64::from(scale);
+                    soft_cap.map_or(raw, |cap| f64::from(cap) * (raw / f64::from(cap)).tanh())
                 };
-                let scores: Vec<f64> = (0..last).map(score).collect();
-                let total: f64 = scores.iter().map(|s| s.exp()).sum();
+                let weights: Vec<f64> = keys.iter().map(|j| score(*j).exp()).collect();
+                let total: f64 = weights.iter().sum();
                 for c in 0..hd {
-                    out[qi * heads * hd + h * hd + c] =
-                        (0..last).map(|j| scores[j].exp() / total * at(v, j, c)).sum();
+                    let sum = keys.iter().zip(&weights).map(|(j, w)| w / total * at(v, *j, c)).sum();
+                    out[qi * heads * hd + h * hd + c] = sum;
                 }
             }
         }
@@ -41,9 +47,11 @@ fn segment(q: Range<usize>, kv: Range<usize>) -> Segment {
 
 #[test]
 fn forward_agrees_with_the_definition() {
-    for causal in [true, false] {
+    let extras = [(None, None), (Some(1), None), (Some(9), Some(0.5)), (Some(100), None), (None, Some(0.3))];
+    for (causal, (window, soft_cap)) in [true, false].into_iter().flat_map(|c| extras.map(|e| (c, e))) {
         for (heads, kv_heads, hd) in [(1, 1, 8), (4, 2, 16), (9, 3, 64)] {
-            let shape = AttentionShape { heads, kv_heads, head_dim: hd, scale: 0.2, causal };
+            let plain = AttentionShape::new(heads, kv_heads, hd, 0.2, causal);
+            let shape = AttentionShape { window, soft_cap, ..plain };
             let segments = [segment(0..70, 0..70), segment(70..71, 70..71), segment(71..80, 71..230)];
             let (q, k, v) = (
                 numbers(1, 80 * heads * hd),
@@ -61,21 +69,29 @@ fn forward_agrees_with_the_definition() {
 
 #[test]
 fn backward_agrees_with_finite_differences() {
-    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 8, scale: 0.4, causal: true };
-    let segments = [segment(0..67, 0..67), segment(67..70, 67..75)];
+    for (window, soft_cap) in [(None, None), (Some(20), None), (None, Some(0.7)), (Some(5), Some(0.7))] {
+        for causal in [true, false] {
+            let plain = AttentionShape::new(4, 2, 8, 0.4, causal);
+            backward_of(&AttentionShape { window, soft_cap, ..plain });
+        }
+    }
+}
+
+fn backward_of(shape: &AttentionShape) {
+    let segments = [segment(0..160, 0..160), segment(160..163, 160..168)];
     let (q, k, v, dout) =
-        (numbers(1, 70 * 32), numbers(2, 80 * 16), numbers(3, 80 * 16), numbers(4, 70 * 32));
-    let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 4 * 70]);
-    attention(&shape, &segments, &q, &k, &v, &mut out, Some(&mut lse));
+        (numbers(1, 163 * 32), numbers(2, 173 * 16), numbers(3, 173 * 16), numbers(4, 163 * 32));
+    let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 4 * 163]);
+    attention(shape, &segments, &q, &k, &v, &mut out, Some(&mut lse));
     let (mut dq, mut dk, mut dv) = (vec![9.0; q.len()], vec![9.0; k.len()], vec![9.0; v.len()]);
-    attention_backward(&shape, &segments, &q, &k, &v, &out, &lse, &dout, &mut dq, &mut dk, &mut dv);
+    attention_backward(shape, &segments, &q, &k, &v, &out, &lse, &dout, &mut dq, &mut dk, &mut dv);
     let loss = |q: &[f32], k: &[f32], v: &[f32]| -> f64 {
-        reference(&shape, &segments, q, k, v).iter().zip(&dout).map(|(o, g)| o * f64::from(*g)).sum()
+        reference(shape, &segments, q, k, v).iter().zip(&dout).map(|(o, g)| o * f64::from(*g)).sum()
     };
     let h = 1e-3f32;
     for which in 0..3 {
         let grads = [&dq, &dk, &dv][which];
-        for i in (0..grads.len()).step_by(97) {
+        for i in (0..grads.len()).step_by(211) {
             let moved = |delta: f32| {
                 let mut parts = [q.clone(), k.clone(), v.clone()];
                 parts[which][i] += delta;
@@ -87,12 +103,12 @@ fn backward_agrees_with_finite_differences() {
             assert!((slope - got).abs() < 1e-3 * slope.abs().max(0.1), "{which} {i}: {slope} {got}");
         }
     }
-    assert!(dk[75 * 16..].iter().all(|v| *v == 0.0), "keys that nobody sees");
+    assert!(dk[168 * 16..].iter().all(|v| *v == 0.0), "keys that nobody sees");
 }
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let shape = AttentionShape { heads: 6, kv_heads: 2, head_dim: 16, scale: 0.25, causal: true };
+    let shape = AttentionShape::new(6, 2, 16, 0.25, true);
     let segments = [segment(0..100, 0..100), segment(100..130, 100..130)];
     let (q, k, v) = (numbers(1, 130 * 96), numbers(2, 130 * 32), numbers(3, 130 * 32));
     let run = |threads| {

@@ -14,6 +14,8 @@
 //! vocabulary is split into parts that run in parallel and are merged in order; their number depends on its
 //! size alone, so results do not depend on the number of threads.
 //!
+//! With a soft cap c (Gemma 2), c·tanh(Z/c) takes the place of Z, and dZ is multiplied by its slope 1 - (capped/c)².
+//!
 //! [`cross_entropy_backward`] serves heads that are themselves trained: with L known, one more pass gives
 //! every gradient.
 
@@ -60,15 +62,31 @@ thread_local! {
     static TILE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The head as both passes see it.
-#[derive(Clone, Copy)]
-struct Head<'a> {
-    weight: WeightView<'a>,
-    bias: Option<&'a [f32]>,
-    low_rank: Option<HeadLowRank<'a>>,
+/// An output head: what makes logits of hidden states.
+#[derive(Clone, Copy, Debug)]
+pub struct Head<'a> {
+    /// `[V, d]`
+    pub weight: WeightView<'a>,
+    /// `[V]`
+    pub bias: Option<&'a [f32]>,
+    /// a delta beside the weight
+    pub low_rank: Option<HeadLowRank<'a>>,
+    /// logits are squashed into ±this
+    pub soft_cap: Option<f32>,
 }
 
-impl Head<'_> {
+impl<'a> Head<'a> {
+    /// A head that is a matrix alone.
+    pub fn plain(weight: WeightView<'a>) -> Self {
+        Self { weight, bias: None, low_rank: None, soft_cap: None }
+    }
+
+    /// Slope of the cap where the capped logit is z: 1 without one.
+    #[inline(always)]
+    fn slope(&self, z: f32) -> f32 {
+        self.soft_cap.map_or(1.0, |cap| 1.0 - (z / cap) * (z / cap))
+    }
+
     /// The vocabulary cut into at most [`PARTS`] ranges of whole blocks.
     fn parts(&self) -> Vec<Range<usize>> {
         let vocab = self.weight.rows();
@@ -105,6 +123,9 @@ impl Head<'_> {
                 z.iter_mut().zip(&bias[range.clone()]).for_each(|(z, b)| *z += b);
             }
         }
+        if let Some(cap) = self.soft_cap {
+            exp::soft_cap(z, cap);
+        }
     }
 }
 
@@ -137,6 +158,7 @@ impl Part {
             grad: vec![0.0; if gradient { n * d } else { 0 }],
         };
         let mut z = vec![0f32; n * BLOCK.min(vocab.len())];
+        let mut slopes = Vec::new();
         for start in vocab.clone().step_by(BLOCK) {
             let range = start..(start + BLOCK).min(vocab.end);
             let m = range.len();
@@ -144,7 +166,12 @@ impl Part {
             head.with_rows(&range, |w| {
                 head.logits(hidden, rows, &range, w, z);
                 for (i, z) in z.chunks_exact_mut(m).enumerate() {
+                    if gradient && head.soft_cap.is_some() {
+                        slopes.clear();
+                        slopes.extend(z.iter().map(|z| head.slope(*z)));
+                    }
                     part.absorb(i, d, z, &range, targets[i]);
+                    z.iter_mut().zip(&slopes).for_each(|(z, slope)| *z *= slope);
                 }
                 if gradient {
                     let mut into = MatMut::new(&mut part.grad, n, d);
@@ -182,18 +209,15 @@ impl Part {
 /// Panics if lengths do not fit or a target is not in the vocabulary.
 pub fn cross_entropy(
     hidden: &[f32],
-    weight: WeightView<'_>,
-    bias: Option<&[f32]>,
-    low_rank: Option<HeadLowRank<'_>>,
+    head: &Head<'_>,
     targets: &[u32],
     stats: &mut [TokenStats],
     mut lse: Option<&mut [f32]>,
     mut d_hidden: Option<&mut [f32]>,
 ) {
-    let (n, d) = (targets.len(), weight.cols());
+    let (n, d) = (targets.len(), head.weight.cols());
     assert!(hidden.len() == n * d && stats.len() == n);
-    assert!(targets.iter().all(|t| (*t as usize) < weight.rows()));
-    let head = Head { weight, bias, low_rank };
+    assert!(targets.iter().all(|t| (*t as usize) < head.weight.rows()));
     let gradient = d_hidden.is_some();
     let vocab_parts = head.parts();
     for start in (0..n).step_by(ROWS) {
@@ -204,7 +228,7 @@ pub fn cross_entropy(
         let run = |(rows, vocab): &(&Range<usize>, &Range<usize>)| {
             let (rows, vocab): (&Range<usize>, Range<usize>) = (rows, (*vocab).clone());
             Part::run(
-                &head,
+                head,
                 &hidden[rows.start * d..rows.end * d],
                 rows,
                 &targets[rows.clone()],
@@ -224,7 +248,7 @@ pub fn cross_entropy(
             if let Some(out) = d_hidden.as_deref_mut() {
                 let out = &mut out[rows.start * d..rows.end * d];
                 out.par_chunks_mut(d.max(1)).enumerate().with_min_len(16).for_each(|(i, out)| {
-                    merge_gradient(parts, &head, i, targets[rows.start + i], out);
+                    merge_gradient(parts, head, i, targets[rows.start + i], out);
                 });
             }
         }
@@ -262,8 +286,9 @@ fn merge_gradient(parts: &[Part], head: &Head<'_>, i: usize, target: u32, out: &
     let d = out.len();
     let (best, _) = best_of(parts, i);
     let sum = total(parts, i, best);
+    let slope = parts.iter().find_map(|p| p.target[i]).map_or(1.0, |z| head.slope(z));
     head.with_rows(&(target as usize..target as usize + 1), |w| {
-        out.iter_mut().zip(w).for_each(|(o, w)| *o = -w);
+        out.iter_mut().zip(w).for_each(|(o, w)| *o = -slope * w);
     });
     for p in parts {
         let factor = exp::exp(p.best[i].0 - best) / sum;
@@ -279,9 +304,7 @@ fn merge_gradient(parts: &[Part], head: &Head<'_>, i: usize, target: u32, out: &
 /// Panics if lengths do not fit.
 pub fn cross_entropy_backward(
     hidden: &[f32],
-    weight: WeightView<'_>,
-    bias: Option<&[f32]>,
-    low_rank: Option<HeadLowRank<'_>>,
+    head: &Head<'_>,
     targets: &[u32],
     lse: &[f32],
     row_scale: f32,
@@ -291,10 +314,9 @@ pub fn cross_entropy_backward(
     d_u: Option<&mut [f32]>,
     d_b: Option<&mut [f32]>,
 ) {
-    let (n, d) = (targets.len(), weight.cols());
-    let r = low_rank.map_or(0, |l| l.r);
+    let (n, d) = (targets.len(), head.weight.cols());
+    let r = head.low_rank.map_or(0, |l| l.r);
     assert!(hidden.len() == n * d && lse.len() == n);
-    let head = Head { weight, bias, low_rank };
     let parts = head.parts();
     let size = parts.first().map_or(1, ExactSizeIterator::len);
     let pass =
@@ -340,7 +362,7 @@ fn split(data: Option<&mut [f32]>, size: usize, parts: usize) -> Vec<Option<&mut
 
 /// The second pass over the vocabulary.
 struct Pass<'a> {
-    head: Head<'a>,
+    head: &'a Head<'a>,
     hidden: &'a [f32],
     targets: &'a [u32],
     lse: &'a [f32],
@@ -401,12 +423,18 @@ impl Pass<'_> {
     /// Logits to row_scale·(P - onehot).
     fn to_gradient(&self, range: &Range<usize>, z: &mut [f32]) {
         let m = range.len();
+        let mut slopes = Vec::new();
         for ((z, lse), target) in z.chunks_exact_mut(m).zip(self.lse).zip(self.targets) {
+            if self.head.soft_cap.is_some() {
+                slopes.clear();
+                slopes.extend(z.iter().map(|z| self.head.slope(*z)));
+            }
             exp::exp_shifted(z, *lse, &mut 0.0);
             if range.contains(&(*target as usize)) {
                 z[*target as usize - range.start] -= 1.0;
             }
             z.iter_mut().for_each(|v| *v *= self.row_scale);
+            z.iter_mut().zip(&slopes).for_each(|(z, slope)| *z *= slope);
         }
     }
 }

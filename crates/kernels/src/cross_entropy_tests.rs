@@ -19,6 +19,7 @@ struct Case {
     u: Vec<f32>,
     b: Vec<f32>,
     targets: Vec<u32>,
+    soft_cap: Option<f32>,
 }
 
 impl Case {
@@ -34,6 +35,7 @@ impl Case {
             u: numbers(4, n * r),
             b: numbers(5, vocab * r),
             targets: (0..n as u64).map(|i| (mix(6, i) % vocab as u64) as u32).collect(),
+            soft_cap: None,
         }
     }
 
@@ -51,13 +53,16 @@ impl Case {
                     (0..self.d).map(|c| f(self.h[i * self.d + c]) * f(self.w[v * self.d + c])).sum();
                 let delta: f64 =
                     (0..self.r).map(|c| f(self.u[i * self.r + c]) * f(self.b[v * self.r + c])).sum();
-                if full { base + f(self.bias[v]) + delta } else { base }
+                let z = if full { base + f(self.bias[v]) + delta } else { base };
+                self.soft_cap.map_or(z, |cap| f(cap) * (z / f(cap)).tanh())
             };
             let z: Vec<f64> = (0..self.vocab).map(logit).collect();
             let total: f64 = z.iter().map(|z| z.exp()).sum();
             let target = self.targets[i] as usize;
             losses.push(total.ln() - z[target]);
-            dz.extend(z.iter().enumerate().map(|(v, z)| z.exp() / total - f64::from(u8::from(v == target))));
+            let slope = |z: f64| self.soft_cap.map_or(1.0, |cap| 1.0 - (z / f(cap)).powi(2));
+            let hit = |v: usize| f64::from(u8::from(v == target));
+            dz.extend(z.iter().enumerate().map(|(v, z)| (z.exp() / total - hit(v)) * slope(*z)));
         }
         (losses, dz)
     }
@@ -89,13 +94,14 @@ fn close(got: &[f32], exact: &[f64], what: &str) {
 
 #[test]
 fn loss_and_gradient_in_one_pass() {
-    for (n, d, vocab) in [(1, 3, 2), (7, 16, 513), (530, 8, 700), (5, 64, 6000)] {
-        let case = Case::new(n, d, vocab, 1);
+    let sizes = [(1, 3, 2), (7, 16, 513), (530, 8, 700), (5, 64, 6000)];
+    for ((n, d, vocab), soft_cap) in sizes.into_iter().flat_map(|s| [(s, None), (s, Some(1.5))]) {
+        let case = Case { soft_cap, ..Case::new(n, d, vocab, 1) };
         let (losses, dz) = case.reference(false);
         let mut stats = vec![TokenStats::default(); n];
         let mut dh = vec![9.0; n * d];
-        let w = WeightView::f32(&case.w, vocab, d);
-        cross_entropy(&case.h, w, None, None, &case.targets, &mut stats, None, Some(&mut dh));
+        let head = Head { soft_cap, ..Head::plain(WeightView::f32(&case.w, vocab, d)) };
+        cross_entropy(&case.h, &head, &case.targets, &mut stats, None, Some(&mut dh));
         close(&stats.iter().map(|s| s.loss).collect::<Vec<_>>(), &losses, "loss");
         close(&dh, &case.times(&dz, &case.w, d), "d_hidden");
     }
@@ -103,13 +109,19 @@ fn loss_and_gradient_in_one_pass() {
 
 #[test]
 fn every_gradient_of_a_trained_head() {
-    let case = Case::new(9, 12, 1100, 3);
+    for soft_cap in [None, Some(2.0)] {
+        every_gradient_of(&Case { soft_cap, ..Case::new(9, 12, 1100, 3) });
+    }
+}
+
+fn every_gradient_of(case: &Case) {
     let (losses, dz) = case.reference(true);
     let w = WeightView::f32(&case.w, case.vocab, case.d);
     let mut stats = vec![TokenStats::default(); case.n];
     let mut lse = vec![0.0; case.n];
-    let (bias, lr) = (Some(case.bias.as_slice()), Some(case.low_rank()));
-    cross_entropy(&case.h, w, bias, lr, &case.targets, &mut stats, Some(&mut lse), None);
+    let (bias, low_rank) = (Some(case.bias.as_slice()), Some(case.low_rank()));
+    let head = Head { weight: w, bias, low_rank, soft_cap: case.soft_cap };
+    cross_entropy(&case.h, &head, &case.targets, &mut stats, Some(&mut lse), None);
     close(&stats.iter().map(|s| s.loss).collect::<Vec<_>>(), &losses, "loss");
     let half: Vec<f64> = dz.iter().map(|v| v * 0.5).collect();
     let (mut dh, mut du) = (vec![9.0; case.h.len()], vec![9.0; case.u.len()]);
@@ -117,9 +129,7 @@ fn every_gradient_of_a_trained_head() {
         (vec![0.0; case.w.len()], vec![0.0; case.vocab], vec![0.0; case.b.len()]);
     cross_entropy_backward(
         &case.h,
-        w,
-        bias,
-        lr,
+        &head,
         &case.targets,
         &lse,
         0.5,
@@ -148,7 +158,7 @@ fn a_stored_head_gives_what_its_f32_copy_gives() {
         let run = |w: WeightView<'_>| {
             let mut stats = vec![TokenStats::default(); case.n];
             let mut dh = vec![0.0; case.h.len()];
-            cross_entropy(&case.h, w, None, None, &case.targets, &mut stats, None, Some(&mut dh));
+            cross_entropy(&case.h, &Head::plain(w), &case.targets, &mut stats, None, Some(&mut dh));
             (stats, dh)
         };
         let stored = run(WeightView::new(storage, case.vocab, case.d, &bytes).unwrap());
@@ -162,7 +172,7 @@ fn hits_are_counted_and_ties_go_to_the_lowest_id() {
     let w = [2.0f32, 2.0, 1.0];
     let mut stats = vec![TokenStats::default(); 2];
     let view = WeightView::f32(&w, vocab, d);
-    cross_entropy(&[1.0, 1.0], view, None, None, &[0, 1], &mut stats, None, None);
+    cross_entropy(&[1.0, 1.0], &Head::plain(view), &[0, 1], &mut stats, None, None);
     assert!(stats[0].correct && !stats[1].correct);
 }
 
@@ -170,7 +180,7 @@ fn hits_are_counted_and_ties_go_to_the_lowest_id() {
 fn nan_reaches_the_loss() {
     let w = [1.0f32, f32::NAN, 0.5];
     let mut stats = vec![TokenStats::default()];
-    cross_entropy(&[1.0], WeightView::f32(&w, 3, 1), None, None, &[0], &mut stats, None, None);
+    cross_entropy(&[1.0], &Head::plain(WeightView::f32(&w, 3, 1)), &[0], &mut stats, None, None);
     assert!(stats[0].loss.is_nan());
 }
 
@@ -183,7 +193,7 @@ fn threads_do_not_change_a_bit() {
             let mut stats = vec![TokenStats::default(); case.n];
             let mut dh = vec![0.0; case.h.len()];
             let w = WeightView::f32(&case.w, case.vocab, case.d);
-            cross_entropy(&case.h, w, None, None, &case.targets, &mut stats, None, Some(&mut dh));
+            cross_entropy(&case.h, &Head::plain(w), &case.targets, &mut stats, None, Some(&mut dh));
             (stats, dh)
         })
     };

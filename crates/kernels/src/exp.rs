@@ -120,6 +120,16 @@ fn probabilities_and_gradient_body(p: &mut [f32], ds: &mut [f32], lse: f32, d: f
 }
 
 multiversion!(
+    /// `x[i] = cap·tanh(x[i] / cap)`.
+    pub(crate) fn soft_cap(x: &mut [f32], cap: f32) = soft_cap_body
+);
+
+#[inline(always)]
+fn soft_cap_body(x: &mut [f32], cap: f32) {
+    x.iter_mut().for_each(|x| *x = cap * tanh(*x / cap));
+}
+
+multiversion!(
     /// The largest element, joined with `best`.
     pub(crate) fn max(x: &[f32], best: &mut f32) = max_body
 );

@@ -11,7 +11,7 @@ use crate::codec::simd::multiversion;
 use rayon::prelude::*;
 
 /// Rows that one task takes; fixed, so that sums do not depend on the number of threads.
-const ROWS: usize = 16;
+pub(crate) const ROWS: usize = 16;
 
 /// `y = w ⊙ x·rstd`, and `rstd` `[n]` for the backward. x and y are `[n, d]` with n = `rstd.len()`, d = `w.len()`.
 ///

@@ -65,35 +65,15 @@ impl Blueprint {
     }
 
     fn llama(config: LlamaConfig, origin: &Path) -> Self {
-        let c = &config;
-        let (d, ff, kv, all) =
-            (c.hidden_size, c.intermediate_size, c.kv_width(), c.num_attention_heads * c.head_dim);
-        let linear =
-            |path: String, rows: usize, cols: usize| LinearBlueprint { path, rows, cols, head: false };
-        let block = |i: usize| {
-            let at = move |name: &str| format!("model.layers.{i}.{name}");
-            [
-                linear(at("self_attn.q_proj"), all, d),
-                linear(at("self_attn.k_proj"), kv, d),
-                linear(at("self_attn.v_proj"), kv, d),
-                linear(at("self_attn.o_proj"), d, all),
-                linear(at("mlp.gate_proj"), ff, d),
-                linear(at("mlp.up_proj"), ff, d),
-                linear(at("mlp.down_proj"), d, ff),
-            ]
-        };
-        let mut linears: Vec<LinearBlueprint> = (0..c.num_hidden_layers).flat_map(block).collect();
-        linears.push(LinearBlueprint {
-            path: "lm_head".to_string(),
-            rows: c.vocab_size,
-            cols: d,
-            head: true,
-        });
+        let linear = |path, (rows, cols), head| LinearBlueprint { path, rows, cols, head };
+        let mut linears: Vec<_> =
+            config.linears().into_iter().map(|(path, size)| linear(path, size, false)).collect();
+        linears.push(linear("lm_head".to_string(), (config.vocab_size, config.hidden_size), true));
         Self {
             origin: origin.to_path_buf(),
             architecture: "llama",
-            layers: c.num_hidden_layers,
-            tied_head: c.tie_word_embeddings,
+            layers: config.num_hidden_layers,
+            tied_head: config.tie_word_embeddings,
             linears,
             config,
         }

@@ -4,19 +4,27 @@
 //!
 //! Must not know: adapter methods, the training loop.
 
+mod bert;
 mod blueprint;
+mod distilbert;
+mod encoders;
 pub mod gguf_names;
 mod llama;
 mod llama_config;
+mod modernbert;
 mod outline;
 mod quantize;
+mod roberta;
+mod scope;
 mod weights;
 
 pub use blueprint::{Blueprint, GgufSettings, LinearBlueprint};
+pub use encoders::{ENCODERS, EncoderArchitecture, encoder_architecture, load_encoder};
 pub use llama::Llama;
 pub use llama_config::LlamaConfig;
 pub use outline::{DecoderSizes, Outline, TensorUse, scheme_bytes};
 pub use quantize::{QuantizedModel, quantize};
+pub use scope::Naming;
 pub use weights::{WeightDtype, Weights, permute_rows, unpermute_rows};
 
 use candle_core::Device;

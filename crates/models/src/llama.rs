@@ -6,8 +6,8 @@ use crate::Result;
 use crate::llama_config::LlamaConfig;
 use crate::weights::Weights;
 use candle_core::{Device, Tensor};
-use engobe_autograd::ops::{self, Head, HeadLoss, LinearSpec, RopeSpec};
-use engobe_autograd::{Error as OpError, Result as OpResult, Tape, Var};
+use engobe_autograd::ops::{self, HeadLoss, RopeSpec};
+use engobe_autograd::{Result as OpResult, Tape, Var};
 use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::{AttentionShape, Segment};
 use engobe_nn::rope::Rope;
@@ -80,13 +80,13 @@ impl Llama {
                 gate_proj: linear(&format!("{p}.mlp.gate_proj"), c.intermediate_size, d, c.mlp_bias)?,
                 up_proj: linear(&format!("{p}.mlp.up_proj"), c.intermediate_size, d, c.mlp_bias)?,
                 down_proj: linear(&format!("{p}.mlp.down_proj"), d, c.intermediate_size, c.mlp_bias)?,
-                shape: AttentionShape {
-                    heads: c.num_attention_heads,
-                    kv_heads: c.num_key_value_heads,
-                    head_dim: c.head_dim,
-                    scale: 1.0 / (c.head_dim as f32).sqrt(),
-                    causal: true,
-                },
+                shape: AttentionShape::new(
+                    c.num_attention_heads,
+                    c.num_key_value_heads,
+                    c.head_dim,
+                    1.0 / (c.head_dim as f32).sqrt(),
+                    true,
+                ),
             })
         };
         let layers = (0..c.num_hidden_layers).into_par_iter().map(layer).collect::<Result<Vec<_>>>()?;
@@ -211,8 +211,7 @@ impl CausalLm for Llama {
 
     fn head_loss<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var, targets: Arc<[u32]>) -> OpResult<HeadLoss> {
         let normed = self.norm.forward(tape, hidden)?;
-        let spec = self.lm_head.spec(tape);
-        let head = head_of(tape, &normed, spec)?;
+        let (normed, head) = self.lm_head.head(tape, &normed)?;
         ops::head_loss(tape, &normed, head, targets)
     }
 
@@ -220,22 +219,4 @@ impl CausalLm for Llama {
         let normed = self.norm.forward(tape, hidden)?;
         Ok(self.lm_head.forward(tape, &normed)?.into_tensor())
     }
-}
-
-/// The head with its delta's inner activation computed.
-fn head_of<'m>(tape: &mut Tape<'m>, hidden: &Var, spec: LinearSpec) -> OpResult<Head> {
-    let mut deltas = spec.low_rank.into_iter();
-    let low_rank = match (deltas.next(), deltas.next()) {
-        (None, _) => None,
-        (Some(delta), None) if delta.b_bias.is_none() => {
-            let input = ops::drop_out(tape, hidden, delta.dropout)?;
-            let u = ops::linear(tape, &input, LinearSpec::plain(ops::Matrix::Trained(delta.a)))?;
-            Some((ops::scale(tape, &u, delta.scale)?, delta.b))
-        }
-        _ => {
-            let what = "one low-rank delta without a bias is all that an output head can carry";
-            return Err(OpError::shape("head", what));
-        }
-    };
-    Ok(Head { weight: spec.weight, bias: spec.bias, low_rank })
 }

@@ -120,6 +120,16 @@ impl<'a> Weights<'a> {
         self.gguf_heads.and_then(|(heads, kv_heads)| gguf_names::permuted_heads(name, heads, kv_heads))
     }
 
+    /// True if the checkpoint has a tensor of this name; without a checkpoint, every name is there.
+    pub fn contains(&self, name: &str) -> bool {
+        match self.source {
+            Source::Checkpoint(checkpoint) | Source::Blank(_, Some(checkpoint)) => {
+                checkpoint.contains(&self.name(name))
+            }
+            Source::Blank(_, None) => true,
+        }
+    }
+
     /// A matrix `[rows, cols]` that stays as precise as it is stored: an embedding, an output head.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
         self.load(name, rows, cols, None, false)

@@ -76,7 +76,13 @@ impl KvCache {
             segments.push(Segment { q, kv: start..start + seen + new.len() });
             slots.push(*slot);
         }
-        Ok(TokenBatch { ids: ids.into(), positions: positions.into(), segments: segments.into(), slots })
+        Ok(TokenBatch {
+            ids: ids.into(),
+            positions: positions.into(),
+            segments: segments.into(),
+            slots,
+            token_types: None,
+        })
     }
 
     fn widen(&mut self, capacity: usize) -> Result<()> {

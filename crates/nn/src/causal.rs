@@ -20,6 +20,8 @@ pub struct TokenBatch {
     pub segments: Arc<[Segment]>,
     /// slot of each segment in a [`KvCache`]; empty without a cache
     pub slots: Vec<usize>,
+    /// which text of a pair each token belongs to (BERT's `token_type_ids`); `None`: all to the first
+    pub token_types: Option<Arc<[u32]>>,
 }
 
 impl TokenBatch {
@@ -27,7 +29,20 @@ impl TokenBatch {
     pub fn packed(ids: &[u32], ranges: &[Range<usize>]) -> Self {
         let positions = ranges.iter().flat_map(|r| 0..r.len() as u32).collect();
         let segments = ranges.iter().map(|r| Segment { q: r.clone(), kv: r.clone() }).collect();
-        Self { ids: ids.into(), positions, segments, slots: Vec::new() }
+        Self { ids: ids.into(), positions, segments, slots: Vec::new(), token_types: None }
+    }
+
+    /// The same tokens with a type each.
+    ///
+    /// # Errors
+    /// There are not as many types as tokens.
+    pub fn with_token_types(mut self, types: &[u32]) -> Result<Self> {
+        if types.len() != self.len() {
+            let what = format!("{} types for {} tokens", types.len(), self.len());
+            return Err(engobe_autograd::Error::shape("token types", what));
+        }
+        self.token_types = Some(types.into());
+        Ok(self)
     }
 
     /// Number of tokens.

@@ -8,12 +8,17 @@
 
 pub mod cache;
 mod causal;
+pub mod decoder;
+mod encoder;
 mod linear;
 mod modules;
 pub mod rope;
+mod seq2seq;
 
 pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
+pub use encoder::{Encoder, EncoderStack, Pooler};
 pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
 pub use linear::{Linear, LinearAdapter, linear_group};
-pub use modules::{Embedding, ModuleMut, ModuleTree, RmsNorm, Weight};
+pub use modules::{Embedding, LayerNorm, ModuleMut, ModuleTree, Norm, RmsNorm, Weight};
+pub use seq2seq::{EncoderStates, Seq2Seq, Seq2SeqCache};

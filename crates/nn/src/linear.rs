@@ -2,7 +2,7 @@
 
 use crate::modules::{Vector, Weight};
 use candle_core::Tensor;
-use engobe_autograd::ops::{self, LinearSpec};
+use engobe_autograd::ops::{self, Head, LinearSpec, Matrix, OutputScale};
 use engobe_autograd::{FrozenWeight, Param, Result, Tape, Var};
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use std::sync::Arc;
 /// layers that share an input still run as one op.
 pub trait LinearAdapter: Debug + Send + Sync {
     /// Adds this adapter's part to the layer's description for one forward pass.
-    fn extend(&self, tape: &mut Tape<'_>, spec: &mut LinearSpec);
+    fn extend(&self, tape: &mut Tape<'_>, spec: &mut LinearSpec) -> Result<()>;
 }
 
 /// `y = x·Wᵀ + bias`, plus what adapters add.
@@ -21,6 +21,7 @@ pub struct Linear {
     weight: Weight,
     bias: Option<Vector>,
     adapters: Vec<Arc<dyn LinearAdapter>>,
+    file_transposed: bool,
 }
 
 impl Linear {
@@ -31,7 +32,19 @@ impl Linear {
             weight: Weight::Frozen(weight),
             bias: bias.map(Vector::Frozen),
             adapters: Vec::new(),
+            file_transposed: false,
         }
+    }
+
+    /// Says that the model's files hold the matrix as `[in, out]` (transformers' `Conv1D`).
+    pub fn transposed_in_files(mut self) -> Self {
+        self.file_transposed = true;
+        self
+    }
+
+    /// True if the model's files hold the matrix as `[in, out]`.
+    pub fn is_transposed_in_files(&self) -> bool {
+        self.file_transposed
     }
 
     /// Module path.
@@ -90,34 +103,81 @@ impl Linear {
     }
 
     /// The layer with its adapters for one forward pass.
-    pub fn spec(&self, tape: &mut Tape<'_>) -> LinearSpec {
-        let mut spec = LinearSpec {
-            weight: self.weight.on(tape),
-            bias: self.bias.as_ref().map(|b| b.on(tape)),
-            low_rank: Vec::new(),
-        };
+    pub fn spec(&self, tape: &mut Tape<'_>) -> Result<LinearSpec> {
+        let bias = self.bias.as_ref().map(|b| b.on(tape));
+        let mut spec = LinearSpec::new(self.weight.on(tape), bias, Vec::new());
         for adapter in &self.adapters {
-            adapter.extend(tape, &mut spec);
+            adapter.extend(tape, &mut spec)?;
         }
-        spec
+        Ok(spec)
+    }
+
+    /// The layer as an output head, and its input with what the adapters do to it: [`ops::head_loss`] reads a matrix,
+    /// a bias and one low-rank delta, so factors are multiplied in and deltas laid side by side.
+    pub fn head(&self, tape: &mut Tape<'_>, x: &Var) -> Result<(Var, Head)> {
+        let spec = self.spec(tape)?;
+        let x = match &spec.input_scale {
+            Some(factors) => ops::scale_columns(tape, x, factors, None, None)?,
+            None => x.clone(),
+        };
+        let (mut us, mut bs, mut bias) = (Vec::new(), Vec::new(), None);
+        for delta in spec.low_rank {
+            let input = ops::drop_out(tape, &x, delta.dropout)?;
+            let u = ops::linear(tape, &input, LinearSpec::plain(Matrix::Trained(delta.a)))?;
+            us.push(ops::scale(tape, &u, delta.scale)?);
+            bs.push(delta.b);
+            if let Some(b) = delta.b_bias {
+                let b = ops::scale(tape, &b, delta.scale)?;
+                bias = Some(plus(tape, bias, b)?);
+            }
+        }
+        let mut low_rank = match us.len() {
+            0 => None,
+            1 => us.pop().zip(bs.pop()),
+            _ => Some((ops::concat_columns(tape, &us)?, ops::concat_columns(tape, &bs)?)),
+        };
+        let mut weight = spec.weight;
+        let mut late = spec.bias;
+        if let Some(OutputScale { gain, covers_bias }) = spec.output_scale {
+            let matrix = match weight {
+                Matrix::Frozen(w) => Var::constant(w.to_tensor(x.tensor().device())?),
+                Matrix::Trained(w) => w,
+            };
+            weight = Matrix::Trained(ops::scale_rows(tape, &matrix, &gain)?);
+            low_rank = match low_rank {
+                Some((u, b)) => Some((u, ops::scale_rows(tape, &b, &gain)?)),
+                None => None,
+            };
+            if let Some(b) = late.take_if(|_| covers_bias) {
+                bias = Some(plus(tape, bias, b)?);
+            }
+            bias = match bias {
+                Some(b) => Some(ops::scale_rows(tape, &b, &gain)?),
+                None => None,
+            };
+        }
+        if let Some(b) = late {
+            bias = Some(plus(tape, bias, b)?);
+        }
+        Ok((x, Head { weight, bias, low_rank, soft_cap: None }))
     }
 
     /// `x` `[n, in]` to `[n, out]`.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, x: &Var) -> Result<Var> {
-        let spec = self.spec(tape);
+        let spec = self.spec(tape)?;
         ops::linear(tape, x, spec)
     }
 
     /// `residual + layer(x)`, as one op.
     pub fn forward_residual<'m>(&'m self, tape: &mut Tape<'m>, x: &Var, residual: &Var) -> Result<Var> {
-        let spec = self.spec(tape);
+        let spec = self.spec(tape)?;
         ops::linear_residual(tape, x, spec, residual)
     }
 
     /// [`Linear::forward_residual`] whose result is the output of the block around it: when the block runs again in
     /// the backward, nobody reads it and it is not computed.
     pub fn forward_residual_last<'m>(&'m self, tape: &mut Tape<'m>, x: &Var, residual: &Var) -> Result<Var> {
-        let spec = self.spec(tape);
+        let spec = self.spec(tape)?;
         ops::linear_residual_last(tape, x, spec, residual)
     }
 }
@@ -128,7 +188,15 @@ pub fn linear_group<'m, const N: usize>(
     x: &Var,
     layers: [&'m Linear; N],
 ) -> Result<[Var; N]> {
-    let specs = layers.iter().map(|l| l.spec(tape)).collect();
+    let specs = layers.iter().map(|l| l.spec(tape)).collect::<Result<_>>()?;
     let outs = ops::linear_group(tape, x, specs)?;
     outs.try_into().map_err(|_| engobe_autograd::Error::shape("linear_group", "one output a layer"))
+}
+
+/// `a + b`, where there is an a.
+fn plus(tape: &mut Tape<'_>, a: Option<Var>, b: Var) -> Result<Var> {
+    match a {
+        Some(a) => ops::add(tape, &a, &b),
+        None => Ok(b),
+    }
 }

@@ -116,13 +116,21 @@ impl Embedding {
 pub struct RmsNorm {
     path: String,
     weight: Vector,
+    /// 1 + the frozen weight, and ones, where the factor is 1 + weight
+    plus_one: Option<[Tensor; 2]>,
     eps: f32,
 }
 
 impl RmsNorm {
     /// A norm at a module path.
     pub fn new(path: impl Into<String>, weight: Tensor, eps: f32) -> Self {
-        Self { path: path.into(), weight: Vector::Frozen(weight), eps }
+        Self { path: path.into(), weight: Vector::Frozen(weight), plus_one: None, eps }
+    }
+
+    /// A norm whose factor is 1 + weight (Gemma).
+    pub fn plus_one(path: impl Into<String>, weight: Tensor, eps: f32) -> Result<Self> {
+        let both = [(&weight + 1.0)?, weight.ones_like()?];
+        Ok(Self { plus_one: Some(both), ..Self::new(path, weight, eps) })
     }
 
     /// Module path.
@@ -147,8 +155,101 @@ impl RmsNorm {
 
     /// Normed rows of `x` `[n, d]`.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, x: &Var) -> Result<Var> {
-        let weight = self.weight.on(tape);
+        let weight = match (&self.plus_one, &self.weight) {
+            (None, weight) => weight.on(tape),
+            (Some([sum, _]), Vector::Frozen(_)) => Var::constant(sum.clone()),
+            (Some([_, ones]), Vector::Trained(weight)) => {
+                let weight = tape.param(weight);
+                ops::add(tape, &weight, &Var::constant(ones.clone()))?
+            }
+        };
         ops::rms_norm(tape, x, &weight, self.eps)
+    }
+}
+
+/// Layer norm with a weight and perhaps a bias, `[d]` each.
+#[derive(Debug)]
+pub struct LayerNorm {
+    path: String,
+    weight: Vector,
+    bias: Option<Vector>,
+    eps: f32,
+}
+
+impl LayerNorm {
+    /// A norm at a module path.
+    pub fn new(path: impl Into<String>, weight: Tensor, bias: Option<Tensor>, eps: f32) -> Self {
+        let (weight, bias) = (Vector::Frozen(weight), bias.map(Vector::Frozen));
+        Self { path: path.into(), weight, bias, eps }
+    }
+
+    /// Module path.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The weight's value.
+    pub fn weight(&self) -> &Tensor {
+        self.weight.tensor()
+    }
+
+    /// The bias' value.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref().map(Vector::tensor)
+    }
+
+    /// Trains the weight: `param` has its shape.
+    pub fn train_weight(&mut self, param: Param) {
+        self.weight = Vector::Trained(param);
+    }
+
+    /// Trains the bias: `param` has its shape.
+    pub fn train_bias(&mut self, param: Param) {
+        self.bias = Some(Vector::Trained(param));
+    }
+
+    /// True if the weight is trained, and so no longer the base's own.
+    pub fn weight_is_trained(&self) -> bool {
+        matches!(self.weight, Vector::Trained(_))
+    }
+
+    /// True if the bias is.
+    pub fn bias_is_trained(&self) -> bool {
+        matches!(self.bias, Some(Vector::Trained(_)))
+    }
+
+    /// Normed rows of `x` `[n, d]`.
+    pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, x: &Var) -> Result<Var> {
+        let weight = self.weight.on(tape);
+        let bias = self.bias.as_ref().map(|b| b.on(tape));
+        ops::layer_norm(tape, x, &weight, bias.as_ref(), self.eps)
+    }
+}
+
+/// A norm of either kind.
+#[derive(Debug)]
+pub enum Norm {
+    /// by root mean square
+    Rms(RmsNorm),
+    /// by mean and variance
+    Layer(LayerNorm),
+}
+
+impl Norm {
+    /// Normed rows of `x` `[n, d]`.
+    pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, x: &Var) -> Result<Var> {
+        match self {
+            Self::Rms(norm) => norm.forward(tape, x),
+            Self::Layer(norm) => norm.forward(tape, x),
+        }
+    }
+
+    /// The norm as a module of its model.
+    pub fn module(&mut self) -> ModuleMut<'_> {
+        match self {
+            Self::Rms(norm) => ModuleMut::RmsNorm(norm),
+            Self::Layer(norm) => ModuleMut::LayerNorm(norm),
+        }
     }
 }
 
@@ -158,8 +259,10 @@ pub enum ModuleMut<'a> {
     Linear(&'a mut Linear),
     /// a token embedding
     Embedding(&'a mut Embedding),
-    /// a norm
+    /// a norm by root mean square
     RmsNorm(&'a mut RmsNorm),
+    /// a norm by mean and variance
+    LayerNorm(&'a mut LayerNorm),
 }
 
 impl ModuleMut<'_> {
@@ -169,6 +272,7 @@ impl ModuleMut<'_> {
             Self::Linear(m) => m.path(),
             Self::Embedding(m) => m.path(),
             Self::RmsNorm(m) => m.path(),
+            Self::LayerNorm(m) => m.path(),
         }
     }
 }

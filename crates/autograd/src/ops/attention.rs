@@ -140,9 +140,17 @@ fn check(
     if kv_heads == 0 || heads % kv_heads != 0 {
         return Err(Error::shape("attention", format!("{heads} heads over {kv_heads} key/value heads")));
     }
+    if shape.window == Some(0) {
+        return Err(Error::shape("attention", "a window of 0 shows no key"));
+    }
     let mut next = 0;
     for s in segments {
-        if s.q.start != next || s.q.end > nq || s.kv.end > nkv || (shape.causal && s.kv.len() < s.q.len()) {
+        if s.q.start != next
+            || s.q.end > nq
+            || s.kv.end > nkv
+            || (shape.causal && s.kv.len() < s.q.len())
+            || (!shape.causal && shape.window.is_some() && s.kv.len() != s.q.len())
+        {
             return Err(Error::shape("attention", format!("segment {s:?} of {nq} queries, {nkv} keys")));
         }
         next = s.q.end;
@@ -170,15 +178,28 @@ fn merge_heads(t: &Tensor, heads: usize, group: usize) -> Result<Tensor> {
 
 /// Probabilities of one segment, `[heads, q, kv]`.
 fn probabilities(q: &Tensor, k: &Tensor, shape: &AttentionShape) -> Result<Tensor> {
-    let (_, nq, _) = q.dims3()?;
-    let (_, nkv, _) = k.dims3()?;
-    let mut scores = (q.matmul(&k.t()?)? * f64::from(shape.scale))?;
-    if shape.causal {
-        let ahead = nkv - nq;
-        let mask =
-            (0..nq).flat_map(|i| (0..nkv).map(move |j| if j <= i + ahead { 0.0 } else { f32::NEG_INFINITY }));
+    softmax_of(scores(q, k, shape)?, shape)
+}
+
+/// Scores before the mask, squashed if they shall be: `[heads, q, kv]`.
+fn scores(q: &Tensor, k: &Tensor, shape: &AttentionShape) -> Result<Tensor> {
+    let scores = (q.matmul(&k.t()?)? * f64::from(shape.scale))?;
+    match shape.soft_cap {
+        Some(cap) => Ok(((scores / f64::from(cap))?.tanh()? * f64::from(cap))?),
+        None => Ok(scores),
+    }
+}
+
+/// Probabilities of the keys that each query may see.
+fn softmax_of(mut scores: Tensor, shape: &AttentionShape) -> Result<Tensor> {
+    let (_, nq, nkv) = scores.dims3()?;
+    if shape.causal || shape.window.is_some() {
+        let mask = (0..nq).flat_map(|i| {
+            let visible = shape.visible(nq, nkv, i);
+            (0..nkv).map(move |j| if visible.contains(&j) { 0.0 } else { f32::NEG_INFINITY })
+        });
         let mask = Tensor::from_vec(mask.collect::<Vec<f32>>(), (1, nq, nkv), &Device::Cpu)?;
-        scores = scores.broadcast_add(&mask.to_device(q.device())?)?;
+        scores = scores.broadcast_add(&mask.to_device(scores.device())?)?;
     }
     let e = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     Ok(e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?)
@@ -222,10 +243,15 @@ fn composed_backward(
         let (qs, ks) = (heads_of(q, &s.q, shape.heads, 1)?, heads_of(k, &s.kv, shape.kv_heads, group)?);
         let vs = heads_of(v, &s.kv, shape.kv_heads, group)?;
         let dys = heads_of(dy, &s.q, shape.heads, 1)?;
-        let p = probabilities(&qs, &ks, shape)?;
+        let capped = scores(&qs, &ks, shape)?;
+        let p = softmax_of(capped.clone(), shape)?;
         let dp = dys.matmul(&vs.t()?)?;
         let mean = (&dp * &p)?.sum_keepdim(D::Minus1)?;
-        let ds = ((&p * dp.broadcast_sub(&mean)?)? * f64::from(shape.scale))?;
+        let mut ds = ((&p * dp.broadcast_sub(&mean)?)? * f64::from(shape.scale))?;
+        if let Some(cap) = shape.soft_cap {
+            // the slope of c·tanh(S/c)
+            ds = (&ds - (ds.clone() * (capped / f64::from(cap))?.sqr()?)?)?;
+        }
         dq.push(merge_heads(&ds.matmul(&ks)?, shape.heads, 1)?);
         let rows = Tensor::arange(s.kv.start as u32, s.kv.end as u32, k.device())?;
         let dks = merge_heads(&ds.t()?.matmul(&qs)?, shape.kv_heads, group)?;

@@ -10,7 +10,7 @@ use candle_core::{D, Device, Tensor};
 use engobe_kernels::cross_entropy::{self as kernel, HeadLowRank, TokenStats};
 use std::sync::Arc;
 
-/// The output head: logits = h·Wᵀ + bias + u·Bᵀ.
+/// The output head: logits = h·Wᵀ + bias + u·Bᵀ, squashed if they shall be.
 #[derive(Clone, Debug)]
 pub struct Head {
     /// `[vocab, d]`
@@ -19,6 +19,8 @@ pub struct Head {
     pub bias: Option<Var>,
     /// a low-rank delta: u `[n, r]` (scale included) and B `[vocab, r]`
     pub low_rank: Option<(Var, Var)>,
+    /// logits z become c·tanh(z/c)
+    pub soft_cap: Option<f32>,
 }
 
 /// Loss of some labelled positions.
@@ -54,15 +56,20 @@ impl Head {
         [self.weight.slot(), of(self.bias.as_ref()), of(u), of(b)]
     }
 
-    /// Runs `f` on the delta and the bias as slices.
-    fn with_parts<R>(&self, f: impl FnOnce(Option<HeadLowRank<'_>>, Option<&[f32]>) -> R) -> Result<R> {
+    /// Runs `f` on the head as the kernels take it.
+    fn with_view<R>(&self, f: impl FnOnce(&kernel::Head<'_>) -> Result<R>) -> Result<R> {
         let bias = self.bias.as_ref().map(|b| host(b.tensor())).transpose()?;
+        let soft_cap = self.soft_cap;
+        let call = |low_rank| {
+            self.weight
+                .with_view(|weight| f(&kernel::Head { weight, bias: bias.as_deref(), low_rank, soft_cap }))?
+        };
         match &self.low_rank {
-            None => Ok(f(None, bias.as_deref())),
+            None => call(None),
             Some((u, b)) => {
                 let (ut, bt) = (host(u.tensor())?, host(b.tensor())?);
                 let r = b.tensor().dim(1)?;
-                Ok(f(Some(HeadLowRank { a_out: &ut, b: &bt, r }), bias.as_deref()))
+                call(Some(HeadLowRank { a_out: &ut, b: &bt, r }))
             }
         }
     }
@@ -76,21 +83,17 @@ fn fast<'m>(tape: &mut Tape<'m>, hidden: &Var, head: Head, targets: Arc<[u32]>) 
     let mut tokens = vec![TokenStats::default(); n];
     let mut d_hidden = (hidden.is_tracked() && !trained_head).then(|| uninit(n * d));
     let mut lse = vec![0f32; if trained_head { n } else { 0 }];
-    head.with_parts(|low_rank, bias| {
-        head.weight.with_view(|w| -> Result<()> {
-            kernel::cross_entropy(
-                &host(&h)?,
-                w,
-                bias,
-                low_rank,
-                &targets,
-                &mut tokens,
-                trained_head.then_some(&mut lse),
-                d_hidden.as_deref_mut(),
-            );
-            Ok(())
-        })
-    })???;
+    head.with_view(|view| {
+        kernel::cross_entropy(
+            &host(&h)?,
+            view,
+            &targets,
+            &mut tokens,
+            trained_head.then_some(&mut lse),
+            d_hidden.as_deref_mut(),
+        );
+        Ok(())
+    })?;
     let sum: f64 = tokens.iter().map(|t| f64::from(t.loss)).sum();
     let value = tensor_of(vec![sum as f32], 1)?;
     let slot = hidden.slot();
@@ -113,25 +116,21 @@ fn fast<'m>(tape: &mut Tape<'m>, hidden: &Var, head: Head, targets: Arc<[u32]>) 
         let mut dbias = zeros(bias_slot.is_tracked(), vocab);
         let mut du = u_slot.is_tracked().then(|| uninit(n * r));
         let mut db = zeros(b_slot.is_tracked(), vocab * r);
-        head.with_parts(|low_rank, bias| {
-            head.weight.with_view(|w| -> Result<()> {
-                kernel::cross_entropy_backward(
-                    &host(&h)?,
-                    w,
-                    bias,
-                    low_rank,
-                    &targets,
-                    &lse,
-                    host(&dy)?[0],
-                    dh.as_deref_mut(),
-                    dw.as_deref_mut(),
-                    dbias.as_deref_mut(),
-                    du.as_deref_mut(),
-                    db.as_deref_mut(),
-                );
-                Ok(())
-            })
-        })???;
+        head.with_view(|view| {
+            kernel::cross_entropy_backward(
+                &host(&h)?,
+                view,
+                &targets,
+                &lse,
+                host(&dy)?[0],
+                dh.as_deref_mut(),
+                dw.as_deref_mut(),
+                dbias.as_deref_mut(),
+                du.as_deref_mut(),
+                db.as_deref_mut(),
+            );
+            Ok(())
+        })?;
         let mut give = |slot, grad: Option<Vec<f32>>, rows: usize, cols: usize| match grad {
             Some(grad) => sink.add(slot, tensor_of(grad, (rows, cols))?),
             None => Ok(()),
@@ -160,6 +159,11 @@ fn composed<'m>(tape: &mut Tape<'m>, hidden: &Var, head: Head, targets: Arc<[u32
     if let Some((u, b)) = &head.low_rank {
         logits = (logits + u.tensor().matmul(&b.tensor().t()?)?)?;
     }
+    let mut slope = None;
+    if let Some(cap) = head.soft_cap.map(f64::from) {
+        logits = ((logits / cap)?.tanh()? * cap)?;
+        slope = Some((1.0 - (&logits / cap)?.sqr()?)?);
+    }
     let index = Tensor::from_slice(&targets, (n, 1), h.device())?;
     let max = logits.max_keepdim(D::Minus1)?;
     let e = logits.broadcast_sub(&max)?.exp()?;
@@ -178,7 +182,10 @@ fn composed<'m>(tape: &mut Tape<'m>, hidden: &Var, head: Head, targets: Arc<[u32
     let p = e.broadcast_div(&sum)?;
     let loss = tape.record1(&[slot, w_slot, bias_slot, u_slot, b_slot], value, move |dy, sink| {
         let ones = Tensor::ones((n, 1), p.dtype(), p.device())?;
-        let dlogits = p.scatter_add(&index, &ones.neg()?, 1)?.broadcast_mul(&dy.reshape((1, 1))?)?;
+        let mut dlogits = p.scatter_add(&index, &ones.neg()?, 1)?.broadcast_mul(&dy.reshape((1, 1))?)?;
+        if let Some(slope) = &slope {
+            dlogits = (dlogits * slope)?;
+        }
         sink.add(slot, dlogits.matmul(&w)?)?;
         if w_slot.is_tracked() {
             sink.add(w_slot, dlogits.t()?.matmul(&h)?)?;

@@ -2,28 +2,36 @@
 
 mod add;
 mod attention;
+mod columns;
 pub(crate) mod dropout;
 mod embedding;
 mod gated;
 mod generation;
 mod head_loss;
+mod layer_norm;
 mod linear;
 mod norm;
 mod rope;
 mod rows;
 mod scale;
+mod split;
 
 pub use add::add;
 pub use attention::attention;
+pub use columns::{concat_columns, scale_columns, scale_rows};
 pub use dropout::dropout as drop_out;
 pub use embedding::embedding;
 pub use gated::{activate, gated};
 pub use head_loss::{Head, HeadLoss, head_loss};
-pub use linear::{LinearSpec, LowRank, Matrix, linear, linear_group, linear_residual, linear_residual_last};
+pub use layer_norm::layer_norm;
+pub use linear::{
+    LinearSpec, LowRank, Matrix, OutputScale, linear, linear_group, linear_residual, linear_residual_last,
+};
 pub use norm::rms_norm;
 pub use rope::{RopeSpec, rope};
 pub use rows::select_rows;
 pub use scale::scale;
+pub use split::{reshape, split_columns};
 
 use crate::{Error, Result};
 use candle_core::Tensor;

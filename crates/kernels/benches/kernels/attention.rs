@@ -5,8 +5,7 @@ use criterion::Criterion;
 use engobe_kernels::attention::{AttentionShape, Segment, attention, attention_backward};
 
 pub fn all(c: &mut Criterion) {
-    let shape =
-        AttentionShape { heads: HEADS, kv_heads: KV_HEADS, head_dim: HEAD_DIM, scale: 0.125, causal: true };
+    let shape = AttentionShape::new(HEADS, KV_HEADS, HEAD_DIM, 0.125, true);
     let (wide, narrow) = (TOKENS * HEADS * HEAD_DIM, TOKENS * KV_HEADS * HEAD_DIM);
     let (q, k, v, dout) = (numbers(wide), numbers(narrow), numbers(narrow), numbers(wide));
     let (mut out, mut lse) = (vec![0f32; wide], vec![0f32; HEADS * TOKENS]);

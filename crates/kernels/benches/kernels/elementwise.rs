@@ -4,6 +4,7 @@ use crate::{F, FFN, HEAD_DIM, HEADS, TOKENS, WIDTH, measure, numbers};
 use criterion::Criterion;
 use engobe_kernels::activation::Activation;
 use engobe_kernels::adamw::{AdamWStep, adamw_step};
+use engobe_kernels::layer_norm::{RowStats, layer_norm, layer_norm_backward};
 use engobe_kernels::rope::{RopeTable, apply};
 use engobe_kernels::{activation, dropout, elementwise, norm};
 
@@ -14,6 +15,7 @@ const EXP: usize = 20;
 
 pub fn all(c: &mut Criterion) {
     rms_norm(c);
+    layer_norms(c);
     rope(c);
     silu_mul(c);
     let n = TOKENS * WIDTH;
@@ -31,6 +33,17 @@ fn rms_norm(c: &mut Criterion) {
     let mut dx = vec![0f32; n];
     measure(c, "rms_norm backward", 8 * n, 3 * n * F, || {
         norm::rms_norm_backward(&x, &w, &rstd, &dy, &mut dx, None);
+    });
+}
+
+fn layer_norms(c: &mut Criterion) {
+    let n = TOKENS * WIDTH;
+    let (x, dy, w, b) = (numbers(n), numbers(n), numbers(WIDTH), numbers(WIDTH));
+    let (mut y, mut stats) = (vec![0f32; n], vec![RowStats::default(); TOKENS]);
+    measure(c, "layer_norm", 7 * n, 2 * n * F, || layer_norm(&x, &w, Some(&b), 1e-5, &mut y, &mut stats));
+    let mut dx = vec![0f32; n];
+    measure(c, "layer_norm backward", 12 * n, 3 * n * F, || {
+        layer_norm_backward(&x, &w, &stats, &dy, &mut dx, None, None);
     });
 }
 

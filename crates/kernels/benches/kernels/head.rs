@@ -2,7 +2,7 @@
 
 use crate::{F, TOKENS, VOCAB, WIDTH, measure, numbers};
 use criterion::Criterion;
-use engobe_kernels::cross_entropy::{TokenStats, cross_entropy};
+use engobe_kernels::cross_entropy::{Head, TokenStats, cross_entropy};
 use engobe_kernels::embedding::gather;
 use engobe_kernels::storage::WeightView;
 
@@ -16,10 +16,10 @@ pub fn all(c: &mut Criterion) {
     let product = 2 * TOKENS * WIDTH * VOCAB;
     let moved = (table.len() + 2 * hidden.len()) * F;
     measure(c, "cross_entropy", product, moved, || {
-        cross_entropy(&hidden, weight, None, None, &targets, &mut stats, None, None);
+        cross_entropy(&hidden, &Head::plain(weight), &targets, &mut stats, None, None);
     });
     measure(c, "cross_entropy with gradient", 2 * product, moved, || {
-        cross_entropy(&hidden, weight, None, None, &targets, &mut stats, None, Some(&mut grad));
+        cross_entropy(&hidden, &Head::plain(weight), &targets, &mut stats, None, Some(&mut grad));
     });
     measure(c, "embedding", 0, 2 * grad.len() * F, || gather(weight, &targets, &mut grad));
 }

@@ -9,6 +9,14 @@
 //! dWᵢ = dyᵢᵀ·x  (only if Wᵢ is trained)        dbᵢ = column sums of dyᵢ
 //! ```
 //!
+//! A spec may put factors on the columns of its input and of its output (IA3, DoRA):
+//!
+//! ```text
+//! y = g ⊙ (l⊙x)·Wᵀ + s·g ⊙ u·Bᵀ + b        or, where the factors cover the bias, g ⊙ (… + b)
+//! ```
+//!
+//! These are ops of their own around the product (`scaled`); layers without factors take the path that they took before.
+//!
 //! B·A is never formed. On the CPU (`fast.rs`) the whole forward is two parallel jobs (all u; then all y, the deltas
 //! riding along as one more term of their layer's sum), the backward as well (all du; then dx, dA and dB together).
 //! On a tape that keeps 16 bits, A and B enter these products rounded to them (and du, dx come from the rounded ones, as
@@ -21,11 +29,10 @@ mod composed;
 mod fast;
 
 use crate::host::{narrowed, widened};
+use crate::ops::{self, dims2, dropout, generation};
 use crate::tape::Slot;
 use crate::var::Kept;
-use crate::{
-    Error, FrozenWeight, GradSink, Result, Tape, Var, host, ops::dims2, ops::dropout, ops::generation,
-};
+use crate::{Error, FrozenWeight, GradSink, Result, Tape, Var, host};
 use candle_core::{DType, Device, Tensor};
 use engobe_kernels::narrow::Half;
 use engobe_kernels::storage::WeightView;
@@ -100,12 +107,43 @@ pub struct LinearSpec {
     pub bias: Option<Var>,
     /// deltas, all added
     pub low_rank: Vec<LowRank>,
+    /// factors `[in]` on the columns of x
+    pub input_scale: Option<Var>,
+    /// factors on the columns of the output
+    pub output_scale: Option<OutputScale>,
+}
+
+/// Factors on a layer's output.
+#[derive(Clone, Debug)]
+pub struct OutputScale {
+    /// `[out]`
+    pub gain: Var,
+    /// the bias gets them as well; without, it is added afterwards
+    pub covers_bias: bool,
 }
 
 impl LinearSpec {
-    /// A layer without bias and deltas.
+    /// A layer without bias, deltas and factors.
     pub fn plain(weight: Matrix) -> Self {
-        Self { weight, bias: None, low_rank: Vec::new() }
+        Self::new(weight, None, Vec::new())
+    }
+
+    /// A layer without factors.
+    pub fn new(weight: Matrix, bias: Option<Var>, low_rank: Vec<LowRank>) -> Self {
+        Self { weight, bias, low_rank, input_scale: None, output_scale: None }
+    }
+
+    /// Puts factors `[in]` on the input, on top of those that are there.
+    pub fn scale_input(&mut self, tape: &mut Tape<'_>, factors: Var) -> Result<()> {
+        self.input_scale = Some(match self.input_scale.take() {
+            Some(old) => ops::scale_rows(tape, &old, &factors)?,
+            None => factors,
+        });
+        Ok(())
+    }
+
+    fn is_unscaled(&self) -> bool {
+        self.input_scale.is_none() && self.output_scale.is_none()
     }
 }
 
@@ -195,6 +233,64 @@ fn forward<'m>(
 ) -> Result<Vec<Var>> {
     let (n, width) = dims2("linear", x.tensor())?;
     check(&specs, n, width, residual)?;
+    match specs.iter().all(LinearSpec::is_unscaled) {
+        true => unscaled(tape, x, specs, residual, last),
+        false => scaled(tape, x, specs, residual),
+    }
+}
+
+/// Layers some of which have factors on their input or output. Those without an input's factors share one op.
+fn scaled<'m>(
+    tape: &mut Tape<'m>,
+    x: &Var,
+    specs: Vec<LinearSpec>,
+    residual: Option<&Var>,
+) -> Result<Vec<Var>> {
+    let mut outs: Vec<Option<Var>> = specs.iter().map(|_| None).collect();
+    let mut shared = Vec::new();
+    let mut scales = Vec::new();
+    for (i, mut spec) in specs.into_iter().enumerate() {
+        let scale = spec.output_scale.take();
+        let bias = scale.as_ref().filter(|s| !s.covers_bias).and_then(|_| spec.bias.take());
+        let inside = residual.filter(|_| scale.is_none());
+        scales.push(scale.map(|s| (s.gain, bias)));
+        match spec.input_scale.take() {
+            None => shared.push((i, spec)),
+            Some(factors) => {
+                let (kept, l) = (tape.keep(x)?, factors.tensor().clone());
+                let input = ops::scale_columns(tape, x, &factors, None, None)?;
+                let fast = tape.fast(x.tensor());
+                let input =
+                    input.made_by(move || ops::columns::forward(fast, &kept.value()?, &l, None, None));
+                outs[i] = Some(one(unscaled(tape, &input, vec![spec], inside, false)?)?);
+            }
+        }
+    }
+    if !shared.is_empty() {
+        let (places, specs): (Vec<usize>, Vec<LinearSpec>) = shared.into_iter().unzip();
+        let inside = residual.filter(|_| scales.iter().all(Option::is_none));
+        for (i, y) in places.into_iter().zip(unscaled(tape, x, specs, inside, false)?) {
+            outs[i] = Some(y);
+        }
+    }
+    let finish = |(y, scale): (Option<Var>, Option<(Var, Option<Var>)>)| {
+        let y = y.ok_or_else(|| Error::shape("linear", "no output"))?;
+        match scale {
+            None => Ok(y),
+            Some((gain, bias)) => ops::scale_columns(tape, &y, &gain, bias.as_ref(), residual),
+        }
+    };
+    outs.into_iter().zip(scales).map(finish).collect()
+}
+
+fn unscaled<'m>(
+    tape: &mut Tape<'m>,
+    x: &Var,
+    specs: Vec<LinearSpec>,
+    residual: Option<&Var>,
+    last: bool,
+) -> Result<Vec<Var>> {
+    let (n, width) = dims2("linear", x.tensor())?;
     let fast = tape.fast(x.tensor());
     if let (Some(activations), true) = (tape.generating(), fast) {
         return generation::linear_group(x.tensor(), &specs, residual.map(Var::tensor), activations);
@@ -292,6 +388,16 @@ fn check(specs: &[LinearSpec], n: usize, width: usize, residual: Option<&Var>) -
                 "linear",
                 format!("weight [{out}, {cols}] for an input of width {width}"),
             ));
+        }
+        let factors = [
+            (spec.input_scale.as_ref(), "input", width),
+            (spec.output_scale.as_ref().map(|s| &s.gain), "output", out),
+        ];
+        for (factors, side, expected) in factors {
+            if let Some(found) = factors.map(|f| f.tensor().dims()).filter(|f| *f != [expected]) {
+                let what = format!("{found:?} factors on the {side} of a weight [{out}, {cols}]");
+                return Err(Error::shape("linear", what));
+            }
         }
         for lr in &spec.low_rank {
             let (r, a_in) = dims2("linear", lr.a.tensor())?;

@@ -1,0 +1,91 @@
+//! The encoders, by name. Adding one is its file, its line here, and a golden configuration.
+
+use crate::scope::Naming;
+use crate::{Error, LoadOptions, Result, Weights, check_quantization};
+use engobe_formats::checkpoint::Checkpoint;
+use engobe_formats::hf_config::HfConfig;
+use engobe_kernels::activation::Activation;
+use engobe_nn::Encoder;
+use std::path::Path;
+
+/// Builds an encoder over the weights of a checkpoint.
+pub type BuildEncoder = fn(&HfConfig, &Weights<'_>, Naming) -> Result<Box<dyn Encoder>>;
+
+/// An encoder's architecture.
+#[derive(Debug)]
+pub struct EncoderArchitecture {
+    /// Hugging Face's `model_type`
+    pub model_type: &'static str,
+    /// what stands before its modules' paths in task models
+    pub prefix: &'static str,
+    /// builds it
+    pub build: BuildEncoder,
+}
+
+/// All that we know.
+pub static ENCODERS: &[&EncoderArchitecture] = &[
+    &crate::bert::ARCHITECTURE,
+    &crate::roberta::ARCHITECTURE,
+    &crate::distilbert::ARCHITECTURE,
+    &crate::modernbert::ARCHITECTURE,
+];
+
+/// The encoder's architecture that a configuration names.
+///
+/// # Errors
+/// It is none that we know.
+pub fn encoder_architecture(config: &HfConfig) -> Result<&'static EncoderArchitecture> {
+    let found = config.model_type()?;
+    ENCODERS
+        .iter()
+        .find(|a| a.model_type == found)
+        .copied()
+        .ok_or_else(|| Error::Architecture { path: config.path().to_path_buf(), found: found.to_string() })
+}
+
+/// Loads the encoder in a Hugging Face directory: that of a bare model or of any task model over it.
+pub fn load_encoder(path: &Path, options: &LoadOptions, naming: Naming) -> Result<Box<dyn Encoder>> {
+    let config = HfConfig::open(path)?;
+    check_quantization(&config)?;
+    let architecture = encoder_architecture(&config)?;
+    let checkpoint = Checkpoint::open(path)?;
+    let weights = Weights::hugging_face(&checkpoint, options)?;
+    (architecture.build)(&config, &weights, naming)
+}
+
+/// A setting that cannot be.
+pub(crate) fn bad(config: &HfConfig, key: &str, found: impl ToString, expected: &str) -> Error {
+    Error::Config {
+        path: config.path().to_path_buf(),
+        key: key.to_string(),
+        found: found.to_string(),
+        expected: expected.to_string(),
+    }
+}
+
+/// The width of each of `heads` heads of an activation of width `d`.
+pub(crate) fn head_dim(config: &HfConfig, key: &str, d: usize, heads: usize) -> Result<usize> {
+    match heads > 0 && d > 0 && d.is_multiple_of(heads) {
+        true => Ok(d / heads),
+        false => Err(bad(config, key, heads, &format!("a divisor of the width {d}"))),
+    }
+}
+
+/// The activation under `key`.
+pub(crate) fn activation(config: &HfConfig, key: &str, default: &str) -> Result<Activation> {
+    const KNOWN: [(&str, Activation); 8] = [
+        ("gelu", Activation::Gelu),
+        ("gelu_new", Activation::GeluTanh),
+        ("gelu_pytorch_tanh", Activation::GeluTanh),
+        ("gelu_fast", Activation::GeluTanh),
+        ("relu", Activation::Relu),
+        ("silu", Activation::Silu),
+        ("swish", Activation::Silu),
+        ("tanh", Activation::Tanh),
+    ];
+    let found = config.opt_str(key)?.unwrap_or(default);
+    KNOWN.iter().find(|(name, _)| *name == found).map(|(_, a)| *a).ok_or_else(|| {
+        let names: Vec<&str> = KNOWN.iter().map(|(name, _)| *name).collect();
+        bad(config, key, found, &format!("one of {}", names.join(", ")))
+    })
+}

@@ -1,0 +1,161 @@
+//! What an encoder offers to task heads and embeddings, and the stack of blocks that most encoders are.
+
+use crate::causal::{ModelInfo, TokenBatch};
+use crate::decoder::{Block, Context, Positions};
+use crate::modules::ModuleTree;
+use crate::rope::Rope;
+use crate::{Embedding, Linear, ModuleMut, Norm};
+use candle_core::Device;
+use engobe_autograd::ops::{self, RopeSpec};
+use engobe_autograd::{Result, Tape, Var};
+use engobe_kernels::activation::Activation;
+use std::sync::Arc;
+
+/// A bidirectional encoder: every token of a segment sees all the others of its segment, and nothing else. What other
+/// programs mask as padding is not there.
+pub trait Encoder: ModuleTree + Send + Sync {
+    /// Its sizes; no head is counted.
+    fn info(&self) -> &ModelInfo;
+
+    /// Where its weights are.
+    fn device(&self) -> &Device;
+
+    /// Hidden states of all tokens as transformers' `last_hidden_state` has them: `[n, d]`. A final norm is included.
+    fn hidden_states<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<Var>;
+
+    /// What the model's own pooler makes of `firsts` `[segments, d]`, the hidden states of each segment's first token;
+    /// `None` if the model has no pooler, or its checkpoint none.
+    fn pooled<'m>(&'m self, _tape: &mut Tape<'m>, _firsts: &Var) -> Result<Option<Var>> {
+        Ok(None)
+    }
+}
+
+/// f(x·Wᵀ + b) over the first token's hidden state.
+#[derive(Debug)]
+pub struct Pooler {
+    /// `[d, d]`
+    pub dense: Linear,
+    /// f
+    pub activation: Activation,
+}
+
+impl Pooler {
+    /// `firsts` `[n, d]` to `[n, d]`.
+    pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, firsts: &Var) -> Result<Var> {
+        let x = self.dense.forward(tape, firsts)?;
+        ops::activate(tape, self.activation, &x)
+    }
+}
+
+/// An encoder: a stack of blocks over normed embeddings.
+#[derive(Debug)]
+pub struct EncoderStack {
+    /// its sizes
+    pub info: ModelInfo,
+    /// tokens
+    pub words: Embedding,
+    /// positions, where they are embedded
+    pub positions: Option<Positions>,
+    /// token types, where they are embedded
+    pub token_types: Option<Embedding>,
+    /// the norm of the embedded tokens
+    pub embedding_norm: Norm,
+    /// the blocks
+    pub blocks: Vec<Block>,
+    /// rotary embeddings that the blocks' attention points to
+    pub ropes: Vec<Rope>,
+    /// the norm behind the last block
+    pub final_norm: Option<Norm>,
+    /// the pooler
+    pub pooler: Option<Pooler>,
+    /// where the weights are
+    pub device: Device,
+}
+
+impl EncoderStack {
+    /// The hidden states that the first block takes: `[n, d]`.
+    fn embed<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<Var> {
+        let mut x = self.words.forward(tape, batch.ids.clone(), &self.device)?;
+        if let Some(token_types) = &self.token_types {
+            let embedded = embed_types(tape, token_types, batch, &self.device)?;
+            x = ops::add(tape, &x, &embedded)?;
+        }
+        if let Some(positions) = &self.positions {
+            let embedded = positions.forward(tape, batch, &self.device)?;
+            x = ops::add(tape, &x, &embedded)?;
+        }
+        self.embedding_norm.forward(tape, &x)
+    }
+}
+
+/// Rows of the batch's token types; without any, all are of type 0.
+pub(crate) fn embed_types<'m>(
+    tape: &mut Tape<'m>,
+    table: &'m Embedding,
+    batch: &TokenBatch,
+    device: &Device,
+) -> Result<Var> {
+    let types = batch.token_types.clone().unwrap_or_else(|| vec![0; batch.len()].into());
+    let (rows, _) = table.weight().dims();
+    match types.iter().find(|t| **t as usize >= rows) {
+        Some(t) => {
+            let what = format!("a token is of type {t}; the model knows {rows} types");
+            Err(engobe_autograd::Error::shape("token types", what))
+        }
+        None => table.forward(tape, types, device),
+    }
+}
+
+impl ModuleTree for EncoderStack {
+    fn visit_modules(&mut self, f: &mut dyn FnMut(ModuleMut<'_>)) {
+        f(ModuleMut::Embedding(&mut self.words));
+        if let Some(positions) = &mut self.positions {
+            f(ModuleMut::Embedding(&mut positions.embedding));
+        }
+        if let Some(token_types) = &mut self.token_types {
+            f(ModuleMut::Embedding(token_types));
+        }
+        f(self.embedding_norm.module());
+        self.blocks.iter_mut().for_each(|block| block.visit(f));
+        if let Some(norm) = &mut self.final_norm {
+            f(norm.module());
+        }
+        if let Some(pooler) = &mut self.pooler {
+            f(ModuleMut::Linear(&mut pooler.dense));
+        }
+    }
+
+    fn output_heads(&self) -> Vec<String> {
+        Vec::new()
+    }
+}
+
+impl Encoder for EncoderStack {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn hidden_states<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<Var> {
+        let longest = batch.positions.iter().max().map_or(0, |p| *p as usize + 1);
+        let angles =
+            |rope: &Rope| RopeSpec { table: rope.table(longest), positions: batch.positions.clone() };
+        let ropes: Arc<[RopeSpec]> = self.ropes.iter().map(angles).collect();
+        let mut x = self.embed(tape, batch)?;
+        for block in &self.blocks {
+            let context = Context { ropes: ropes.clone(), segments: batch.segments.clone() };
+            x = tape.block(&[x], move |tape, xs| block.forward(tape, &xs[0], &context, None))?;
+        }
+        match &self.final_norm {
+            Some(norm) => norm.forward(tape, &x),
+            None => Ok(x),
+        }
+    }
+
+    fn pooled<'m>(&'m self, tape: &mut Tape<'m>, firsts: &Var) -> Result<Option<Var>> {
+        self.pooler.as_ref().map(|pooler| pooler.forward(tape, firsts)).transpose()
+    }
+}
