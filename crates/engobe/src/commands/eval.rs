@@ -6,7 +6,7 @@ use crate::dataset::{self, RowSettings};
 use crate::terminal::{Note, Progress, print, print_json};
 use crate::workbench::{self, Bench};
 use crate::{memory, scoring};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use engobe_data::Prompt;
 use engobe_train::evaluate;
 use engobe_train::plan::ComputeDtype;
@@ -74,5 +74,5 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 
 fn compute_dtype(name: &str) -> Result<ComputeDtype> {
     let value = toml::Value::String(name.to_string());
-    value.try_into().ok().context(Usage(format!("--compute-dtype {name}: expected f32, bf16 or f16")))
+    value.try_into().map_err(|_| Usage(format!("--compute-dtype {name}: expected f32, bf16 or f16")).into())
 }
