@@ -61,36 +61,45 @@ def llama_cpp(path, lora=None):
     return complete
 
 
+def partings(complete, args, ids, tokens):
+    """By how much llama.cpp's token leads wherever engobe, called with `args`, chooses another one after `ids`."""
+    theirs, margins, _ = complete(ids, tokens)
+    found, at = [], 0
+    while at < len(theirs):
+        context = ",".join(map(str, ids + theirs[:at]))
+        mine = engobe("generate", *args, "--prompt-ids", context, "--max-new-tokens", len(theirs) - at)["token_ids"]
+        if len(theirs) < tokens and len(mine) == len(theirs) - at - 1:
+            # both ended; llama.cpp's answer has the token that ends it
+            mine.append(theirs[-1])
+        parted = next((i for i, t in enumerate(theirs[at:]) if i >= len(mine) or mine[i] != t), None)
+        if parted is None:
+            break
+        found.append(margins[at + parted])
+        at += parted + 1
+    return found, len(theirs)
+
+
 def compare(report, name, complete, args, prompts, limit, tokens=TOKENS):
-    """engobe, called with `args`, beside llama.cpp on every prompt."""
-    partings, compared, same = [], 0, 0
-    for ids in prompts:
-        theirs, margins, _ = complete(ids, tokens)
-        at = 0
-        while at < len(theirs):
-            context = ",".join(map(str, ids + theirs[:at]))
-            mine = engobe("generate", *args, "--prompt-ids", context, "--max-new-tokens", len(theirs) - at)["token_ids"]
-            parted = next((i for i, t in enumerate(theirs[at:]) if i >= len(mine) or mine[i] != t), None)
-            if parted is None:
-                break
-            # an end of turn ends engobe's answer; llama.cpp's has the token itself
-            partings.append(margins[at + parted])
-            at += parted + 1
-        compared += len(theirs)
-        same += not partings or at == 0
-    worst = max(partings, default=0.0)
-    shown = ", ".join(f"{m:.3f}" for m in sorted(partings, reverse=True)[:4])
-    report.true(name, compared > 20 * len(prompts) / 4 and worst <= limit, f"{compared} tokens, {len(partings)} partings at margins [{shown}] (limit {limit})")
+    """engobe, called with `args`, beside llama.cpp on every prompt of every kind."""
+    for kind, some in prompts.items():
+        found = [partings(complete, args, ids, tokens) for ids in some]
+        margins = sorted((m for margins, _ in found for m in margins), reverse=True)
+        equal, compared = sum(not margins for margins, _ in found), sum(n for _, n in found)
+        detail = f"{equal} of {len(some)} texts equal, {compared} tokens"
+        if margins:
+            detail += f", {len(margins)} partings at margins [{', '.join(f'{m:.3f}' for m in margins[:4])}] (limit {limit})"
+        report.true(f"{name}, {kind}", compared > 5 * len(some) and max(margins, default=0.0) <= limit, detail)
 
 
 def demo_prompts(demo, hf):
-    """Held-out prompts of the demo as chats, and plain ones, as token ids."""
+    """As token ids: the demo's held-out prompts as chats, and plain texts that its adapter knows nothing of."""
     tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
     template = (hf / "chat_template.jinja").read_text()
     rows = [json.loads(l) for l in (demo / "test.jsonl").read_text().splitlines()]
-    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows[:6]]
+    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows]
     texts, _ = render_jinja_template(chats, chat_template=template, add_generation_prompt=True)
-    return [tokenizer.encode(t, add_special_tokens=False).ids for t in texts + PLAIN]
+    ids = lambda texts: [tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
+    return {"held-out prompts": ids(texts), "plain texts": ids(PLAIN)}
 
 
 class Base:

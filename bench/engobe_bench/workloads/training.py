@@ -9,6 +9,8 @@ from ..workload import Entrant, Section, Workload, middle, values
 
 # what a side's weights are stored in, and what they are called
 F32, BF16 = "float32", "bfloat16"
+# not made here: SmolLM2's own file
+GGUF = "gguf"
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,12 @@ class Training(Workload):
         self.data = self.rows(ctx)
         self.read = [json.loads(line) for line in self.data.read_text().splitlines()]
         for side in self.sides:
-            ctx.model(side.stored)
+            self.model(ctx, side)
             if isinstance(side, Peft) and not ctx.quick:
                 self.attention(ctx, side)
+
+    def model(self, ctx, side):
+        return ctx.gguf() if side.stored == GGUF else ctx.model(side.stored)
 
     def attention(self, ctx, side):
         shape = f"batch {self.batch} of {self.data.stem.split('-')[0]} rows of up to {max(len(r['input_ids']) for r in self.read)}, {side.stored}"
@@ -77,7 +82,7 @@ class Training(Workload):
         def run(ctx):
             steps = None if self.epoch else self.count(ctx)
             flags = [*self.engobe_flags, *side.flags]
-            return sides.engobe_train(ctx, self.key, ctx.model(side.stored), self.data, steps, self.warmup, flags)
+            return sides.engobe_train(ctx, self.key, self.model(ctx, side), self.data, steps, self.warmup, flags)
 
         return run
 

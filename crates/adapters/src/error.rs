@@ -64,6 +64,22 @@ pub enum Error {
         /// tensor
         tensor: String,
     },
+    /// The adapter is no change of the base's weights.
+    #[error("{method} adapters can't be merged: {reason}")]
+    CannotMerge {
+        /// method
+        method: &'static str,
+        /// why
+        reason: &'static str,
+    },
+    /// The model lacks a place at which the method attaches.
+    #[error("{method} needs {needs}, which this model does not offer")]
+    NoSite {
+        /// method
+        method: &'static str,
+        /// the place
+        needs: &'static str,
+    },
     /// A file could not be read or written.
     #[error(transparent)]
     Format(#[from] engobe_formats::Error),

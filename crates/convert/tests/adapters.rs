@@ -212,6 +212,7 @@ fn missing_and_misshapen_tensors_are_listed() {
     let blueprint = Blueprint::read(&base_of("default")).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let PeftAdapter { config, tensors } = PeftAdapter::load(&golden("peft/default")).unwrap();
+    let config = LoraConfig::read(&config).unwrap();
     let all: Vec<_> =
         tensors.values().map(|t| (t.name.clone(), t.shape.clone(), t.bytes().to_vec())).collect();
     let said =
@@ -238,10 +239,11 @@ fn missing_and_misshapen_tensors_are_listed() {
 #[test]
 fn peft_files_name_targets_as_people_do_where_that_is_exact() {
     let dir = tempfile::tempdir().unwrap();
-    let targets = |path: &Path| match PeftAdapter::load(path).unwrap().config.target_modules {
-        Some(engobe_formats::peft::TargetModules::List(names)) => names,
-        other => panic!("{other:?}"),
-    };
+    let targets =
+        |path: &Path| match PeftAdapter::load(path).unwrap().config.modules("target_modules").unwrap() {
+            Some(engobe_formats::peft::TargetModules::List(names)) => names,
+            other => panic!("{other:?}"),
+        };
     let (blueprint, lora) = read("default");
     lora.write_peft(dir.path(), Some(&blueprint), None).unwrap();
     assert_eq!(targets(dir.path()), ["q_proj", "v_proj"]);

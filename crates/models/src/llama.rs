@@ -9,10 +9,11 @@ use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, HeadLoss, RopeSpec};
 use engobe_autograd::{Result as OpResult, Tape, Var};
 use engobe_kernels::activation::Activation;
-use engobe_kernels::attention::{AttentionShape, Segment};
+use engobe_kernels::attention::AttentionShape;
 use engobe_nn::rope::Rope;
 use engobe_nn::{
-    CausalLm, Embedding, KvCache, Linear, ModelInfo, ModuleMut, ModuleTree, RmsNorm, TokenBatch, linear_group,
+    CausalLm, Embedding, Entry, KvCache, KvPrefix, Linear, ModelInfo, ModuleMut, ModuleTree, RmsNorm,
+    SiteMut, SubLayer, SubLayerKind, TokenBatch, linear_group,
 };
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 pub struct Llama {
     info: ModelInfo,
     embed_tokens: Embedding,
+    entry: Entry,
     layers: Vec<Layer>,
     norm: RmsNorm,
     lm_head: Linear,
@@ -35,11 +37,14 @@ struct Layer {
     q_proj: Linear,
     k_proj: Linear,
     v_proj: Linear,
+    prefix: KvPrefix,
     o_proj: Linear,
+    attention_end: SubLayer,
     post_attention_layernorm: RmsNorm,
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
+    mlp_end: SubLayer,
     shape: AttentionShape,
 }
 
@@ -47,7 +52,7 @@ struct Layer {
 #[derive(Clone)]
 struct Context {
     rope: RopeSpec,
-    segments: Arc<[Segment]>,
+    batch: TokenBatch,
 }
 
 impl Llama {
@@ -75,11 +80,14 @@ impl Llama {
                 q_proj: linear(&format!("{p}.self_attn.q_proj"), all, d, c.attention_bias)?,
                 k_proj: linear(&format!("{p}.self_attn.k_proj"), kv, d, c.attention_bias)?,
                 v_proj: linear(&format!("{p}.self_attn.v_proj"), kv, d, c.attention_bias)?,
+                prefix: KvPrefix::new(format!("{p}.self_attn"), c.num_key_value_heads, c.head_dim),
                 o_proj: linear(&format!("{p}.self_attn.o_proj"), d, all, c.attention_bias)?,
+                attention_end: SubLayer::new(format!("{p}.self_attn"), SubLayerKind::Attention, d),
                 post_attention_layernorm: norm(&format!("{p}.post_attention_layernorm"))?,
                 gate_proj: linear(&format!("{p}.mlp.gate_proj"), c.intermediate_size, d, c.mlp_bias)?,
                 up_proj: linear(&format!("{p}.mlp.up_proj"), c.intermediate_size, d, c.mlp_bias)?,
                 down_proj: linear(&format!("{p}.mlp.down_proj"), d, c.intermediate_size, c.mlp_bias)?,
+                mlp_end: SubLayer::new(format!("{p}.mlp"), SubLayerKind::FeedForward, d),
                 shape: AttentionShape::new(
                     c.num_attention_heads,
                     c.num_key_value_heads,
@@ -102,6 +110,7 @@ impl Llama {
                 blocks: layers.iter().any(|l| l.q_proj.weight().is_of_blocks()),
             },
             embed_tokens: Embedding::new("model.embed_tokens", embed),
+            entry: Entry::new("model.embed_tokens", d),
             layers,
             norm: norm("model.norm")?,
             lm_head: Linear::new("lm_head", head, None),
@@ -117,28 +126,28 @@ impl Layer {
         tape: &mut Tape<'m>,
         x: &Var,
         context: &Context,
-        cache: Option<(&mut KvCache, usize, &TokenBatch)>,
+        cache: Option<(&mut KvCache, usize)>,
     ) -> OpResult<Var> {
         let normed = self.input_layernorm.forward(tape, x)?;
         let [q, k, v] = linear_group(tape, &normed, [&self.q_proj, &self.k_proj, &self.v_proj])?;
         drop(normed);
         let q = ops::rope(tape, &q, &context.rope, self.shape.head_dim)?;
-        let mut k = ops::rope(tape, &k, &context.rope, self.shape.head_dim)?;
-        let mut v = v;
-        if let Some((cache, layer, batch)) = cache {
-            let (keys, values) = cache.append(layer, batch, k.tensor(), v.tensor())?;
+        let k = ops::rope(tape, &k, &context.rope, self.shape.head_dim)?;
+        let (mut k, mut v) = self.prefix.extend(tape, k, v, &context.batch)?;
+        if let Some((cache, layer)) = cache {
+            let (keys, values) = cache.append(layer, &context.batch, k.tensor(), v.tensor())?;
             (k, v) = (Var::constant(keys), Var::constant(values));
         }
-        let attended = ops::attention(tape, &q, &k, &v, self.shape, context.segments.clone())?;
+        let attended = ops::attention(tape, &q, &k, &v, self.shape, context.batch.segments.clone())?;
         drop((q, k, v));
-        let x = self.o_proj.forward_residual(tape, &attended, x)?;
+        let x = self.attention_end.close(tape, &self.o_proj, &attended, x)?;
         drop(attended);
         let normed = self.post_attention_layernorm.forward(tape, &x)?;
         let [gate, up] = linear_group(tape, &normed, [&self.gate_proj, &self.up_proj])?;
         drop(normed);
         let gated = ops::gated(tape, Activation::Silu, &gate, &up)?;
         drop((gate, up));
-        self.down_proj.forward_residual_last(tape, &gated, &x)
+        self.mlp_end.close_block(tape, &self.down_proj, &gated, &x)
     }
 
     fn linears(&mut self) -> [&mut Linear; 7] {
@@ -168,6 +177,15 @@ impl ModuleTree for Llama {
         f(ModuleMut::Linear(&mut self.lm_head));
     }
 
+    fn visit_sites(&mut self, f: &mut dyn FnMut(SiteMut<'_>)) {
+        f(SiteMut::Entry(&mut self.entry));
+        for layer in &mut self.layers {
+            f(SiteMut::KvPrefix(&mut layer.prefix));
+            f(SiteMut::SubLayer(&mut layer.attention_end));
+            f(SiteMut::SubLayer(&mut layer.mlp_end));
+        }
+    }
+
     fn output_heads(&self) -> Vec<String> {
         vec![self.lm_head.path().to_string()]
     }
@@ -182,21 +200,26 @@ impl CausalLm for Llama {
         &self.device
     }
 
+    fn lead(&self) -> usize {
+        self.entry.lead()
+    }
+
     fn hidden_states<'m>(
         &'m self,
         tape: &mut Tape<'m>,
         batch: &TokenBatch,
         mut cache: Option<&mut KvCache>,
     ) -> OpResult<Var> {
+        let x = self.embed_tokens.forward(tape, batch.ids.clone(), &self.device)?;
+        let (mut x, batch) = self.entry.enter(tape, x, batch)?;
         let longest = batch.positions.iter().max().map_or(0, |p| *p as usize + 1);
         let context = Context {
             rope: RopeSpec { table: self.rope.table(longest), positions: batch.positions.clone() },
-            segments: batch.segments.clone(),
+            batch,
         };
-        let mut x = self.embed_tokens.forward(tape, batch.ids.clone(), &self.device)?;
         for (i, layer) in self.layers.iter().enumerate() {
             x = match cache.as_deref_mut() {
-                Some(cache) => layer.forward(tape, &x, &context, Some((cache, i, batch)))?,
+                Some(cache) => layer.forward(tape, &x, &context, Some((cache, i)))?,
                 None => {
                     let context = context.clone();
                     tape.block(&[x], move |tape, xs| layer.forward(tape, &xs[0], &context, None))?
@@ -204,9 +227,9 @@ impl CausalLm for Llama {
             };
         }
         if let Some(cache) = cache {
-            cache.advance(batch);
+            cache.advance(&context.batch);
         }
-        Ok(x)
+        self.entry.leave(tape, x, &context.batch)
     }
 
     fn head_loss<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var, targets: Arc<[u32]>) -> OpResult<HeadLoss> {

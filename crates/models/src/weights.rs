@@ -275,7 +275,10 @@ impl<'a> Weights<'a> {
             }
             _ => {
                 let done = |range| view.release(range);
-                QuantizedWeight::new(scheme, storage, rows, cols, view.bytes(), &done)
+                let made = QuantizedWeight::new(scheme, storage, rows, cols, view.bytes(), &done);
+                // a fault brings in the pages around it, those too that another piece has let go of
+                view.release(0..view.bytes().len());
+                made
             }
         };
         let (path, tensor) = (view.file.path().to_path_buf(), view.name.clone());

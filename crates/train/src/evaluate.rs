@@ -1,5 +1,6 @@
 //! Loss over a set of rows.
 
+use crate::memory::guard::Guard;
 use crate::step::{self, LossSums};
 use crate::{Error, Result};
 use engobe_autograd::Half;
@@ -19,16 +20,26 @@ pub struct Evaluation {
     pub label_tokens: usize,
 }
 
-/// Evaluates `batches`, with adapters' factors rounded to `half` if they are trained so; `progress` sees the number of batches done.
+/// Evaluates `batches`, with adapters' factors rounded to `half` if they are trained so, while `guard` watches over the
+/// memory; `progress` sees the number of batches done.
+///
+/// # Errors
+/// No labels, a loss that is no number, or memory beyond the guard's limit.
 pub fn evaluate(
     model: &dyn CausalLm,
     batches: &[MicroBatch],
     half: Option<Half>,
+    mut guard: Option<&mut Guard>,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Evaluation> {
     let mut sums = LossSums::default();
     for (i, batch) in batches.iter().enumerate() {
-        sums.add(step::evaluate(model, batch, half)?);
+        let tokens = batch.tokens.len();
+        let watch = guard.as_ref().map(|guard| guard.watch_evaluation(tokens));
+        sums.add(step::evaluate(model, batch, half, watch)?);
+        if let Some(guard) = &mut guard {
+            guard.evaluated(tokens);
+        }
         progress(i + 1);
     }
     if sums.label_tokens == 0 {

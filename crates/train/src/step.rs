@@ -46,9 +46,15 @@ pub struct Differentiate {
     pub watch: Option<Watch>,
 }
 
-/// Loss of a micro-batch without gradients, with adapters' factors as training with `half` takes them.
-pub fn evaluate(model: &dyn CausalLm, batch: &MicroBatch, half: Option<Half>) -> Result<LossSums> {
-    forward(model, Tape::inference().half(half), batch, None)
+/// Loss of a micro-batch without gradients, with adapters' factors as training with `half` takes them; `watch` looks on and
+/// may end the pass.
+pub fn evaluate(
+    model: &dyn CausalLm,
+    batch: &MicroBatch,
+    half: Option<Half>,
+    watch: Option<Watch>,
+) -> Result<LossSums> {
+    forward(model, Tape::inference().half(half).watch(watch), batch, None)
 }
 
 /// Loss of a micro-batch; its gradients are added to `grads`.

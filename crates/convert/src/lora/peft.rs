@@ -18,6 +18,7 @@ const MERGE: &str = "`engobe convert --to gguf` or `engobe merge` bakes the whol
 
 pub(super) fn read(dir: &Path, blueprint: Option<&Blueprint>, base: Option<&Path>) -> Result<Lora> {
     let PeftAdapter { config, tensors } = PeftAdapter::load(dir)?;
+    let config = LoraConfig::read(&config)?;
     refuse_more_than_pairs(dir, &config)?;
     let targets = Targets::new(&config)?;
     let mut halves: BTreeMap<String, [Option<TensorView>; 2]> = BTreeMap::new();

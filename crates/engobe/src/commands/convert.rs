@@ -115,7 +115,9 @@ fn base(
         return workbench::resolve(model, &args.common, note).map(Some);
     }
     let named = match format {
-        AdapterFormat::Peft => PeftAdapter::load(adapter)?.config.base_model_name_or_path,
+        AdapterFormat::Peft => {
+            PeftAdapter::load(adapter)?.config.text("base_model_name_or_path").map(str::to_string)
+        }
         AdapterFormat::Mlx => MlxAdapter::load(adapter)?.config.model,
         AdapterFormat::Gguf => None,
     };

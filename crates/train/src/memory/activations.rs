@@ -87,7 +87,7 @@ impl StepSizes {
     pub(super) fn new(run: &Run<'_>) -> Self {
         let (s, schedule) = (&run.sizes, &run.plan.schedule);
         let mut by_block: BTreeMap<usize, usize> = BTreeMap::new();
-        let mut trained_head = run.adapter.layers.is_empty();
+        let mut trained_head = false;
         for layer in &run.adapter.layers {
             match block_of(&layer.path) {
                 Some(block) => *by_block.entry(block).or_default() += layer.rank,
@@ -95,7 +95,8 @@ impl StepSizes {
             }
         }
         // a bias or module that is trained in full may lie in any block
-        let lowest = match run.adapter.full.is_empty() {
+        // and what comes before a sequence reaches all of them
+        let lowest = match run.adapter.full.is_empty() && run.adapter.other.is_empty() {
             true => by_block.keys().next().copied().unwrap_or(s.layers),
             false => 0,
         };
@@ -103,7 +104,7 @@ impl StepSizes {
         let head = head.or_else(|| run.tensors.iter().find(|t| t.name.contains("embed_tokens")));
         Self {
             rows: schedule.batch_size,
-            len: schedule.max_seq_len,
+            len: schedule.max_seq_len + run.adapter.lead,
             d: s.hidden,
             heads: s.heads,
             kv_heads: s.kv_heads,
@@ -112,7 +113,7 @@ impl StepSizes {
             vocab: s.vocab,
             decoded_head: head.is_some_and(|t| t.storage != "F32"),
             ranks: (lowest..s.layers).map(|i| by_block.get(&i).copied().unwrap_or(0)).collect(),
-            dropout: run.dropout,
+            dropout: run.adapter.dropout,
             trained_head,
             checkpointing: run.plan.compute.activation_checkpointing,
             half: run.plan.compute.compute_dtype.half().is_some(),
