@@ -136,11 +136,11 @@ impl StepSizes {
     fn kept(&self, i: usize) -> usize {
         let (a, kv) = self.widths();
         let values = 2 * self.d + 2 * a + 2 * kv + 2 * self.f + self.ranks[i];
-        self.n() * (self.width() * values + F * (self.heads + 2))
+        self.n() * (self.each() * values + F * (self.heads + 2))
     }
 
     /// Bytes of a number that is kept.
-    fn width(&self) -> usize {
+    fn each(&self) -> usize {
         if self.half { F / 2 } else { F }
     }
 
@@ -160,7 +160,7 @@ impl StepSizes {
         let attention = n * (2 * a + 2 * kv) + packed + 2 * a * self.rows * self.seen();
         let attention = F * attention + self.widened(n * (2 * a + 2 * kv));
         // gate and up are gone by then
-        (F * down.max(gated)).max(attention.saturating_sub(self.width() * 2 * n * f))
+        (F * down.max(gated)).max(attention.saturating_sub(self.each() * 2 * n * f))
     }
 
     /// Keys that the parts of a row's queries see, summed: what their dk and dv take for each of a head's elements.
@@ -231,7 +231,7 @@ pub fn step(s: &StepSizes) -> Step {
     let hidden = F * n * s.d;
     let gradients = F * s.parameters;
     let from_start = if s.accumulates { gradients } else { 0 };
-    let input = s.width() * n * s.d;
+    let input = s.each() * n * s.d;
     let kept = match s.checkpointing {
         true => blocks * input,
         false => (0..blocks).map(|i| s.kept(i)).sum(),
