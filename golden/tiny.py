@@ -42,6 +42,16 @@ def padded(rows, pad):
     return ids, mask
 
 
+def save_adapter(peft, directory, base):
+    """PEFT's files of an adapter, with the base's place in this repository."""
+    peft.save_pretrained(directory)
+    (directory / "README.md").unlink(missing_ok=True)
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = base
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
 def write(path, value):
     """JSON with seven digits behind the point."""
     text = json.dumps(value, default=float)

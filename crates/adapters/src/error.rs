@@ -40,13 +40,21 @@ pub enum Error {
         /// kinds of modules there are
         available: String,
     },
-    /// A target is not a linear layer.
-    #[error("target_modules: {path} is {kind}; LoRA attaches to linear layers")]
+    /// A target is neither a linear layer nor an embedding.
+    #[error("target_modules: {path} is {kind}; LoRA attaches to linear layers and embeddings")]
     Unsupported {
         /// module
         path: String,
         /// what it is
         kind: &'static str,
+    },
+    /// A layer whose matrix lies transposed in files cannot be a saved module.
+    #[error(
+        "modules_to_save: {path} is a Conv1D layer (its matrix lies as [in, out] in files); it can be adapted, but not trained in full"
+    )]
+    Conv1d {
+        /// module
+        path: String,
     },
     /// Tensors of an adapter's file do not fit the model.
     #[error("{}: the adapter does not fit this model: {}", path.display(), problems.join("; "))]

@@ -133,7 +133,7 @@ fn unties(model: &mut dyn ModuleTree, heads: &[String]) -> bool {
     model.visit_modules(&mut |module| {
         changed |= match &module {
             ModuleMut::Linear(linear) => heads.iter().any(|h| h == linear.path()) && !linear.is_plain(),
-            ModuleMut::Embedding(embedding) => matches!(embedding.weight(), Weight::Trained(_)),
+            ModuleMut::Embedding(embedding) => !embedding.is_plain(),
             ModuleMut::RmsNorm(_) | ModuleMut::LayerNorm(_) => false,
         }
     });
@@ -147,13 +147,17 @@ fn planned(module: &ModuleMut<'_>) -> Vec<Planned> {
         |kind: &str, shape: Vec<usize>, changed| Planned { name: format!("{path}.{kind}"), shape, changed };
     match module {
         ModuleMut::Linear(m) => {
-            let mut all = vec![of("weight", vec![m.out_features(), m.in_features()], !m.weight_is_plain())];
+            let shape = match m.is_transposed_in_files() {
+                true => vec![m.in_features(), m.out_features()],
+                false => vec![m.out_features(), m.in_features()],
+            };
+            let mut all = vec![of("weight", shape, !m.weight_is_plain())];
             all.extend(m.bias().map(|b| of("bias", b.dims().to_vec(), !m.bias_is_plain())));
             all
         }
         ModuleMut::Embedding(m) => {
             let (rows, cols) = m.weight().dims();
-            vec![of("weight", vec![rows, cols], matches!(m.weight(), Weight::Trained(_)))]
+            vec![of("weight", vec![rows, cols], !m.is_plain())]
         }
         ModuleMut::RmsNorm(m) => vec![of("weight", m.weight().dims().to_vec(), m.is_trained())],
         ModuleMut::LayerNorm(m) => {
@@ -167,20 +171,32 @@ fn planned(module: &ModuleMut<'_>) -> Vec<Planned> {
 /// A tensor of a module, with the adapter's part in it.
 fn value(module: &ModuleMut<'_>, tensor: &Planned, adapter: Option<&Adapter>) -> Result<Tensor> {
     let value = match module {
-        ModuleMut::Linear(m) if tensor.name.ends_with(".bias") => vector(m.bias(), tensor)?,
-        ModuleMut::LayerNorm(m) if tensor.name.ends_with(".bias") => vector(m.bias(), tensor)?,
-        ModuleMut::Linear(m) => {
-            let weight = m.weight().to_tensor()?;
+        ModuleMut::Linear(m) if tensor.name.ends_with(".bias") => {
+            let bias = vector(m.bias(), tensor)?.to_device(&Device::Cpu)?;
             match adapter {
-                Some(adapter) => adapter.merged_weight(m.path(), weight)?,
-                None => weight,
+                Some(adapter) => adapter.merged_bias(m.path(), bias)?,
+                None => bias,
             }
         }
-        ModuleMut::Embedding(m) => m.weight().to_tensor()?,
+        ModuleMut::LayerNorm(m) if tensor.name.ends_with(".bias") => vector(m.bias(), tensor)?,
+        ModuleMut::Linear(m) => {
+            let weight = merged(m.weight(), m.path(), adapter)?;
+            if m.is_transposed_in_files() { weight.t()? } else { weight }
+        }
+        ModuleMut::Embedding(m) => merged(m.weight(), m.path(), adapter)?,
         ModuleMut::RmsNorm(m) => m.weight().clone(),
         ModuleMut::LayerNorm(m) => m.weight().clone(),
     };
     Ok(value.to_device(&Device::Cpu)?.contiguous()?)
+}
+
+/// A matrix with the adapter's part in it.
+fn merged(weight: &Weight, path: &str, adapter: Option<&Adapter>) -> Result<Tensor> {
+    let weight = weight.to_tensor()?;
+    match adapter {
+        Some(adapter) => adapter.merged_weight(path, weight),
+        None => Ok(weight),
+    }
 }
 
 /// A bias; one that is not there adds nothing.

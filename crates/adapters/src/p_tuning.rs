@@ -2,10 +2,10 @@
 //!
 //! The encoder's outcome is all that a file holds; an adapter that is loaded goes on as a plain prompt.
 
-use crate::Result;
 use crate::method::{Attached, Attaching, Decides, Kind, Method, Purpose, Setting, setting};
 use crate::random::{gaussian, generator, uniform};
 use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR};
+use crate::{AdapterSizes, Result};
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, LinearSpec, Matrix};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
@@ -90,6 +90,24 @@ impl Method for PTuning {
         config.set(LAYERS, config.whole(LAYERS)?.unwrap_or(2));
         config.set(DROPOUT, dropout);
         Ok(config)
+    }
+
+    fn sizes(&self, model: &mut dyn ModuleTree, config: &PeftConfig) -> Result<AdapterSizes> {
+        let d = Sites::find(model, self.name())?.width;
+        let h = config.whole(HIDDEN)?.unwrap_or(d);
+        let count = config.whole(COUNT.name)?.unwrap_or(DEFAULT_COUNT);
+        let mut other = vec![count * d];
+        match config.choice(KIND, &NAMES, Encoder::Mlp)? {
+            Encoder::Mlp => other.extend([h * d, h, h * h, h, d * h, d]),
+            Encoder::Lstm => {
+                for layer in 0..config.whole(LAYERS)?.unwrap_or(2) {
+                    let input = if layer == 0 { d } else { 2 * h };
+                    other.extend([4 * h * input, 4 * h, 4 * h * h, 4 * h].repeat(2));
+                }
+                other.extend([4 * h * h, 2 * h, d * 2 * h, d]);
+            }
+        }
+        Ok(AdapterSizes { other, lead: count, ..AdapterSizes::default() })
     }
 
     fn attach(

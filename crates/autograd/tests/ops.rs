@@ -6,7 +6,7 @@
 //! gradients' scale, hence the tolerance of 1e-2 of the largest gradient.
 
 use candle_core::{Device, Tensor};
-use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, OutputScale, RopeSpec};
+use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, OutputScale, RopeSpec, RowTargets};
 use engobe_autograd::{Error, FrozenWeight, Gradients, Half, Param, Result, Tape, Var};
 use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::{AttentionShape, Segment};
@@ -393,7 +393,21 @@ fn factors_on_rows_and_matrices_side_by_side() {
         let (x, y, g) = (tape.param(&x), tape.param(&y), tape.param(&g));
         let both = ops::concat_columns(tape, &[x.clone(), y, x])?;
         let scaled = ops::scale_rows(tape, &both, &g)?;
-        weigh(tape, &[both, scaled])
+        let flat = ops::flatten(tape, &scaled)?;
+        weigh(tape, &[both, scaled, flat])
+    });
+}
+
+#[test]
+fn columns_looked_up_and_rows_replaced() {
+    let (a, x, by) = (param("a", 130, &[3, 5]), param("x", 131, &[4, 3]), param("by", 132, &[2, 3]));
+    check(&[&a, &x, &by], &|tape| {
+        let (a, x, by) = (tape.param(&a), tape.param(&x), tape.param(&by));
+        let rows = ops::select_columns(tape, &a, Arc::from([4u32, 0, 4, 2]))?;
+        let sum = ops::add(tape, &rows, &x)?;
+        let replaced = ops::replace_rows(tape, &sum, &by, Arc::from([(0u32, 1u32), (3, 1), (2, 0)]))?;
+        let same = ops::replace_rows(tape, &sum, &by, Arc::from([]))?;
+        weigh(tape, &[replaced, same])
     });
 }
 
@@ -486,6 +500,33 @@ fn head_loss_trained_with_delta() {
     }
 }
 
+#[test]
+fn losses_of_rows() {
+    let z = param("logits", 55, &[4, 3]);
+    let sets: Vec<f32> = (0..12).map(|i| f32::from(i % 3 == 1)).collect();
+    for targets in [
+        RowTargets::Classes(Arc::from([0u32, 2, 2, 1])),
+        RowTargets::Sets(sets.into()),
+        RowTargets::Values(randn(56, 12).into()),
+    ] {
+        check(&[&z], &|tape| {
+            let z = tape.param(&z);
+            ops::row_loss(tape, &z, targets.clone())
+        });
+    }
+}
+
+#[test]
+fn means_of_segments() {
+    let x = param("x", 57, &[6, 4]);
+    check(&[&x], &|tape| {
+        let x = tape.param(&x);
+        // the fourth row is in none of them
+        let y = ops::segment_mean(tape, &x, Arc::from([0..2, 2..3, 4..6]))?;
+        weigh(tape, &[y])
+    });
+}
+
 fn quantized(scheme: Scheme, seed: u64, rows: usize, cols: usize) -> FrozenWeight {
     let bytes: Vec<u8> = randn(seed, rows * cols).iter().flat_map(|x| x.to_le_bytes()).collect();
     let weight = QuantizedWeight::new(scheme, StorageType::F32, rows, cols, &bytes, &|_| ()).unwrap();
@@ -564,7 +605,7 @@ fn a_block_may_be_kept_in_16_bits() {
             let block = move |tape: &mut Tape<'_>, xs: &[Var]| {
                 let low_rank =
                     LowRank { a: tape.param(a), b: tape.param(b), b_bias: None, scale: 0.5, dropout: 0.3 };
-                let spec = LinearSpec { weight: weight.clone(), bias: None, low_rank: vec![low_rank] };
+                let spec = LinearSpec { low_rank: vec![low_rank], ..LinearSpec::plain(weight.clone()) };
                 let norm = tape.param(norm);
                 let z = ops::rms_norm(tape, &xs[0], &norm, 1e-5)?;
                 ops::linear_residual(tape, &z, spec, &xs[0])
@@ -640,4 +681,13 @@ fn shapes_that_do_not_fit_are_errors() {
     assert!(ops::attention(&mut tape, &x, &x, &x, shape, segments).is_err());
     let head = Head { weight: frozen(84, 3, 4), bias: None, low_rank: None, soft_cap: None };
     assert!(ops::head_loss(&mut tape, &x, head, Arc::from([0u32, 3])).is_err());
+    for targets in [
+        RowTargets::Classes(Arc::from([0u32, 4])),
+        RowTargets::Classes(Arc::from([0u32])),
+        RowTargets::Sets(Arc::from([0f32; 7])),
+    ] {
+        assert!(ops::row_loss(&mut tape, &x, targets).is_err());
+    }
+    assert!(ops::segment_mean(&mut tape, &x, Arc::from([1..3])).is_err());
+    assert!(ops::segment_mean(&mut tape, &x, Arc::from([1..1])).is_err());
 }

@@ -1,5 +1,6 @@
 //! From what was typed to what it means: defaults, then the file, then flags and `--set`.
 
+use crate::Usage;
 use crate::keys::{self, Kind};
 use crate::quantization::Asked;
 use crate::workbench;
@@ -217,9 +218,9 @@ impl Given {
     pub fn method(&self) -> Result<&'static dyn Method> {
         match self.text("method") {
             None | Some(QLORA) => Ok(method::find("lora").context("lora is a method")?),
-            Some(name) => method::find(name).with_context(|| {
+            Some(name) => method::find(name).ok_or_else(|| {
                 let known: Vec<&str> = METHODS.iter().map(|m| m.name()).chain([QLORA]).collect();
-                format!("method is {name:?}; expected one of {}", known.join(", "))
+                Usage(format!("method is {name:?}; expected one of {}", known.join(", "))).into()
             }),
         }
     }
@@ -284,6 +285,7 @@ impl Given {
             "double_quant",
             "quant_block_size",
             "device",
+            "task",
             "data",
             "val_data",
             "val_split",

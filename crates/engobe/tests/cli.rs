@@ -174,11 +174,6 @@ fn mistakes_end_with_one_line_that_names_them() {
         (2, words(&["train", "--model", &model, "--out", "x"]), vec!["--data"]),
         (2, words(&["generate", "--model", &model]), vec!["--prompt"]),
         (2, words(&["eval", "--model", &model, "--data", &data, "--dtype", "int3"]), vec!["int3", "bf16"]),
-        (
-            2,
-            words(&["eval", "--model", &model, "--data", &data, "--compute-dtype", "f8"]),
-            vec!["f8", "bf16"],
-        ),
         (1, with(&["--compute-dtype", "f8"]), vec!["compute_dtype is \"f8\"", "bf16"]),
         (1, words(&["eval", "--model", "/no/where", "--data", &data]), vec!["/no/where"]),
         (1, words(&["eval", "--model", &model, "--data", &broken]), vec!["broken.jsonl", "line 2"]),
@@ -323,7 +318,7 @@ fn a_loss_that_is_no_number_is_an_error() {
 fn help_fits_a_person() {
     for command in [
         "", "demo", "fetch", "train", "eval", "generate", "merge", "quantize", "convert", "plan", "inspect",
-        "lint",
+        "lint", "methods", "compare",
     ] {
         let args: Vec<&str> = [command, "--help"].into_iter().filter(|a| !a.is_empty()).collect();
         let done = engobe(&args).output().unwrap();

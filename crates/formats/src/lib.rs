@@ -5,6 +5,7 @@
 //!
 //! Must not know: layers, candle.
 
+pub mod adapter_hub;
 pub mod atomic;
 pub mod bitsandbytes;
 pub mod checkpoint;

@@ -26,6 +26,7 @@ pub mod narrow;
 pub mod norm;
 mod qdot;
 pub mod quantize;
+pub mod random;
 pub mod rope;
 pub mod storage;
 mod team;

@@ -141,20 +141,20 @@ impl PostNorm {
         let norm = |name: &str| scope.layer_norm(name, d, self.eps, true).map(Norm::Layer);
         let [q, k, v, o] = names.attention;
         let [up, down] = names.mlp;
-        Ok(Block {
-            attention: Attention {
+        Ok(Block::new(
+            Attention {
                 projection: Projection::Separate([linear(q, d, d)?, linear(k, d, d)?, linear(v, d, d)?]),
                 head_norms: None,
                 output: linear(o, d, d)?,
                 shape: self.shape,
                 rope: None,
             },
-            mlp: Mlp {
+            Mlp {
                 up: Up::Plain(linear(up, inner, d)?),
                 activation: self.activation,
                 down: linear(down, d, inner)?,
             },
-            norms: Norms::Post([norm(names.attention_norm)?, norm(names.mlp_norm)?]),
-        })
+            Norms::Post([norm(names.attention_norm)?, norm(names.mlp_norm)?]),
+        ))
     }
 }

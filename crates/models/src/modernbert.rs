@@ -41,24 +41,24 @@ fn build(config: &HfConfig, weights: &Weights<'_>, naming: Naming) -> Result<Box
         let scope = base.within(&format!("layers.{i}"));
         let norm = |name: &str| scope.layer_norm(name, d, eps, norm_bias).map(Norm::Layer);
         let window = (kinds[i] == 1).then_some(window);
-        Ok(Block {
-            attention: Attention {
+        Ok(Block::new(
+            Attention {
                 projection: Projection::Joined(scope.linear("attn.Wqkv", 3 * d, d, attention_bias)?),
                 head_norms: None,
                 output: scope.linear("attn.Wo", d, d, attention_bias)?,
                 shape: AttentionShape { window, ..shape },
                 rope: Some(kinds[i]),
             },
-            mlp: Mlp {
+            Mlp {
                 up: Up::JoinedGate(scope.linear("mlp.Wi", 2 * inner, d, mlp_bias)?),
                 activation,
                 down: scope.linear("mlp.Wo", d, inner, mlp_bias)?,
             },
-            norms: match i {
+            match i {
                 0 => Norms::PreMlp(norm("mlp_norm")?),
                 _ => Norms::Pre([norm("attn_norm")?, norm("mlp_norm")?]),
             },
-        })
+        ))
     };
     let positions = config.opt_usize("max_position_embeddings")?.unwrap_or(8192);
     let rope = |kind| Ok(Rope::new(theta(config, kind)?, shape.head_dim, RopeScaling::None));

@@ -139,6 +139,10 @@ pub struct Optimization {
     pub momentum: f64,
     /// the file of a paged optimizer's moments; without, one in the run's directory
     pub state_file: Option<PathBuf>,
+    /// LoRA+ (Hayou et al. 2024): learning rate of B over that of A
+    pub loraplus_lr_ratio: Option<f64>,
+    /// LoRA+: peak learning rate of factors beside embeddings
+    pub loraplus_lr_embedding: f64,
 }
 
 impl Default for Optimization {
@@ -155,6 +159,8 @@ impl Default for Optimization {
             adam_epsilon: 1e-8,
             momentum: 0.0,
             state_file: None,
+            loraplus_lr_ratio: None,
+            loraplus_lr_embedding: 1e-6,
         }
     }
 }
@@ -169,9 +175,11 @@ pub struct Upkeep {
     pub save_steps: usize,
     /// checkpoints kept, newest first
     pub save_total_limit: usize,
-    /// stop after so many evaluations without a better loss; 0 = never
+    /// the score that tells which evaluation is best; without, the loss
+    pub metric_for_best_model: Option<String>,
+    /// stop after so many evaluations that are not better; 0 = never
     pub early_stopping_patience: usize,
-    /// a loss must fall by more than this to count as better
+    /// the loss must fall, or the score rise, by more than this to count as better
     pub early_stopping_threshold: f64,
     /// end with the adapter of the best evaluation rather than the last step's
     pub load_best: bool,
@@ -183,6 +191,7 @@ impl Default for Upkeep {
             eval_steps: 0,
             save_steps: 0,
             save_total_limit: 2,
+            metric_for_best_model: None,
             early_stopping_patience: 0,
             early_stopping_threshold: 0.0,
             load_best: false,
@@ -289,6 +298,8 @@ impl Plan {
             ("learning_rate", o.learning_rate),
             ("weight_decay", o.weight_decay),
             ("max_grad_norm", o.max_grad_norm),
+            ("loraplus_lr_ratio", o.loraplus_lr_ratio.unwrap_or(1.0)),
+            ("loraplus_lr_embedding", o.loraplus_lr_embedding),
             ("early_stopping_threshold", self.upkeep.early_stopping_threshold),
         ] {
             if !(value.is_finite() && value >= 0.0) {

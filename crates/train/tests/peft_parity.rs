@@ -17,6 +17,8 @@ struct Expected {
     losses: Vec<f64>,
     grad_norms: Vec<f64>,
     trainable_parameters: usize,
+    /// LoRA+: ratio, learning rate beside embeddings
+    loraplus: Option<(f64, f64)>,
 }
 
 /// The issue asks for 1e-3 and 1e-2. Twenty steps let rounding grow: 6e-7 and 2e-6 were seen, and a wrong rule
@@ -35,15 +37,23 @@ fn curve(name: &str, expected: &Expected, checkpointing: bool) -> Vec<metrics::S
 
 fn computed(name: &str, expected: &Expected, compute: Compute) -> Vec<metrics::StepMetrics> {
     let (base, start) = (format!("llama/{}", expected.base), format!("peft/{name}"));
-    train(&base, &start, expected.accumulation, compute, Some(expected.trainable_parameters))
+    let change = |plan: &mut Plan| {
+        plan.schedule.gradient_accumulation = expected.accumulation;
+        plan.compute = compute;
+        if let Some((ratio, embedding)) = expected.loraplus {
+            plan.optimization.loraplus_lr_ratio = Some(ratio);
+            plan.optimization.loraplus_lr_embedding = embedding;
+        }
+    };
+    train(&base, &start, 20, change, Some(expected.trainable_parameters))
 }
 
-/// Twenty steps over the model at `base` from the adapter at `start`, in `golden/`.
+/// Steps over the model at `base` from the adapter at `start`, in `golden/`.
 fn train(
     base: &str,
     start: &str,
-    accumulation: usize,
-    compute: Compute,
+    steps: usize,
+    change: impl FnOnce(&mut Plan),
     parameters: Option<usize>,
 ) -> Vec<metrics::StepMetrics> {
     let device = candle_core::Device::Cpu;
@@ -53,11 +63,10 @@ fn train(
         assert_eq!(adapter.num_parameters(), parameters, "{start}");
     }
     let mut plan = Plan::default();
-    plan.schedule.max_steps = Some(20);
+    plan.schedule.max_steps = Some(steps);
     plan.schedule.batch_size = 2;
-    plan.schedule.gradient_accumulation = accumulation;
     plan.optimization.learning_rate = 1e-3;
-    plan.compute = compute;
+    change(&mut plan);
     let files = reader::read(&[golden("peft/rows.jsonl")]).unwrap();
     let encoder = Encoder::new(None, model.info().vocab_size, options()).unwrap();
     let samples = Arc::new(encoder.encode(&files).unwrap());
@@ -80,7 +89,15 @@ fn curves_are_those_of_peft() {
         assert_eq!(found.len(), expected.losses.len());
         for (line, (loss, norm)) in found.iter().zip(expected.losses.iter().zip(&expected.grad_norms)) {
             assert_relative(line.loss, *loss, LOSS, &format!("{name}: loss of step {}", line.step));
-            assert_relative(line.grad_norm, *norm, NORM, &format!("{name}: norm of step {}", line.step));
+            if *norm == 0.0 {
+                // no row of this step has a trained token
+                assert_eq!(line.grad_norm, 0.0, "{name}: norm of step {}", line.step);
+                continue;
+            }
+            // with AdaLoRA a sum of two gradients, the rows' and the penalty's, whose rounding counts where they cancel:
+            // 9e-5 was seen
+            let tolerance = if name.ends_with("adalora") { 10.0 * NORM } else { NORM };
+            assert_relative(line.grad_norm, *norm, tolerance, &format!("{name}: norm of step {}", line.step));
         }
     }
 }
@@ -99,7 +116,7 @@ fn curves_over_nf4_are_those_of_peft_and_bitsandbytes() {
     assert_eq!(names, ["all_linear", "default"]);
     for name in names {
         let expected: Curve = golden_json(format!("qlora/{name}/expected.json"));
-        let found = train("bitsandbytes/nf4_dq", &format!("qlora/{name}"), 1, Compute::default(), None);
+        let found = train("bitsandbytes/nf4_dq", &format!("qlora/{name}"), 20, |_| (), None);
         assert_eq!(found.len(), expected.losses.len());
         for (line, (loss, norm)) in found.iter().zip(expected.losses.iter().zip(&expected.grad_norms)) {
             assert_relative(line.loss, *loss, LOSS, &format!("{name}: loss of step {}", line.step));
@@ -108,9 +125,30 @@ fn curves_over_nf4_are_those_of_peft_and_bitsandbytes() {
     }
 }
 
+/// Every family's decoder, LoRA on all of its linear layers.
+#[test]
+fn curves_over_every_family_are_those_of_peft() {
+    let trained = |name: &String| golden(format!("decoders/{name}/lora")).exists();
+    let names: Vec<String> = cases("decoders").into_iter().filter(trained).collect();
+    assert!(names.len() >= 9, "{names:?}");
+    for name in names {
+        let (base, start) = (format!("decoders/{name}"), format!("decoders/{name}/lora"));
+        let expected: Curve = golden_json(format!("{start}/expected.json"));
+        for checkpointing in [false, true] {
+            let recompute = |plan: &mut Plan| plan.compute.activation_checkpointing = checkpointing;
+            let found = train(&base, &start, 10, recompute, None);
+            assert_eq!(found.len(), expected.losses.len());
+            for (line, (loss, norm)) in found.iter().zip(expected.losses.iter().zip(&expected.grad_norms)) {
+                assert_relative(line.loss, *loss, LOSS, &format!("{name}: loss of step {}", line.step));
+                assert_relative(line.grad_norm, *norm, NORM, &format!("{name}: norm of step {}", line.step));
+            }
+        }
+    }
+}
+
 #[test]
 fn recomputing_blocks_changes_no_bit() {
-    for name in ["all_linear", "bias_all"] {
+    for name in ["all_linear", "bias_all", "bias_dora", "bias_ia3", "olora", "tied_tokens", "vera"] {
         let expected: Expected = golden_json(format!("peft/{name}/expected.json"));
         let numbers = |checkpointing| -> Vec<(f64, f64)> {
             curve(name, &expected, checkpointing).iter().map(|m| (m.loss, m.grad_norm)).collect()

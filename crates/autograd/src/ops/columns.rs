@@ -120,3 +120,10 @@ pub fn concat_columns<'m>(tape: &mut Tape<'m>, parts: &[Var]) -> Result<Var> {
         Ok(())
     }))
 }
+
+/// All elements in one row: `[n]`.
+pub fn flatten(tape: &mut Tape<'_>, x: &Var) -> Result<Var> {
+    let (slot, shape) = (x.slot(), x.tensor().shape().clone());
+    let y = x.tensor().flatten_all()?;
+    Ok(tape.record1(&[slot], y, move |dy, sink| sink.add_shared(slot, dy.reshape(shape)?)))
+}

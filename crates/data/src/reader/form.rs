@@ -1,5 +1,6 @@
 //! The forms that rows have, by the names of their columns.
 
+use super::label::Label;
 use super::raw::{Place, RawRow, kind};
 use crate::Result;
 use serde_json::{Map, Value};
@@ -35,6 +36,22 @@ pub enum Form {
     Text {
         /// column of the text
         key: String,
+    },
+    /// a text, or two, and what it is
+    Labelled {
+        /// column of the text
+        text: String,
+        /// column of the second text
+        pair: Option<String>,
+        /// column of the label: a name, a number, or a list of either
+        label: Option<String>,
+    },
+    /// words with a tag each
+    Tagged {
+        /// column of the words
+        tokens: String,
+        /// column of the tags
+        tags: Option<String>,
     },
     /// token ids, with labels or without
     Tokenized {
@@ -82,6 +99,22 @@ pub enum Content {
     },
     /// plain text
     Text(String),
+    /// a text, or two, and what it is
+    Labelled {
+        /// the text
+        text: String,
+        /// the second text
+        pair: Option<String>,
+        /// what it is, if the row says so
+        label: Option<Label>,
+    },
+    /// words with a tag each
+    Tagged {
+        /// the words
+        tokens: Vec<String>,
+        /// a tag a word, if the row has them
+        tags: Option<Vec<Label>>,
+    },
     /// token ids
     Tokens {
         /// the ids
@@ -97,7 +130,22 @@ const COMPLETIONS: &[&str] = &["completion", "response", "answer", "output", "so
 const OUTPUTS: &[&str] = &["output", "response", "completion", "answer"];
 const INPUTS: &[&str] = &["input", "context"];
 
-const FORMS: &str = "messages (chat), prompt + completion, instruction + output (Alpaca), text, or input_ids";
+/// Columns of a text and of the second one that belongs to it, as GLUE's tasks name them too.
+const TEXT_PAIRS: &[(&str, &str)] = &[
+    ("text", "text_pair"),
+    ("text1", "text2"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+];
+const TEXTS: &[&str] = &["text", "sentence", "content"];
+const LABELS: &[&str] = &["label", "labels", "score"];
+const TOKENS: &[&str] = &["tokens", "words"];
+const TAGS: &[&str] = &["tags", "ner_tags", "pos_tags", "chunk_tags", "labels"];
+
+const FORMS: &str = "messages (chat), prompt + completion, source + target, instruction + output (Alpaca), text, \
+                     text (+ text_pair) + label, tokens + tags, or input_ids";
 
 impl Form {
     /// One line for a person.
@@ -112,6 +160,18 @@ impl Form {
                 format!("Alpaca instructions (columns instruction, {input}, {output})")
             }
             Self::Text { key } => format!("plain text (column {key})"),
+            Self::Labelled { text, pair, label } => {
+                let columns = [Some(text), pair.as_ref(), label.as_ref()];
+                let columns: Vec<&str> = columns.into_iter().flatten().map(String::as_str).collect();
+                let what = match (pair, label) {
+                    (None, _) => "labelled texts",
+                    (Some(_), Some(_)) => "labelled pairs of texts",
+                    (Some(_), None) => "pairs of texts",
+                };
+                format!("{what} (columns {})", columns.join(", "))
+            }
+            Self::Tagged { tokens, tags: Some(tags) } => format!("tagged words (columns {tokens}, {tags})"),
+            Self::Tagged { tokens, tags: None } => format!("words (column {tokens})"),
             Self::Tokenized { labels: true } => "token ids (columns input_ids, labels)".into(),
             Self::Tokenized { labels: false } => "token ids (column input_ids, all of them labels)".into(),
         }
@@ -132,6 +192,9 @@ impl Form {
             let key = (*key).to_owned();
             return Ok(if share { Self::ShareGpt { key } } else { Self::Messages { key } });
         }
+        if let Some(form) = Self::recognise_labelled(fields) {
+            return Ok(form);
+        }
         if fields.contains_key("instruction")
             && let Some(output) = first(OUTPUTS)
         {
@@ -141,10 +204,34 @@ impl Form {
         if let (Some(prompt), Some(completion)) = (first(PROMPTS), first(COMPLETIONS)) {
             return Ok(Self::PromptCompletion { prompt, completion });
         }
-        if let Some(key) = first(&["text", "content"]) {
+        if let Some(key) = first(TEXTS) {
             return Ok(Self::Text { key });
         }
+        if let Some((text, pair)) = text_pair(fields) {
+            return Ok(Self::Labelled { text, pair: Some(pair), label: None });
+        }
+        if let Some(tokens) = first(TOKENS) {
+            return Ok(Self::Tagged { tokens, tags: None });
+        }
         Err(row.place.error(unrecognised(fields)))
+    }
+
+    /// Words with tags, or texts with a label.
+    fn recognise_labelled(fields: &Map<String, Value>) -> Option<Self> {
+        let first = |names: &[&str]| names.iter().find(|n| fields.contains_key(**n)).map(|n| (*n).to_owned());
+        if let (Some(tokens), Some(tags)) = (first(TOKENS), first(TAGS)) {
+            return Some(Self::Tagged { tokens, tags: Some(tags) });
+        }
+        // an answer to a prompt may have a score beside it
+        if fields.contains_key("instruction") || first(PROMPTS).is_some_and(|p| p != "question") {
+            return None;
+        }
+        let label = Some(first(LABELS)?);
+        if let Some((text, pair)) = text_pair(fields) {
+            return Some(Self::Labelled { text, pair: Some(pair), label });
+        }
+        let text = first(TEXTS).filter(|_| label.as_deref() != Some("score"))?;
+        Some(Self::Labelled { text, pair: None, label })
     }
 
     /// As this form, with what all rows of the file show: labels may begin after the first row.
@@ -163,6 +250,14 @@ impl Form {
             Self::PromptCompletion { prompt, completion } => vec![prompt, completion, "tools"],
             Self::Alpaca { input, output } => vec!["instruction", input, output],
             Self::Text { key } => vec![key],
+            Self::Labelled { text, pair, label } => [Some(text), pair.as_ref(), label.as_ref()]
+                .into_iter()
+                .flatten()
+                .map(String::as_str)
+                .collect(),
+            Self::Tagged { tokens, tags } => {
+                [Some(tokens), tags.as_ref()].into_iter().flatten().map(String::as_str).collect()
+            }
             Self::Tokenized { .. } => vec!["input_ids", "labels"],
         };
         row.fields.keys().filter(|key| !used.contains(&key.as_str())).cloned().collect()
@@ -184,10 +279,22 @@ impl Form {
                 output: read.text(output)?,
             },
             Self::Text { key } => Content::Text(read.text(key)?),
+            Self::Labelled { text, pair, label } => Content::Labelled {
+                text: read.text(text)?,
+                pair: pair.as_ref().map(|key| read.text(key)).transpose()?,
+                label: label.as_ref().and_then(|key| read.label(key).transpose()).transpose()?,
+            },
+            Self::Tagged { tokens, tags } => read.tagged(tokens, tags.as_deref())?,
             Self::Tokenized { .. } => read.tokens()?,
         };
         Ok(Row { place, content })
     }
+}
+
+/// The columns of a pair of texts, if there are two.
+fn text_pair(fields: &Map<String, Value>) -> Option<(String, String)> {
+    let both = |(a, b): &&(&str, &str)| fields.contains_key(*a) && fields.contains_key(*b);
+    TEXT_PAIRS.iter().find(both).map(|(a, b)| ((*a).to_owned(), (*b).to_owned()))
 }
 
 fn has_labels(row: &RawRow) -> bool {
@@ -350,6 +457,49 @@ impl Fields<'_> {
             return Ok(Content::Chat { messages, tools: self.tools()?, prompt_messages });
         }
         Ok(Content::Pair { prompt: self.text(prompt)?, completion: self.text(completion)? })
+    }
+
+    /// What a row is labelled with; nothing where the cell is empty.
+    fn label(&self, key: &str) -> Result<Option<Label>> {
+        let Some(value) = self.fields.get(key).filter(|v| !v.is_null() && v.as_str() != Some("")) else {
+            return Ok(None);
+        };
+        match Label::of(value) {
+            Some(label) => Ok(Some(label)),
+            None => self.wrong(key, "a name, a number, or a list of either", value),
+        }
+    }
+
+    /// Words and their tags; a string is split at its whitespace.
+    fn tagged(&self, tokens: &str, tags: Option<&str>) -> Result<Content> {
+        let list = |key: &str| -> Result<Vec<Label>> {
+            match self.get(key)? {
+                Value::String(text) => Ok(text.split_whitespace().map(Label::from_text).collect()),
+                Value::Array(list) => {
+                    let one = |v: &Value| Label::of(v).filter(|l| !matches!(l, Label::Many(_)));
+                    list.iter()
+                        .map(|v| one(v).map_or_else(|| self.wrong(key, "a list of texts", v), Ok))
+                        .collect()
+                }
+                other => self.wrong(key, "a list", other),
+            }
+        };
+        let words: Vec<String> = match self.get(tokens)? {
+            // a number among the words is a word
+            Value::Array(list) if list.iter().all(Value::is_string) => {
+                list.iter().filter_map(|v| v.as_str().map(str::to_owned)).collect()
+            }
+            Value::String(text) => text.split_whitespace().map(str::to_owned).collect(),
+            _ => list(tokens)?.iter().map(Label::to_string).collect(),
+        };
+        let tags = tags.map(list).transpose()?;
+        if let Some(tags) = &tags
+            && tags.len() != words.len()
+        {
+            let what = format!("{} tags for {} {tokens}; one tag a word", tags.len(), words.len());
+            return Err(self.place.error(what));
+        }
+        Ok(Content::Tagged { tokens: words, tags })
     }
 
     /// Ids with their labels; a row without labels has all of its ids as labels.

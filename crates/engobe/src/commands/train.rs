@@ -25,6 +25,7 @@ fn to_json(summary: &Summary) -> serde_json::Value {
         "total_steps": o.total_steps,
         "final_loss": o.final_loss,
         "best_eval_loss": o.best_eval_loss,
+        "eval_scores": summary.history.iter().rev().find(|m| !m.eval_scores.is_empty()).map(|m| &m.eval_scores),
         "tokens": o.tokens,
         "label_tokens": o.label_tokens,
         "tokens_per_second": summary.tokens_per_second(),

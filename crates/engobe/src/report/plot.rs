@@ -131,7 +131,18 @@ mod tests {
 
     fn step(step: usize, loss: f64, eval_loss: Option<f64>) -> StepMetrics {
         let (lr, grad_norm, seconds, epoch) = (0.0, 0.0, 0.0, 0.0);
-        StepMetrics { step, loss, lr, grad_norm, tokens: 1, label_tokens: 1, seconds, epoch, eval_loss }
+        StepMetrics {
+            step,
+            loss,
+            lr,
+            grad_norm,
+            tokens: 1,
+            label_tokens: 1,
+            seconds,
+            epoch,
+            eval_loss,
+            eval_scores: Default::default(),
+        }
     }
 
     #[test]

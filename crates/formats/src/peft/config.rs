@@ -25,6 +25,72 @@ pub enum InitLoraWeights {
     Gaussian,
     /// `false`: A and B both random; for tests
     Random,
+    /// `"pissa"`: the base's largest singular values and vectors; `Some(n)`: `"pissa_niter_n"`, found by n iterations
+    /// from random directions. The base gets what is left (Meng et al. 2024)
+    Pissa(Option<usize>),
+    /// `"olora"`: the first columns of the base's QR decomposition; the base gets what is left (Büyükakyüz 2024)
+    Olora,
+    /// `"loftq"`: what quantizing the base loses (Li et al. 2023)
+    Loftq,
+}
+
+impl InitLoraWeights {
+    /// The base's weight is no longer its own: it gets `W - s·B₀·A₀`, or is quantized.
+    pub fn changes_base(self) -> bool {
+        matches!(self, Self::Pissa(_) | Self::Olora | Self::Loftq)
+    }
+
+    fn to_json(self) -> Value {
+        match self {
+            Self::Kaiming => json!(true),
+            Self::Gaussian => json!("gaussian"),
+            Self::Random => json!(false),
+            Self::Pissa(None) => json!("pissa"),
+            Self::Pissa(Some(n)) => json!(format!("pissa_niter_{n}")),
+            Self::Olora => json!("olora"),
+            Self::Loftq => json!("loftq"),
+        }
+    }
+
+    fn from_json(value: &Value) -> Option<Self> {
+        let text = match value {
+            Value::Bool(true) => return Some(Self::Kaiming),
+            Value::Bool(false) => return Some(Self::Random),
+            other => other.as_str()?.to_ascii_lowercase(),
+        };
+        match text.as_str() {
+            "gaussian" => Some(Self::Gaussian),
+            "pissa" => Some(Self::Pissa(None)),
+            "olora" => Some(Self::Olora),
+            "loftq" => Some(Self::Loftq),
+            other => other.strip_prefix("pissa_niter_")?.parse().ok().map(|n| Self::Pissa(Some(n))),
+        }
+    }
+}
+
+/// How `"loftq"` quantizes (`loftq_config`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoftqConfig {
+    /// 4: NF4; 8: int8
+    pub bits: usize,
+    /// rounds of quantizing and decomposing
+    pub iterations: usize,
+}
+
+impl Default for LoftqConfig {
+    /// PEFT's defaults.
+    fn default() -> Self {
+        Self { bits: 4, iterations: 1 }
+    }
+}
+
+/// Tokens whose embeddings are trained (`trainable_token_indices`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenIndices {
+    /// of the input embedding
+    Input(Vec<usize>),
+    /// of the embeddings named (names, or ends of names)
+    Modules(Vec<(String, Vec<usize>)>),
 }
 
 /// Which biases are trained (`bias`).
@@ -67,6 +133,18 @@ pub struct LoraConfig {
     pub modules_to_save: Vec<String>,
     /// start
     pub init_lora_weights: InitLoraWeights,
+    /// weights as a direction and a trained magnitude (Liu et al. 2024)
+    pub use_dora: bool,
+    /// a bias behind B
+    pub lora_bias: bool,
+    /// settings of `"loftq"`
+    pub loftq_config: Option<LoftqConfig>,
+    /// tokens whose embeddings are trained
+    pub trainable_token_indices: Option<TokenIndices>,
+    /// what is trained of a tied embedding, the head has as well
+    pub ensure_weight_tying: bool,
+    /// adapted matrices lie as `[in, out]` in the base's files (GPT-2's `Conv1D`), which PEFT must know to merge
+    pub fan_in_fan_out: bool,
     /// the base model's name or path, as a note
     pub base_model_name_or_path: Option<String>,
     /// kind of task, as a note
@@ -90,34 +168,34 @@ impl Default for LoraConfig {
             bias: BiasMode::None,
             modules_to_save: Vec::new(),
             init_lora_weights: InitLoraWeights::Kaiming,
+            use_dora: false,
+            lora_bias: false,
+            loftq_config: None,
+            trainable_token_indices: None,
+            ensure_weight_tying: false,
+            fan_in_fan_out: false,
             base_model_name_or_path: None,
             task_type: Some("CAUSAL_LM".to_string()),
         }
     }
 }
 
-/// Keys that change nothing that we compute, beside those of every method.
-const NOTES: [&str; 2] = ["megatron_core", "qalora_group_size"];
+/// Keys that users do not set, beside those of every method.
+const NOTES: [&str; 3] = ["fan_in_fan_out", "megatron_core", "qalora_group_size"];
 
 /// Keys of features that engobe does not have. They may only be off.
-const NOT_YET: [&str; 20] = [
+const NOT_YET: [&str; 14] = [
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
-    "loftq_config",
-    "lora_bias",
     "lora_ga_config",
     "megatron_config",
     "monteclora_config",
     "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
     "convert_mode",
@@ -125,7 +203,7 @@ const NOT_YET: [&str; 20] = [
 
 impl LoraConfig {
     /// Keys that say what the adapter is, as users set them.
-    pub const SETTINGS: [&str; 13] = [
+    pub const SETTINGS: [&str; 18] = [
         "r",
         "lora_alpha",
         "lora_dropout",
@@ -139,6 +217,11 @@ impl LoraConfig {
         "bias",
         "modules_to_save",
         "init_lora_weights",
+        "use_dora",
+        "lora_bias",
+        "loftq_config",
+        "trainable_token_indices",
+        "ensure_weight_tying",
     ];
 
     /// Reads a file.
@@ -183,6 +266,35 @@ impl LoraConfig {
         if let Some((pattern, a)) = self.alpha_pattern.iter().find(|(_, a)| !(a.is_finite() && *a > 0.0)) {
             return Err(("alpha_pattern", format!("{a} for {pattern:?}"), positive));
         }
+        if self.lora_bias {
+            let init = self.init_lora_weights;
+            if !matches!(init, InitLoraWeights::Kaiming | InitLoraWeights::Random) {
+                return Err(("lora_bias", "true".to_string(), "false, or init_lora_weights true or false"));
+            }
+            if self.use_dora {
+                return Err(("lora_bias", "true".to_string(), "false beside use_dora"));
+            }
+        }
+        if let Some(loftq) = self.loftq_config {
+            if !matches!(loftq.bits, 4 | 8) {
+                return Err(("loftq_config", format!("loftq_bits {}", loftq.bits), "loftq_bits 4 or 8"));
+            }
+            if loftq.iterations == 0 {
+                return Err(("loftq_config", "loftq_iter 0".to_string(), "loftq_iter above 0"));
+            }
+        }
+        let lists: Vec<&Vec<usize>> = match &self.trainable_token_indices {
+            None => Vec::new(),
+            Some(TokenIndices::Input(ids)) => vec![ids],
+            Some(TokenIndices::Modules(modules)) => modules.iter().map(|(_, ids)| ids).collect(),
+        };
+        for ids in lists {
+            let mut seen = ids.clone();
+            seen.sort_unstable();
+            if let Some(twice) = seen.windows(2).find(|w| w[0] == w[1]) {
+                return Err(("trainable_token_indices", format!("{} twice", twice[0]), "each token once"));
+            }
+        }
         match &self.target_modules {
             Some(TargetModules::List(names)) if names.is_empty() => {
                 Err(("target_modules", "an empty list".to_string(), "at least one name"))
@@ -218,19 +330,60 @@ impl LoraConfig {
                 BiasMode::None,
             )?,
             modules_to_save: raw.names("modules_to_save")?,
-            init_lora_weights: match raw.get("init_lora_weights") {
-                None | Some(Value::Bool(true)) => InitLoraWeights::Kaiming,
-                Some(Value::Bool(false)) => InitLoraWeights::Random,
-                Some(Value::String(s)) if s.eq_ignore_ascii_case("gaussian") => InitLoraWeights::Gaussian,
-                Some(other) => {
-                    let right = "true, false or \"gaussian\" (others change the base weights or are not supported yet)";
-                    return Err(raw.bad("init_lora_weights", &other.to_string(), right));
-                }
-            },
+            init_lora_weights: init(raw)?,
+            use_dora: raw.flag("use_dora")?,
+            lora_bias: raw.flag("lora_bias")?,
+            loftq_config: loftq(raw)?,
+            trainable_token_indices: tokens(raw, "trainable_token_indices")?,
+            ensure_weight_tying: raw.flag("ensure_weight_tying")?,
+            fan_in_fan_out: raw.flag("fan_in_fan_out")?,
             base_model_name_or_path: text("base_model_name_or_path"),
             task_type: text("task_type"),
         })
     }
+}
+
+fn init(raw: &PeftConfig) -> Result<InitLoraWeights> {
+    let Some(value) = raw.get("init_lora_weights") else { return Ok(InitLoraWeights::Kaiming) };
+    let right = "true, false, \"gaussian\", \"pissa\", \"pissa_niter_N\", \"olora\" or \"loftq\"";
+    InitLoraWeights::from_json(value).ok_or_else(|| raw.bad("init_lora_weights", &value.to_string(), right))
+}
+
+fn loftq(raw: &PeftConfig) -> Result<Option<LoftqConfig>> {
+    let Some(value) = raw.get("loftq_config") else { return Ok(None) };
+    let wrong = || {
+        let right = "an object with whole numbers loftq_bits and loftq_iter";
+        raw.bad("loftq_config", &value.to_string(), right)
+    };
+    let map = value.as_object().ok_or_else(wrong)?;
+    let mut loftq = LoftqConfig::default();
+    for (key, value) in map {
+        let number = value.as_u64().and_then(|n| usize::try_from(n).ok()).ok_or_else(wrong)?;
+        match key.as_str() {
+            "loftq_bits" => loftq.bits = number,
+            "loftq_iter" => loftq.iterations = number,
+            _ => return Err(wrong()),
+        }
+    }
+    Ok((!map.is_empty()).then_some(loftq))
+}
+
+/// Tokens: a list of ids, or lists by module.
+pub fn tokens(raw: &PeftConfig, key: &str) -> Result<Option<TokenIndices>> {
+    let Some(value) = raw.get(key) else { return Ok(None) };
+    let ids = |v: &Value| -> Option<Vec<usize>> {
+        v.as_array()?.iter().map(|n| usize::try_from(n.as_u64()?).ok()).collect()
+    };
+    let tokens = match value {
+        Value::Object(map) => map
+            .iter()
+            .map(|(name, v)| Some((name.clone(), ids(v)?)))
+            .collect::<Option<_>>()
+            .map(TokenIndices::Modules),
+        list => ids(list).map(TokenIndices::Input),
+    };
+    let right = "a list of token ids, or an object of modules and lists";
+    tokens.map(Some).ok_or_else(|| raw.bad(key, &value.to_string(), right))
 }
 
 impl From<&LoraConfig> for PeftConfig {
@@ -241,13 +394,25 @@ impl From<&LoraConfig> for PeftConfig {
         {
             raw.set(off, Value::Null);
         }
-        for off in ["megatron_config", "target_parameters", "trainable_token_indices"] {
+        for off in ["megatron_config", "target_parameters"] {
             raw.set(off, Value::Null);
         }
-        for off in ["ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora"] {
-            raw.set(off, false);
-        }
-        raw.set("loftq_config", json!({}));
+        let tokens = match &c.trainable_token_indices {
+            None => Value::Null,
+            Some(TokenIndices::Input(ids)) => json!(ids),
+            Some(TokenIndices::Modules(modules)) => {
+                Value::Object(modules.iter().map(|(name, ids)| (name.clone(), json!(ids))).collect())
+            }
+        };
+        let loftq = match c.loftq_config {
+            None => json!({}),
+            Some(l) => json!({ "loftq_bits": l.bits, "loftq_iter": l.iterations }),
+        };
+        raw.set("ensure_weight_tying", c.ensure_weight_tying);
+        raw.set("loftq_config", loftq);
+        raw.set("lora_bias", c.lora_bias);
+        raw.set("trainable_token_indices", tokens);
+        raw.set("use_dora", c.use_dora);
         raw.set("megatron_core", "megatron.core");
         let alphas: Map<String, Value> =
             c.alpha_pattern.iter().map(|(p, a)| (p.clone(), number_json(*a))).collect();
@@ -257,16 +422,12 @@ impl From<&LoraConfig> for PeftConfig {
             BiasMode::All => "all",
             BiasMode::LoraOnly => "lora_only",
         };
-        let init = match c.init_lora_weights {
-            InitLoraWeights::Kaiming => json!(true),
-            InitLoraWeights::Gaussian => json!("gaussian"),
-            InitLoraWeights::Random => json!(false),
-        };
         raw.set("alpha_pattern", alphas);
         raw.set("base_model_name_or_path", c.base_model_name_or_path.clone());
         raw.set("bias", bias);
+        raw.set("fan_in_fan_out", c.fan_in_fan_out);
         raw.set("exclude_modules", modules_json(&c.exclude_modules));
-        raw.set("init_lora_weights", init);
+        raw.set("init_lora_weights", c.init_lora_weights.to_json());
         raw.set("layers_pattern", list_json(&c.layers_pattern));
         raw.set("layers_to_transform", json!(c.layers_to_transform));
         raw.set("lora_alpha", number_json(c.lora_alpha));
@@ -302,9 +463,20 @@ mod tests {
             modules_to_save: vec!["norm".into()],
             bias: BiasMode::LoraOnly,
             init_lora_weights: InitLoraWeights::Gaussian,
+            loftq_config: Some(LoftqConfig { bits: 8, iterations: 3 }),
+            use_dora: true,
+            trainable_token_indices: Some(TokenIndices::Input(vec![3, 1])),
+            ensure_weight_tying: true,
             ..Default::default()
         };
         assert_eq!(parse(&config.to_json()).unwrap(), config);
+        let tokens = TokenIndices::Modules(vec![("embed_tokens".into(), vec![7])]);
+        let inits = [InitLoraWeights::Pissa(None), InitLoraWeights::Pissa(Some(4)), InitLoraWeights::Olora];
+        for init_lora_weights in inits.into_iter().chain([InitLoraWeights::Loftq]) {
+            let tokens = Some(tokens.clone());
+            let config = LoraConfig { init_lora_weights, trainable_token_indices: tokens, ..config.clone() };
+            assert_eq!(parse(&config.to_json()).unwrap(), config);
+        }
     }
 
     #[test]
@@ -315,9 +487,13 @@ mod tests {
             (r#"{"peft_type":"LORA","r":-1}"#, "r is -1"),
             (r#"{"peft_type":"LORA","r":0}"#, "r is 0"),
             (r#"{"peft_type":"LORA","lora_alpha":0}"#, "lora_alpha is 0"),
-            (r#"{"peft_type":"LORA","use_dora":true}"#, "use_dora"),
+            (r#"{"peft_type":"LORA","use_qalora":true}"#, "use_qalora"),
+            (r#"{"peft_type":"LORA","use_dora":true,"lora_bias":true}"#, "lora_bias is true"),
+            (r#"{"peft_type":"LORA","loftq_config":{"loftq_bits":3}}"#, "loftq_bits 3"),
+            (r#"{"peft_type":"LORA","trainable_token_indices":[1,-1]}"#, "trainable_token_indices"),
+            (r#"{"peft_type":"LORA","trainable_token_indices":[1,2,1]}"#, "1 twice"),
             (r#"{"peft_type":"LORA","lora_alfa":3}"#, "did you mean \"lora_alpha\""),
-            (r#"{"peft_type":"LORA","init_lora_weights":"pissa"}"#, "pissa"),
+            (r#"{"peft_type":"LORA","init_lora_weights":"corda"}"#, "corda"),
             (r#"{"peft_type":"LORA","target_modules":[]}"#, "empty list"),
             (r#"{"peft_type":"LORA","rank_pattern":{"q":0}}"#, "rank_pattern"),
             (r#"{"peft_type":"LORA","bias":"some"}"#, "some"),

@@ -1,7 +1,7 @@
 //! `adapter_config.json` of any method: a map of settings, read and checked by what the method knows.
 
 use super::TargetModules;
-use crate::{Error, Result, nearest};
+use crate::{Error, Result, adapter_hub, nearest};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -87,6 +87,7 @@ impl PeftConfig {
             Ok(_) => return Err(Error::corrupt(path, "is not a JSON object")),
             Err(e) => return Err(Error::corrupt(path, format!("is not valid JSON: {e}"))),
         };
+        let map = if adapter_hub::is_ours(&map) { adapter_hub::to_peft(map) } else { map };
         let this = Self { path: path.to_path_buf(), map };
         match this.get("peft_type") {
             Some(Value::String(_)) => Ok(this),

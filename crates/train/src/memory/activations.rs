@@ -18,7 +18,8 @@
 //! backward widen it: gate and up beside their gradients, q, k, v and the output beside theirs, a block's input when the
 //! block runs again; the 16 bits go as the 32 come.
 //!
-//! Norms, gated products and masked inputs are not kept: they are made again. Without checkpointing, all adapted blocks
+//! Blocks of other kinds keep `extra` floats more for each token (norms of heads, norms after sub-layers); a plain MLP
+//! keeps less than a gated one, for which it is taken. Norms, gated products and masked inputs are not kept: they are made again. Without checkpointing, all adapted blocks
 //! are kept when the head or the last block's backward is at work. With it, each block keeps its input (n·d), and one
 //! block at a time is kept in full. Gradients of the adapter grow while activations go; with accumulation they are there
 //! from the second micro-batch on. The sums are linear in the block that the walk back has reached, so the fullest
@@ -59,6 +60,8 @@ pub struct StepSizes {
     pub head_dim: usize,
     /// width of the MLP
     pub f: usize,
+    /// floats that a block keeps for each token beside those of a gated, pre-normed one
+    pub extra: usize,
     /// rows of the head
     pub vocab: usize,
     /// the head's matrix is not f32: tiles of it are decoded
@@ -94,14 +97,17 @@ impl StepSizes {
                 None => trained_head = true,
             }
         }
+        for (path, floats) in &run.adapter.kept {
+            if let Some(block) = block_of(path) {
+                *by_block.entry(block).or_default() += floats;
+            }
+        }
         // a bias or module that is trained in full may lie in any block
         // and what comes before a sequence reaches all of them
         let lowest = match run.adapter.full.is_empty() && run.adapter.other.is_empty() {
             true => by_block.keys().next().copied().unwrap_or(s.layers),
             false => 0,
         };
-        let head = run.tensors.iter().find(|t| t.name.starts_with("lm_head"));
-        let head = head.or_else(|| run.tensors.iter().find(|t| t.name.contains("embed_tokens")));
         Self {
             rows: schedule.batch_size,
             len: schedule.max_seq_len + run.adapter.lead,
@@ -110,8 +116,10 @@ impl StepSizes {
             kv_heads: s.kv_heads,
             head_dim: s.head_dim,
             f: s.mlp,
+            extra: s.extra_kept,
             vocab: s.vocab,
-            decoded_head: head.is_some_and(|t| t.storage != "F32"),
+            // (the embedding has as many rows as the head, if it is not the head itself)
+            decoded_head: run.tensors.iter().any(|t| t.rows == s.vocab && t.storage != "F32"),
             ranks: (lowest..s.layers).map(|i| by_block.get(&i).copied().unwrap_or(0)).collect(),
             dropout: run.adapter.dropout,
             trained_head,
@@ -135,7 +143,7 @@ impl StepSizes {
     /// What block `i` of the adapted ones keeps for its backward.
     fn kept(&self, i: usize) -> usize {
         let (a, kv) = self.widths();
-        let values = 2 * self.d + 2 * a + 2 * kv + 2 * self.f + self.ranks[i];
+        let values = 2 * self.d + 2 * a + 2 * kv + 2 * self.f + self.extra + self.ranks[i];
         self.n() * (self.each() * values + F * (self.heads + 2))
     }
 

@@ -1,36 +1,12 @@
 //! The linear ops on the kernels' products: few parallel jobs, each with all that can run side by side.
 
-use super::{Group, Matrix, Saved};
+use super::{Borrowed, Group, Saved, preset};
 use crate::tape::{Slot, add_in_place};
 use crate::var::Kept;
 use crate::{GradSink, Host, Result, host, tensor_of, uninit};
 use candle_core::Tensor;
 use engobe_kernels::mat::{MatMut, MatRef};
 use engobe_kernels::matmul::{self, Job, Right, Term};
-use engobe_kernels::storage::WeightView;
-
-/// A weight borrowed for one call.
-enum Borrowed<'a> {
-    Frozen(WeightView<'a>),
-    Trained(Host<'a>, usize, usize),
-}
-
-impl Borrowed<'_> {
-    fn of(matrix: &Matrix) -> Result<Borrowed<'_>> {
-        let (rows, cols) = matrix.dims()?;
-        Ok(match matrix {
-            Matrix::Frozen(w) => Borrowed::Frozen(w.view()?),
-            Matrix::Trained(v) => Borrowed::Trained(host(v.tensor())?, rows, cols),
-        })
-    }
-
-    fn view(&self) -> WeightView<'_> {
-        match self {
-            Self::Frozen(w) => *w,
-            Self::Trained(data, rows, cols) => WeightView::f32(data, *rows, *cols),
-        }
-    }
-}
 
 /// Tensors as slices.
 fn hosts<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<Vec<Host<'a>>> {
@@ -48,10 +24,9 @@ impl Group {
         let us = self.project(x)?;
         let mut outs = Vec::with_capacity(self.specs.len());
         let mut accumulate = Vec::with_capacity(self.specs.len());
-        for (layer, spec) in self.specs.iter().enumerate() {
-            let (out, _) = spec.weight.dims()?;
-            let mut y = uninit(n * out);
-            accumulate.push(self.preset(layer, residual, out, &mut y)?);
+        for spec in &self.specs {
+            let mut y = uninit(n * spec.weight.dims()?.0);
+            accumulate.push(preset(spec, residual, &mut y)?);
             outs.push(y);
         }
         {
@@ -95,34 +70,6 @@ impl Group {
             tensor_of(y, (n, out))
         });
         Ok((outs.collect::<Result<_>>()?, us))
-    }
-
-    /// Fills `y` `[n, out]` with what the layer's sum starts from; false if there is nothing and y is untouched.
-    fn preset(&self, layer: usize, residual: Option<&Tensor>, out: usize, y: &mut [f32]) -> Result<bool> {
-        let mut bias = match &self.specs[layer].bias {
-            Some(bias) => Some(host(bias.tensor())?.to_vec()),
-            None => None,
-        };
-        for d in self.deltas.iter().filter(|d| d.layer == layer) {
-            let Some(b_bias) = &d.low_rank.b_bias else { continue };
-            let sum = bias.get_or_insert_with(|| vec![0.0; out]);
-            let b_bias = host(b_bias.tensor())?;
-            sum.iter_mut().zip(b_bias.iter()).for_each(|(s, b)| *s += d.low_rank.scale * b);
-        }
-        match (residual, &bias) {
-            (None, None) => return Ok(false),
-            (Some(residual), None) => y.copy_from_slice(&host(residual)?),
-            (None, Some(bias)) => y.chunks_exact_mut(out).for_each(|row| row.copy_from_slice(bias)),
-            (Some(residual), Some(bias)) => {
-                let residual = host(residual)?;
-                for (row, residual) in y.chunks_exact_mut(out).zip(residual.chunks_exact(out)) {
-                    for ((y, r), b) in row.iter_mut().zip(residual).zip(bias) {
-                        *y = r + b;
-                    }
-                }
-            }
-        }
-        Ok(true)
     }
 
     /// The u of every delta.

@@ -32,7 +32,7 @@ use crate::host::{narrowed, widened};
 use crate::ops::{self, dims2, dropout, generation};
 use crate::tape::Slot;
 use crate::var::Kept;
-use crate::{Error, FrozenWeight, GradSink, Result, Tape, Var, host};
+use crate::{Error, FrozenWeight, GradSink, Host, Result, Tape, Var, host};
 use candle_core::{DType, Device, Tensor};
 use engobe_kernels::narrow::Half;
 use engobe_kernels::storage::WeightView;
@@ -70,15 +70,36 @@ impl Matrix {
             Self::Trained(v) => Ok(v.tensor().to_dtype(DType::F32)?),
         }
     }
+}
 
-    /// Runs `f` on the matrix as the kernels take it.
-    pub(crate) fn with_view<R>(&self, f: impl FnOnce(WeightView<'_>) -> R) -> Result<R> {
+/// A matrix borrowed for one call, as the kernels take it.
+pub(crate) enum Borrowed<'a> {
+    /// in the storage that it has
+    Frozen(WeightView<'a>),
+    /// floats, rows, columns
+    Trained(Host<'a>, usize, usize),
+}
+
+impl<'a> Borrowed<'a> {
+    /// A weight.
+    pub(crate) fn of(matrix: &'a Matrix) -> Result<Self> {
+        match matrix {
+            Matrix::Frozen(w) => Ok(Self::Frozen(w.view()?)),
+            Matrix::Trained(v) => Self::var(v),
+        }
+    }
+
+    /// A matrix on the tape.
+    pub(crate) fn var(v: &'a Var) -> Result<Self> {
+        let (rows, cols) = dims2("weight", v.tensor())?;
+        Ok(Self::Trained(host(v.tensor())?, rows, cols))
+    }
+
+    /// `[rows, cols]`
+    pub(crate) fn view(&self) -> WeightView<'_> {
         match self {
-            Self::Frozen(w) => Ok(f(w.view()?)),
-            Self::Trained(v) => {
-                let (rows, cols) = self.dims()?;
-                Ok(f(WeightView::f32(&host(v.tensor())?, rows, cols)))
-            }
+            Self::Frozen(view) => *view,
+            Self::Trained(data, rows, cols) => WeightView::f32(data, *rows, *cols),
         }
     }
 }
@@ -371,6 +392,36 @@ impl Group {
         }
         Ok(())
     }
+}
+
+/// Fills `y` `[n, out]` with what the layer's sum starts from: the residual, the bias, and those of its deltas; false if
+/// there is nothing and y is untouched.
+pub(super) fn preset(spec: &LinearSpec, residual: Option<&Tensor>, y: &mut [f32]) -> Result<bool> {
+    let (out, _) = spec.weight.dims()?;
+    let mut bias = match &spec.bias {
+        Some(bias) => Some(host(bias.tensor())?.to_vec()),
+        None => None,
+    };
+    for delta in &spec.low_rank {
+        let Some(b_bias) = &delta.b_bias else { continue };
+        let sum = bias.get_or_insert_with(|| vec![0.0; out]);
+        let b_bias = host(b_bias.tensor())?;
+        sum.iter_mut().zip(b_bias.iter()).for_each(|(s, b)| *s += delta.scale * b);
+    }
+    match (residual, &bias) {
+        (None, None) => return Ok(false),
+        (Some(residual), None) => y.copy_from_slice(&host(residual)?),
+        (None, Some(bias)) => y.chunks_exact_mut(out).for_each(|row| row.copy_from_slice(bias)),
+        (Some(residual), Some(bias)) => {
+            let residual = host(residual)?;
+            for (row, residual) in y.chunks_exact_mut(out).zip(residual.chunks_exact(out)) {
+                for ((y, r), b) in row.iter_mut().zip(residual).zip(bias) {
+                    *y = r + b;
+                }
+            }
+        }
+    }
+    Ok(true)
 }
 
 fn check(specs: &[LinearSpec], n: usize, width: usize, residual: Option<&Var>) -> Result<()> {
