@@ -21,7 +21,7 @@ use allocator::{Allocator, Schedule};
 use candle_core::{DType, Device, Tensor};
 use engobe_autograd::ops::{self, LinearSpec, LowRank};
 use engobe_autograd::{Gradients, Param, Result as OpResult, Tape, tensor_of};
-use engobe_formats::peft::{KnownKeys, LoraConfig, PeftConfig, modules_json, number_json};
+use engobe_formats::peft::{KnownKeys, PeftConfig, number_json};
 use engobe_nn::{Linear, LinearAdapter, ModuleTree};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -126,12 +126,7 @@ impl Method for AdaLora {
             return Err(config.bad("lora_dropout", &dropout.to_string(), "a probability in [0, 1)").into());
         }
         out.set("lora_dropout", dropout);
-        out.set("target_modules", modules_json(&config.modules("target_modules")?));
-        out.set("exclude_modules", modules_json(&config.modules("exclude_modules")?));
-        out.set("layers_to_transform", json!(config.layers("layers_to_transform")?));
-        for key in ["layers_pattern", "modules_to_save"] {
-            out.set(key, modules::list_or_null(config.names(key)?));
-        }
+        modules::write_rules(&modules::rules(config)?, &mut out);
         patterns(config)?;
         Ok(out)
     }
@@ -142,14 +137,7 @@ impl Method for AdaLora {
         config: &PeftConfig,
         at: &Attaching<'_>,
     ) -> Result<Box<dyn Attached>> {
-        let rules = LoraConfig {
-            target_modules: config.modules("target_modules")?,
-            exclude_modules: config.modules("exclude_modules")?,
-            layers_to_transform: config.layers("layers_to_transform")?,
-            layers_pattern: config.names("layers_pattern")?,
-            modules_to_save: config.names("modules_to_save")?,
-            ..LoraConfig::default()
-        };
+        let rules = modules::rules(config)?;
         let init_r = config.whole("init_r")?.unwrap_or(12);
         let scale = config.number("lora_alpha")?.unwrap_or(8.0) / (init_r as f64 + 1e-5);
         let dropout = config.number("lora_dropout")?.unwrap_or(0.0) as f32;

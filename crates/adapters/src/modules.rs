@@ -4,7 +4,7 @@ use crate::saved;
 use crate::target::Targets;
 use crate::{Error, Result};
 use engobe_autograd::Param;
-use engobe_formats::peft::{LoraConfig, PeftConfig};
+use engobe_formats::peft::{LoraConfig, PeftConfig, modules_json};
 use engobe_nn::{Linear, ModuleMut, ModuleTree};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -94,6 +94,27 @@ impl Selection {
             config.set("target_modules", json!(self.linear_names));
         }
     }
+}
+
+/// The rules of a configuration that name modules.
+pub(crate) fn rules(config: &PeftConfig) -> Result<LoraConfig> {
+    Ok(LoraConfig {
+        target_modules: config.modules("target_modules")?,
+        exclude_modules: config.modules("exclude_modules")?,
+        layers_to_transform: config.layers("layers_to_transform")?,
+        layers_pattern: config.names("layers_pattern")?,
+        modules_to_save: config.names("modules_to_save")?,
+        ..LoraConfig::default()
+    })
+}
+
+/// Writes `rules` as files have them.
+pub(crate) fn write_rules(rules: &LoraConfig, out: &mut PeftConfig) {
+    out.set("target_modules", modules_json(&rules.target_modules));
+    out.set("exclude_modules", modules_json(&rules.exclude_modules));
+    out.set("layers_to_transform", json!(rules.layers_to_transform));
+    out.set("layers_pattern", list_or_null(rules.layers_pattern.clone()));
+    out.set("modules_to_save", list_or_null(rules.modules_to_save.clone()));
 }
 
 /// A list as a file has it.

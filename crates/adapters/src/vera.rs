@@ -14,7 +14,7 @@ use crate::{AdapterSizes, Error, Result, fill};
 use candle_core::{DType, Device, Tensor};
 use engobe_autograd::ops::{self, LinearSpec, LowRank};
 use engobe_autograd::{Param, Result as OpResult, Tape, Var, tensor_of};
-use engobe_formats::peft::{KnownKeys, LoraConfig, PeftConfig, modules_json};
+use engobe_formats::peft::{KnownKeys, LoraConfig, PeftConfig};
 use engobe_formats::tensor::TensorView;
 use engobe_nn::{Linear, LinearAdapter, ModuleMut, ModuleTree};
 use serde_json::{Value, json};
@@ -91,11 +91,7 @@ impl Method for Vera {
         out.set("vera_dropout", dropout);
         out.set("d_initial", config.number("d_initial")?.unwrap_or(0.1));
         out.set("projection_prng_key", config.whole("projection_prng_key")?.unwrap_or(0));
-        out.set("target_modules", modules_json(&config.modules("target_modules")?));
-        out.set("exclude_modules", modules_json(&config.modules("exclude_modules")?));
-        out.set("modules_to_save", modules::list_or_null(config.names("modules_to_save")?));
-        out.set("layers_pattern", modules::list_or_null(config.names("layers_pattern")?));
-        out.set("layers_to_transform", json!(config.layers("layers_to_transform")?));
+        modules::write_rules(&modules::rules(config)?, &mut out);
         for (key, value) in
             [("bias", json!("none")), ("fan_in_fan_out", json!(false)), ("init_weights", json!(true))]
         {
@@ -113,14 +109,7 @@ impl Method for Vera {
         at: &Attaching<'_>,
     ) -> Result<Box<dyn Attached>> {
         let r = config.whole("r")?.unwrap_or(256);
-        let rules = LoraConfig {
-            target_modules: config.modules("target_modules")?,
-            exclude_modules: config.modules("exclude_modules")?,
-            layers_to_transform: config.layers("layers_to_transform")?,
-            layers_pattern: config.names("layers_pattern")?,
-            modules_to_save: config.names("modules_to_save")?,
-            ..LoraConfig::default()
-        };
+        let rules = modules::rules(config)?;
         let (out, width) = largest(model, &rules)?;
         let key = config.whole("projection_prng_key")?.unwrap_or(0) as u64;
         let matrix = |name: &str, shape: (usize, usize)| -> Result<Param> {
