@@ -24,7 +24,7 @@ DATA = ROOT / "checks" / "data"
 GROUPS = 10
 
 # name -> how the model is made ("gguf" as it was fetched, "f32" decoded, else flags of `engobe quantize`), and what else
-# `train` and `eval` are told
+# `train` is told
 STORAGES = {
     "f32": ("f32", []),
     "Q4_1 GGUF in place": ("gguf", []),
@@ -33,8 +33,11 @@ STORAGES = {
     "nf4 + double": ("--to nf4 --double-quant", []),
     "fp4": ("--to fp4", []),
     "fp4 + double": ("--to fp4 --double-quant", []),
+    "f32, kept in bf16": ("f32", ["--compute-dtype", "bf16"]),
+    "nf4 + double, kept in bf16": ("--to nf4 --double-quant", ["--compute-dtype", "bf16"]),
+    "f32, kept in f16": ("f32", ["--compute-dtype", "f16"]),
 }
-TIMED = ["f32", "Q4_1 GGUF in place", "int8", "nf4 + double", "fp4"]
+TIMED = ["f32", "Q4_1 GGUF in place", "int8", "nf4 + double", "fp4", "f32, kept in bf16", "f32, kept in f16"]
 TRAINING = ["--max-steps", 40, "--max-seq-len", 512, "--learning-rate", 3e-4, "--warmup-steps", 4, "--seed", 1]
 
 
@@ -101,10 +104,10 @@ def measured(name, work, source, groups):
     if kept.exists():
         return json.loads(kept.read_text())
     model, flags = made(name, work, source), STORAGES[name][1]
-    before = losses(model, groups, *flags)
+    before = losses(model, groups)
     run = work / f"{name.replace(' ', '')}-run"
     trained = engobe("train", "--model", model, "--data", DATA / "answers-train.jsonl", "--out", run, *TRAINING, *flags)
-    after = losses(model, groups, "--adapter", run, *flags)
+    after = losses(model, groups, "--adapter", run)
     found = dict(bytes=size(model), before=before, after=after, peak=trained["peak_rss_bytes"])
     kept.write_text(json.dumps(found))
     return found

@@ -7,7 +7,7 @@
 
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, OutputScale, RopeSpec, RowTargets};
-use engobe_autograd::{FrozenWeight, Gradients, Param, Result, Tape, Var};
+use engobe_autograd::{Error, FrozenWeight, Gradients, Half, Param, Result, Tape, Var};
 use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::{AttentionShape, Segment};
 use engobe_kernels::codec::FourBit;
@@ -17,6 +17,11 @@ use engobe_kernels::storage::StorageType;
 use std::sync::Arc;
 
 const STEP: f32 = 1e-2;
+
+/// Types that values are kept in, and how far gradients may then be off. Each kept value, and each factor of a delta, is
+/// off by half a unit in its last place, 2^-9 or 2^-12 of itself; a gradient is a sum of products of two or three of them
+/// whose errors are independent, and is measured by the largest one, so a few such units are the most to expect.
+const HALVES: [(Half, f32); 2] = [(Half::BF16, 8.0 / 512.0), (Half::F16, 8.0 / 4096.0)];
 
 fn randn(seed: u64, n: usize) -> Vec<f32> {
     let unit = |i: u64| (engobe_kernels::dropout::mix(seed, i) >> 40) as f32 / (1u64 << 24) as f32;
@@ -63,7 +68,11 @@ fn loss_of(case: Case<'_>, composed: bool) -> f64 {
 }
 
 fn gradients_of(case: Case<'_>, composed: bool, checkpointing: bool) -> (f64, Gradients) {
-    let mut tape = Tape::new().composed(composed).checkpointing(checkpointing).dropout_seed(5);
+    gradients_on(Tape::new().composed(composed).checkpointing(checkpointing), case)
+}
+
+fn gradients_on<'m>(tape: Tape<'m>, case: Case<'_>) -> (f64, Gradients) {
+    let mut tape = tape.dropout_seed(5);
     let loss = case(&mut tape).unwrap();
     let value = f64::from(loss.scalar().unwrap());
     let mut grads = Gradients::new();
@@ -110,6 +119,15 @@ fn check(params: &[&Param], case: Case<'_>) {
         }
         p.set(&Tensor::from_vec(original, p.tensor().dims(), &Device::Cpu).unwrap()).unwrap();
         close(&analytic, &numeric, 1e-2, &format!("finite differences of {name}"));
+        for (half, tolerance) in HALVES {
+            for composed in [false, true] {
+                let (_, grads) = gradients_on(Tape::new().composed(composed).half(Some(half)), case);
+                let found = values(grads.get(p).unwrap());
+                let what = format!("{half:?} of {name}");
+                close(&found, &analytic, tolerance, &what);
+                close(&found, &numeric, 1e-2 + tolerance, &format!("finite differences, {what}"));
+            }
+        }
     }
 }
 
@@ -572,6 +590,69 @@ fn a_block_recomputes_to_the_same_bits() {
         (value, values(grads.get(&x).unwrap()), values(grads.get(&w).unwrap()))
     };
     assert_eq!(build(false), build(true));
+}
+
+/// A block that runs again from its input in 16 bits: near the gradients of f32, and the same bits each time.
+#[test]
+fn a_block_may_be_kept_in_16_bits() {
+    let (x, a, b) = (param("x", 62, &[9, 6]), param("a", 63, &[2, 6]), param("b", 64, &[6, 2]));
+    let (norm, weight) = (param("norm", 66, &[6]), frozen(65, 6, 6));
+    let build = |half: Option<Half>, checkpointing: bool| {
+        let mut tape = Tape::new().checkpointing(checkpointing).half(half).dropout_seed(3);
+        let mut y = tape.param(&x);
+        for _ in 0..3 {
+            let (a, b, norm, weight) = (&a, &b, &norm, &weight);
+            let block = move |tape: &mut Tape<'_>, xs: &[Var]| {
+                let low_rank =
+                    LowRank { a: tape.param(a), b: tape.param(b), b_bias: None, scale: 0.5, dropout: 0.3 };
+                let spec = LinearSpec { low_rank: vec![low_rank], ..LinearSpec::plain(weight.clone()) };
+                let norm = tape.param(norm);
+                let z = ops::rms_norm(tape, &xs[0], &norm, 1e-5)?;
+                ops::linear_residual(tape, &z, spec, &xs[0])
+            };
+            y = tape.block(&[y], block).unwrap();
+        }
+        let loss = weigh(&mut tape, &[y]).unwrap();
+        let mut grads = Gradients::new();
+        let value = loss.scalar().unwrap();
+        let one = Tensor::ones(1, candle_core::DType::F32, &Device::Cpu).unwrap();
+        tape.backward(&loss, one, &mut grads).unwrap();
+        (value, [&x, &a, &b, &norm].map(|p| values(grads.get(p).unwrap())))
+    };
+    let (_, exact) = build(None, false);
+    for (half, tolerance) in HALVES {
+        let (loss, plain) = build(Some(half), false);
+        let (loss_again, again) = build(Some(half), true);
+        assert_eq!(loss, loss_again, "checkpointing changes the value");
+        let (_, repeated) = build(Some(half), true);
+        for (i, exact) in exact.iter().enumerate() {
+            for found in [&plain, &again] {
+                close(&found[i], exact, tolerance, &format!("{half:?} of parameter {i}"));
+                assert_ne!(&found[i], exact, "{half:?} changed nothing");
+            }
+        }
+        assert_eq!(again, repeated);
+    }
+}
+
+#[test]
+fn what_has_no_place_in_f16_is_an_error() {
+    let large = param("x", 67, &[2, 8]);
+    large.update_host(|x| x[3] = -7e4).unwrap();
+    let weight = Var::constant(tensor(68, &[8]));
+    let norm = |half| {
+        let mut tape = Tape::new().half(half);
+        let x = tape.param(&large);
+        ops::rms_norm(&mut tape, &x, &weight, 1e-5)
+    };
+    let error = norm(Some(Half::F16)).unwrap_err();
+    assert!(matches!(error, Error::OutOfRange(_)), "{error}");
+    assert!(error.to_string().contains("70000") && error.to_string().contains("bf16"), "{error}");
+    assert!(norm(Some(Half::BF16)).is_ok() && norm(None).is_ok());
+    // nothing is kept where nothing is recorded
+    let mut tape = Tape::inference().half(Some(Half::F16));
+    let x = tape.param(&large);
+    assert!(ops::rms_norm(&mut tape, &x, &weight, 1e-5).is_ok());
 }
 
 #[test]

@@ -89,7 +89,7 @@ pub struct ModelArgs {
     /// PEFT directory, or name=DIR
     #[arg(long, value_name = "[NAME=]DIR")]
     pub adapter: Vec<String>,
-    /// How base weights are kept: stored, f32, bf16, f16 (compute is f32)
+    /// How base weights are kept: stored, f32, bf16, f16 (arithmetic is f32)
     #[arg(long, value_name = "DTYPE", default_value = "stored")]
     pub dtype: String,
     /// Quantize linear layers as they are read: nf4, fp4, int8

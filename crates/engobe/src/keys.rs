@@ -33,13 +33,19 @@ const DATA: &str = "Data";
 const MODEL: &str = "Model and machine";
 
 /// Settings of every run.
-const COMMON: [Key; 48] = [
+const COMMON: [Key; 49] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
     key(
         "dtype",
         Kind::Text,
         MODEL,
-        "how base weights are kept: stored, f32, bf16, f16 (compute is f32) [stored]",
+        "how base weights are kept: stored, f32, bf16, f16 (arithmetic is f32) [stored]",
+    ),
+    key(
+        "compute_dtype",
+        Kind::Text,
+        MODEL,
+        "how activations are kept for the backward: f32, or in half the memory bf16, f16 (arithmetic is f32) [f32]",
     ),
     key("method", Kind::Text, MODEL, ""),
     key("quantize", Kind::Text, MODEL, "quantize the base's linear layers as they are read: nf4, fp4, int8"),

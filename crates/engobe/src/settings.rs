@@ -190,7 +190,7 @@ impl Given {
         // kinds are checked already: what is left to go wrong is the name of a choice
         Value::Table(self.floats()).try_into().map_err(|e: toml::de::Error| {
             let message = e.message().replace('\n', " ");
-            for name in ["optimizer", "lr_scheduler", "memory_limit"] {
+            for name in ["optimizer", "lr_scheduler", "memory_limit", "compute_dtype"] {
                 if let Some(value) = self.text(name)
                     && [format!("`{value}`"), format!("{value:?}")].iter().any(|v| message.contains(v))
                 {
@@ -414,6 +414,7 @@ mod tests {
         for (flags, part) in [
             (vec![("lr_scheduler", "triangle")], "lr_scheduler is \"triangle\""),
             (vec![("batch_size", "0")], "batch_size = 0"),
+            (vec![("compute_dtype", "fp8")], "compute_dtype is \"fp8\""),
             (vec![("learning_rate", "-1")], "learning_rate = -1"),
         ] {
             let error = given(&flags, &[]).unwrap().plan().unwrap_err().to_string();
@@ -427,7 +428,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.toml");
         let first = given(
-            &[("data", "a.jsonl,b.jsonl"), ("r", "4"), ("epochs", "2"), ("packing", "false")],
+            &[
+                ("data", "a.jsonl,b.jsonl"),
+                ("r", "4"),
+                ("epochs", "2"),
+                ("packing", "false"),
+                ("compute_dtype", "bf16"),
+            ],
             &["rank_pattern={ \"q_proj\" = 4 }", "weight_decay=0"],
         )
         .unwrap();

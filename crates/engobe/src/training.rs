@@ -373,8 +373,10 @@ pub fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Res
         ("optimizer", Some(name)) => format!("{k} = {:?}", name.trim_start_matches("paged_")),
         _ => format!("{k} = {v}"),
     };
+    // runs that began before there was this setting go on
+    let unsaid = |k: &str, v: &toml::Value| k == "compute_dtype" && v.as_str() == Some("f32");
     let mut lines: Vec<String> =
-        table.iter().filter(|(k, _)| !FREE.contains(&k.as_str())).map(line).collect();
+        table.iter().filter(|(k, v)| !FREE.contains(&k.as_str()) && !unsaid(k, v)).map(line).collect();
     lines.sort();
     let mut rows = Sha256::new();
     for sample in samples {

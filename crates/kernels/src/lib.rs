@@ -22,6 +22,7 @@ mod lanes;
 pub mod layer_norm;
 pub mod mat;
 pub mod matmul;
+pub mod narrow;
 pub mod norm;
 mod qdot;
 pub mod quantize;

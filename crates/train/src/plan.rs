@@ -4,6 +4,7 @@
 //! names are the ones that users of PEFT and transformers know, and are the keys of `--config` and `--set`.
 
 use crate::memory::MemoryLimit;
+use engobe_autograd::Half;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -198,12 +199,50 @@ impl Default for Upkeep {
     }
 }
 
+/// How a step keeps its activations. Arithmetic is in f32 whatever this says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeDtype {
+    /// as they were computed
+    #[default]
+    #[serde(alias = "float32")]
+    F32,
+    /// in 16 bits with the range of f32
+    #[serde(alias = "bfloat16")]
+    BF16,
+    /// in 16 bits, finer than bf16, up to 65504
+    #[serde(alias = "float16")]
+    F16,
+}
+
+impl ComputeDtype {
+    /// Name in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::BF16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+
+    /// The 16-bit type, for [`engobe_autograd::Tape::half`].
+    pub fn half(self) -> Option<Half> {
+        match self {
+            Self::F32 => None,
+            Self::BF16 => Some(Half::BF16),
+            Self::F16 => Some(Half::F16),
+        }
+    }
+}
+
 /// How the arithmetic is done.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Compute {
     /// keep each block's input alone and run its forward again in the backward
     pub activation_checkpointing: bool,
+    /// how the values that the backward needs are kept, and what adapters' factors are rounded to in the forward
+    pub compute_dtype: ComputeDtype,
     /// memory that the process may hold; a run that would take more is stopped
     pub memory_limit: Option<MemoryLimit>,
 }

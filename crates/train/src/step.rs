@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::model::Model;
 use candle_core::Tensor;
-use engobe_autograd::{Gradients, Tape, Watch};
+use engobe_autograd::{Gradients, Half, Tape, Watch};
 use engobe_data::MicroBatch;
 
 /// Sums over the labelled tokens of one or more micro-batches.
@@ -40,6 +40,8 @@ pub struct Differentiate {
     pub dropout_seed: u64,
     /// factor on the summed loss before it is differentiated: one over the window's labelled tokens
     pub scale: f32,
+    /// keep the backward's values in 16 bits
+    pub half: Option<Half>,
     /// looks on; may end the pass
     pub watch: Option<Watch>,
 }
@@ -62,8 +64,8 @@ pub fn differentiate<'m>(
     how: Differentiate,
     grads: &mut Gradients,
 ) -> Result<LossSums> {
-    let mut tape =
-        Tape::new().checkpointing(how.checkpointing).dropout_seed(how.dropout_seed).watch(how.watch);
+    let tape = Tape::new().checkpointing(how.checkpointing).half(how.half);
+    let mut tape = tape.dropout_seed(how.dropout_seed).watch(how.watch);
     let Some(pass) = model.into().forward(&mut tape, batch)? else { return Ok(LossSums::default()) };
     if let Some(loss) = pass.loss {
         let seed = Tensor::full(how.scale, 1, loss.tensor().device())?;

@@ -264,6 +264,7 @@ impl<'a> Trainer<'a> {
                 checkpointing: self.plan.compute.activation_checkpointing,
                 dropout_seed: mix(step_seed, i as u64),
                 scale: 1.0 / label_tokens.max(1) as f32,
+                half: self.plan.compute.compute_dtype.half(),
                 watch: self.guard.as_ref().map(|guard| guard.watch_step(batch.tokens.len())),
             };
             sums.add(step::differentiate(self.model, batch, how, &mut grads)?);

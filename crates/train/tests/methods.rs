@@ -168,7 +168,8 @@ fn packing_and_checkpointing_change_no_gradient() {
             let mut grads = Gradients::new();
             let mut loss = 0.0;
             for batch in batches {
-                let how = Differentiate { checkpointing, dropout_seed: 0, scale: 0.1, watch: None };
+                let how =
+                    Differentiate { checkpointing, dropout_seed: 0, scale: 0.1, half: None, watch: None };
                 loss += differentiate(model.as_ref(), batch, how, &mut grads).unwrap().loss;
             }
             let of = |p: &engobe_autograd::Param| host(grads.get(p).unwrap()).unwrap().to_vec();

@@ -5,7 +5,7 @@ use engobe_adapters::Adapter;
 use engobe_data::{EncodeOptions, Encoder, Loader, LoaderOptions, PromptStyle, TrainOn, reader};
 use engobe_models::{LoadOptions, load_causal_lm};
 use engobe_testkit::{assert_relative, cases, golden, golden_json};
-use engobe_train::plan::Plan;
+use engobe_train::plan::{Compute, ComputeDtype, Plan};
 use engobe_train::{Silent, Trainer, metrics};
 use serde::Deserialize;
 use std::sync::Arc;
@@ -31,10 +31,15 @@ fn options() -> EncodeOptions {
 }
 
 fn curve(name: &str, expected: &Expected, checkpointing: bool) -> Vec<metrics::StepMetrics> {
+    let compute = Compute { activation_checkpointing: checkpointing, ..Compute::default() };
+    computed(name, expected, compute)
+}
+
+fn computed(name: &str, expected: &Expected, compute: Compute) -> Vec<metrics::StepMetrics> {
     let (base, start) = (format!("llama/{}", expected.base), format!("peft/{name}"));
     let change = |plan: &mut Plan| {
         plan.schedule.gradient_accumulation = expected.accumulation;
-        plan.compute.activation_checkpointing = checkpointing;
+        plan.compute = compute;
         if let Some((ratio, embedding)) = expected.loraplus {
             plan.optimization.loraplus_lr_ratio = Some(ratio);
             plan.optimization.loraplus_lr_embedding = embedding;
@@ -149,5 +154,38 @@ fn recomputing_blocks_changes_no_bit() {
             curve(name, &expected, checkpointing).iter().map(|m| (m.loss, m.grad_norm)).collect()
         };
         assert_eq!(numbers(false), numbers(true), "{name}");
+    }
+}
+
+/// Kept values and the adapter's factors are off by 2^-9 (bf16) or 2^-12 (f16) of themselves. A loss is a mean over many
+/// of them, a norm a root of squares, so both are off by less than one such unit, and twenty steps at a high learning
+/// rate let it grow a few times.
+#[test]
+fn curves_in_16_bits_stay_near_those_of_f32() {
+    for (dtype, loss, norm) in
+        [(ComputeDtype::BF16, 2.0 / 512.0, 8.0 / 512.0), (ComputeDtype::F16, 2.0 / 4096.0, 8.0 / 4096.0)]
+    {
+        for name in ["all_linear", "bias_all"] {
+            let expected: Expected = golden_json(format!("peft/{name}/expected.json"));
+            let exact = curve(name, &expected, false);
+            for activation_checkpointing in [false, true] {
+                let compute =
+                    Compute { activation_checkpointing, compute_dtype: dtype, ..Compute::default() };
+                let found = computed(name, &expected, compute);
+                let mut moved = false;
+                for (line, exact) in found.iter().zip(&exact) {
+                    let what = format!("{name} in {} at step {}", dtype.name(), line.step);
+                    println!(
+                        "{what}: {:.2e} {:.2e}",
+                        line.loss / exact.loss - 1.0,
+                        line.grad_norm / exact.grad_norm - 1.0
+                    );
+                    assert_relative(line.loss, exact.loss, loss, &format!("loss of {what}"));
+                    assert_relative(line.grad_norm, exact.grad_norm, norm, &format!("norm of {what}"));
+                    moved |= line.grad_norm != exact.grad_norm;
+                }
+                assert!(moved, "{name}: {} changed nothing", dtype.name());
+            }
+        }
     }
 }

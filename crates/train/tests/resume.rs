@@ -7,7 +7,7 @@ use engobe_models::{LoadOptions, load_causal_lm};
 use engobe_testkit::golden;
 use engobe_train::memory::guard::Guard;
 use engobe_train::memory::resident::resident_bytes;
-use engobe_train::plan::Plan;
+use engobe_train::plan::{ComputeDtype, Plan};
 use engobe_train::{Error, Evaluation, Observer, Outcome, StepMetrics, Trainer, checkpoint, metrics};
 use serde_json::json;
 use std::fs;
@@ -100,16 +100,39 @@ fn files(out: &Path) -> (Vec<u8>, Vec<(usize, u64, u64)>) {
 
 #[test]
 fn pieces_make_the_whole() {
-    for packing in [true, false] {
+    use ComputeDtype::{BF16, F16, F32};
+    for (packing, dtype, checkpointing) in
+        [(true, F32, false), (false, F32, false), (true, BF16, false), (false, BF16, true), (true, F16, true)]
+    {
         let mut plan = plan();
         plan.schedule.packing = packing;
+        plan.compute.compute_dtype = dtype;
+        plan.compute.activation_checkpointing = checkpointing;
         let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         part(whole.path(), &plan, 99, "f").unwrap();
         for steps in [1, 4, 2, 99] {
             let outcome = part(pieces.path(), &plan, steps, "f").unwrap();
             assert_eq!(outcome.interrupted, outcome.steps < 14);
         }
-        assert_eq!(files(whole.path()), files(pieces.path()), "packing {packing}");
+        assert_eq!(files(whole.path()), files(pieces.path()), "packing {packing} {dtype:?}");
+    }
+}
+
+#[test]
+fn threads_change_no_bit_in_16_bits_either() {
+    let run = |threads: usize, dtype| {
+        let mut plan = plan();
+        plan.compute.compute_dtype = dtype;
+        let out = tempfile::tempdir().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| part(out.path(), &plan, 99, "f").unwrap());
+        files(out.path())
+    };
+    let f32 = run(1, ComputeDtype::F32);
+    for dtype in [ComputeDtype::BF16, ComputeDtype::F16] {
+        let one = run(1, dtype);
+        assert_eq!(one, run(2, dtype), "{dtype:?}");
+        assert_ne!(one, f32, "{dtype:?} changed nothing");
     }
 }
 

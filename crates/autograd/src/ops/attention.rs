@@ -3,6 +3,7 @@
 //! Saves q, k, v, its output and one log-sum-exp a row and head; probabilities are computed again in the
 //! backward (Dao et al. 2022). Segments never see each other, so rows need no padding.
 
+use crate::var::Kept;
 use crate::{Error, Result, Tape, Var, host, host_as, ops::dims2, tensor_of, uninit};
 use candle_core::{D, DType, Device, Tensor};
 use engobe_kernels::attention::{self as kernel, AttentionShape, Segment};
@@ -22,13 +23,15 @@ pub fn attention<'m>(
 ) -> Result<Var> {
     let (nq, nkv) = check(q.tensor(), k.tensor(), v.tensor(), &shape, &segments)?;
     let slots = [q.slot(), k.slot(), v.slot()];
-    let (qt, kt, vt) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
-    if tape.generating().is_some() && tape.fast(&qt) {
-        return generate(&qt, &kt, &vt, &shape, &segments);
+    let (qt, kt, vt) = (q.tensor(), k.tensor(), v.tensor());
+    if tape.generating().is_some() && tape.fast(qt) {
+        return generate(qt, kt, vt, &shape, &segments);
     }
-    if !tape.fast(&qt) {
-        let y = composed(&qt, &kt, &vt, &shape, &segments)?;
+    let kept = [tape.keep(q)?, tape.keep(k)?, tape.keep(v)?];
+    if !tape.fast(qt) {
+        let y = composed(qt, kt, vt, &shape, &segments)?;
         return Ok(tape.record1(&slots, y, move |dy, sink| {
+            let [qt, kt, vt] = taken(kept)?;
             let grads = composed_backward(&qt, &kt, &vt, &dy, &shape, &segments)?;
             for (slot, grad) in slots.into_iter().zip(grads) {
                 sink.add(slot, grad)?;
@@ -43,15 +46,16 @@ pub fn attention<'m>(
     kernel::attention(
         &shape,
         &segments,
-        &host(&qt)?,
-        &host(&kt)?,
-        &host(&vt)?,
+        &host(qt)?,
+        &host(kt)?,
+        &host(vt)?,
         &mut out,
         tracked.then_some(&mut lse),
     );
     let y = tensor_of(out, (nq, width))?;
-    let saved = y.clone();
-    Ok(tape.record1(&slots, y, move |dy, sink| {
+    tape.record_keeping(&slots, y, move |saved, dy, sink| {
+        let [qt, kt, vt] = taken(kept)?;
+        let saved = saved.take()?;
         let (mut dq, mut dk, mut dv) = (uninit(nq * width), uninit(nkv * kv_width), uninit(nkv * kv_width));
         kernel::attention_backward(
             &shape,
@@ -69,7 +73,12 @@ pub fn attention<'m>(
         sink.add(slots[0], tensor_of(dq, (nq, width))?)?;
         sink.add(slots[1], tensor_of(dk, (nkv, kv_width))?)?;
         sink.add(slots[2], tensor_of(dv, (nkv, kv_width))?)
-    }))
+    })
+}
+
+fn taken(kept: [Kept; 3]) -> Result<[Tensor; 3]> {
+    let [q, k, v] = kept;
+    Ok([q.take()?, k.take()?, v.take()?])
 }
 
 /// Attention without a record, over keys and values in f32 or f16. Segments with one query go their own way.

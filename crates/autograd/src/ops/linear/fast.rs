@@ -2,6 +2,7 @@
 
 use super::{Borrowed, Group, Saved, preset};
 use crate::tape::{Slot, add_in_place};
+use crate::var::Kept;
 use crate::{GradSink, Host, Result, host, tensor_of, uninit};
 use candle_core::Tensor;
 use engobe_kernels::mat::{MatMut, MatRef};
@@ -31,7 +32,8 @@ impl Group {
         {
             let x = host(x)?;
             let x = MatRef::new(&x, n, self.width);
-            let (u, b) = (hosts(&us)?, hosts(self.deltas.iter().map(|d| d.low_rank.b.tensor()))?);
+            let b = self.factors(|low_rank| &low_rank.b)?;
+            let (u, b) = (hosts(&us)?, hosts(&b)?);
             let weights = self.specs.iter().map(|s| Borrowed::of(&s.weight)).collect::<Result<Vec<_>>>()?;
             let mut ys: Vec<MatMut> =
                 outs.iter_mut().zip(&weights).map(|(y, w)| MatMut::new(y, n, w.view().rows())).collect();
@@ -75,7 +77,8 @@ impl Group {
         let inputs = self.deltas.iter().map(|d| d.input(x)).collect::<Result<Vec<_>>>()?;
         let mut us: Vec<Vec<f32>> = self.deltas.iter().map(|d| uninit(self.n * d.rank())).collect();
         {
-            let (xs, a) = (hosts(&inputs)?, hosts(self.deltas.iter().map(|d| d.low_rank.a.tensor()))?);
+            let a = self.factors(|low_rank| &low_rank.a)?;
+            let (xs, a) = (hosts(&inputs)?, hosts(&a)?);
             let mut cs: Vec<MatMut> =
                 us.iter_mut().zip(&self.deltas).map(|(u, d)| MatMut::new(u, self.n, d.rank())).collect();
             let jobs: Vec<Job> = cs
@@ -100,7 +103,9 @@ impl Group {
         sink: &mut GradSink<'_>,
     ) -> Result<()> {
         let (n, width) = (self.n, self.width);
-        let x = saved.x.map(|x| x.get()).transpose()?;
+        let x = saved.x.map(Kept::take).transpose()?;
+        let us = saved.us.into_iter().map(Kept::take).collect::<Result<Vec<_>>>()?;
+        let a = self.factors(|low_rank| &low_rank.a)?;
         let dus = self.delta_output_grads(dys, x_slot)?;
         let inputs = self.deltas.iter().map(|d| x.as_ref().map(|x| d.input(x)).transpose());
         let inputs = inputs.collect::<Result<Vec<_>>>()?;
@@ -108,7 +113,7 @@ impl Group {
         let du = dus.iter().map(|du| du.as_ref().map(host).transpose()).collect::<Result<Vec<_>>>()?;
         let xs = inputs.iter().map(|x| x.as_ref().map(host).transpose()).collect::<Result<Vec<_>>>()?;
         let base_x = x.as_ref().map(host).transpose()?;
-        let (us, a) = (hosts(&saved.us)?, hosts(self.deltas.iter().map(|d| d.low_rank.a.tensor()))?);
+        let (us, a) = (hosts(&us)?, hosts(&a)?);
         let weights = self.specs.iter().map(|s| Borrowed::of(&s.weight)).collect::<Result<Vec<_>>>()?;
 
         let mut wanted: Vec<Wanted<'_>> = Vec::new();
@@ -169,7 +174,8 @@ impl Group {
     fn delta_output_grads(&self, dys: &[Option<Tensor>], x_slot: Slot) -> Result<Vec<Option<Tensor>>> {
         let n = self.n;
         let dy = dys.iter().map(|dy| dy.as_ref().map(host).transpose()).collect::<Result<Vec<_>>>()?;
-        let b = hosts(self.deltas.iter().map(|d| d.low_rank.b.tensor()))?;
+        let b = self.factors(|low_rank| &low_rank.b)?;
+        let b = hosts(&b)?;
         let mut wanted = Vec::new();
         for (i, d) in self.deltas.iter().enumerate() {
             let Some(dy) = &dy[d.layer] else { continue };
