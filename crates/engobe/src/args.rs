@@ -234,11 +234,8 @@ pub struct CompareArgs {
 }
 
 const PLAN_EXAMPLES: &str = "\
-Takes the flags of train and reads headers alone (config.json, safetensors, GGUF): it answers at
-once, also for a model of which only the config.json is there.
-
-It counts weights, adapter, optimizer, gradients, activations and the head's block of logits:
-docs/memory.md says how.
+Takes the flags of train and reads headers alone: a model of which only the config.json is there
+will do. What is counted, and how: docs/memory.md.
 
 Examples:
   engobe plan --model smollm2-135m
