@@ -75,14 +75,14 @@ impl Method for TrainableTokens {
         model.visit_modules(&mut |module| {
             paths.push(module.path().to_string());
             match module {
-                ModuleMut::Embedding(m) if wanted.iter().any(|w| target::ends_with_module(m.path(), w)) => {
-                    if result.is_ok() {
-                        result = TokenRows::new(m, &ids, "", at).map(|new| {
-                            let new = Arc::new(new);
-                            rows.push((m.weight().clone(), new.clone()));
-                            m.attach(new);
-                        });
-                    }
+                ModuleMut::Embedding(m)
+                    if result.is_ok() && wanted.iter().any(|w| target::ends_with_module(m.path(), w)) =>
+                {
+                    result = TokenRows::new(m, &ids, "", at).map(|new| {
+                        let new = Arc::new(new);
+                        rows.push((m.weight().clone(), new.clone()));
+                        m.attach(new);
+                    });
                 }
                 ModuleMut::Linear(m) => {
                     let tied = rows.iter().find(|(weight, _)| weight.is_same(m.weight()));

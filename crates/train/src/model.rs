@@ -105,7 +105,7 @@ fn labels<'m>(
         tokens = tokens.with_token_types(types)?;
     }
     let of_tokens = model.head().pooling.is_none();
-    let unlabelled = batch.goals.iter().any(|goal| *goal == Goal::Nothing);
+    let unlabelled = batch.goals.contains(&Goal::Nothing);
     let (rows, classes) = match (of_tokens, unlabelled) {
         (true, false) => labelled(batch),
         // without labels every token's logits are wanted
