@@ -60,7 +60,7 @@ fn next_tokens(args: &EvalArgs, note: &mut Note) -> Result<()> {
     drop(progress);
     let of_texts =
         |name: &&str| args.metrics.iter().any(|m| m == name) || (*name == "exact_match" && args.exact_match);
-    let wanted: Vec<&str> = OF_TEXTS.into_iter().filter(|name| of_texts(&name)).collect();
+    let wanted: Vec<&str> = OF_TEXTS.into_iter().filter(|name| of_texts(name)).collect();
     let scores = match wanted.is_empty() && args.predictions.is_none() {
         true => Vec::new(),
         false => completions(args, &bench, &rows, &encoder, &wanted, note)?,
