@@ -75,7 +75,7 @@ pub struct Common {
     /// Never contact the hub or a package index
     #[arg(long, help_heading = "Common")]
     pub offline: bool,
-    /// Where fetched models are kept [$ENGOBE_CACHE, or the system's cache directory]
+    /// Where fetched models are kept [$ENGOBE_CACHE, or the system's]
     #[arg(long, value_name = "DIR", help_heading = "Common")]
     pub cache_dir: Option<PathBuf>,
 }
@@ -173,7 +173,7 @@ pub struct TrainArgs {
     /// Any setting by its name (rank_pattern='{ "q_proj" = 4 }')
     #[arg(long, value_name = "NAME=VALUE")]
     pub set: Vec<String>,
-    /// Go on from the newest checkpoint in OUT; from the beginning if there is none
+    /// Go on from the newest checkpoint in OUT; or from the start
     #[arg(long)]
     pub resume: bool,
     #[command(flatten)]

@@ -41,12 +41,7 @@ const COMMON: [Key; 49] = [
         MODEL,
         "how base weights are kept: stored, f32, bf16, f16 (arithmetic is f32) [stored]",
     ),
-    key(
-        "compute_dtype",
-        Kind::Text,
-        MODEL,
-        "how activations are kept for the backward: f32, or in half the memory bf16, f16 (arithmetic is f32) [f32]",
-    ),
+    key("compute_dtype", Kind::Text, MODEL, "how kept activations are stored: f32, bf16 or f16 [f32]"),
     key("method", Kind::Text, MODEL, ""),
     key("quantize", Kind::Text, MODEL, "quantize the base's linear layers as they are read: nf4, fp4, int8"),
     key("double_quant", Kind::Flag, MODEL, "quantize the factors of 4-bit blocks too [on with qlora]"),
