@@ -334,7 +334,7 @@ pub struct EvalArgs {
     /// What for: causal-lm, seq-cls, token-cls, regression [the adapter's, or by the model's configuration and the rows]
     #[arg(long, value_name = "TASK")]
     pub task: Option<String>,
-    /// Scores to print [all]: of labels accuracy, f1_macro, matthews, pearson, ...; of completions, which are then
+    /// Scores to print (default: all): of labels accuracy, f1_macro, matthews, pearson, ...; of completions, which are then
     /// generated greedily, exact_match, bleu, rouge_l
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub metrics: Vec<String>,
