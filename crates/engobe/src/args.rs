@@ -173,7 +173,7 @@ pub struct TrainArgs {
     /// Any setting by its name (rank_pattern='{ "q_proj" = 4 }')
     #[arg(long, value_name = "NAME=VALUE")]
     pub set: Vec<String>,
-    /// Go on from the newest checkpoint in OUT; or from the start
+    /// Go on from OUT's newest checkpoint; from the start if there is none
     #[arg(long)]
     pub resume: bool,
     #[command(flatten)]
@@ -195,17 +195,19 @@ pub struct MethodsArgs {
 }
 
 const COMPARE_EXAMPLES: &str = "\
-The base is loaded once; methods are attached to it, trained and taken away again one after the other. All see the same
-rows in the same order for the same number of steps; --only gives one of them settings of its own. Peak memory is the
-base's weights and the most that tensors took beside them.
+The base is loaded once; methods are attached to it, trained and taken away again one after the
+other. All see the same rows in the same order for the same number of steps; --only gives one of
+them settings of its own. Peak memory is the base's weights and the most that tensors took beside.
 
 Examples:
   engobe compare --model smollm2-135m --methods lora,prefix-tuning --data train.jsonl --out compared
-  engobe compare --model smollm2-135m --methods lora,bottleneck --data train.jsonl --test-data test.jsonl --out c2
-  engobe compare --config compare.toml --methods lora,prompt-tuning --only lora.learning_rate=1e-3 --out c3";
+  engobe compare --model smollm2-135m --methods lora,ia3 --data a.jsonl --test-data b.jsonl --out c2
+  engobe compare --config c.toml --methods lora,p-tuning --only lora.learning_rate=1e-3 --out c3";
 
 /// `engobe compare`
 #[derive(Debug, Args)]
+// --methods and the training data say these here; they are refused
+#[command(mut_arg("method", |arg| arg.hide(true)), mut_arg("init_adapter", |arg| arg.hide(true)))]
 pub struct CompareArgs {
     /// Methods to train, in this order (see --method of train)
     #[arg(long, value_name = "A,B", value_delimiter = ',', required = true)]

@@ -325,9 +325,7 @@ fn help_fits_a_person() {
         let text = String::from_utf8(done.stdout).unwrap();
         assert!(done.status.success() && text.contains("engobe "), "{command}");
         assert!(text.lines().all(|l| l.chars().count() <= 112), "{command}: too wide for a terminal");
-        // compare takes train's settings and its own
-        let most = if command == "compare" { 130 } else { 120 };
-        assert!(text.lines().count() <= most, "{command}: {} lines", text.lines().count());
+        assert!(text.lines().count() <= 120, "{command}: {} lines", text.lines().count());
     }
 }
 
