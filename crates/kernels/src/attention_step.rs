@@ -380,11 +380,7 @@ fn merge(parts: &[&[f32]], at: usize, out: &mut [f32]) {
 mod tests {
     use super::*;
     use crate::attention::attention;
-    use crate::dropout::mix;
-
-    fn numbers(seed: u64, n: usize) -> Vec<f32> {
-        (0..n as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
-    }
+    use crate::test_numbers::numbers;
 
     /// What `attend` gives, from f32 or f16, and what `attention` does.
     fn step(

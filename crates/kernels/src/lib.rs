@@ -30,3 +30,5 @@ pub mod random;
 pub mod rope;
 pub mod storage;
 mod team;
+#[cfg(test)]
+mod test_numbers;
