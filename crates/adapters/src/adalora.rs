@@ -12,7 +12,7 @@
 pub(crate) mod allocator;
 
 use crate::method::{
-    Attached, Attaching, Decides, Kind, Method, Purpose, Setting, StepTaken, by_name, setting,
+    Attached, Attaching, Card, Decides, Kind, Method, Purpose, Setting, StepTaken, by_name, setting,
 };
 use crate::modules::{self, Selection};
 use crate::random::{gaussian, generator};
@@ -62,29 +62,21 @@ const SETTINGS: [Setting; 17] = [
 /// Keys that PEFT's configuration takes over from LoRA's, and does not use or have on.
 const UNUSED: [&str; 5] = ["r", "init_lora_weights", "megatron_core", "qalora_group_size", "bias"];
 
+const CARD: Card = Card {
+    name: "adalora",
+    about: "low-rank factors whose ranks are shared out while training",
+    peft_type: "ADALORA",
+    settings: &SETTINGS,
+    learning_rate: Some(2e-3),
+};
+
 impl Method for AdaLora {
-    fn name(&self) -> &'static str {
-        "adalora"
-    }
-
-    fn about(&self) -> &'static str {
-        "low-rank factors whose ranks are shared out while training"
-    }
-
-    fn peft_type(&self) -> &'static str {
-        "ADALORA"
-    }
-
-    fn settings(&self) -> &'static [Setting] {
-        &SETTINGS
+    fn card(&self) -> &'static Card {
+        &CARD
     }
 
     fn defaults(&self) -> Vec<(&'static str, Value)> {
         vec![("lora_alpha", json!(32)), ("target_modules", json!("all-linear"))]
-    }
-
-    fn learning_rate(&self) -> Option<f64> {
-        Some(2e-3)
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {

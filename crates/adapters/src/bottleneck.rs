@@ -15,7 +15,7 @@ mod settings;
 
 use self::settings::{Init, SETTINGS, Scaling, Settings, architecture, number_of};
 use crate::fill;
-use crate::method::{Attached, Attaching, Method, Setting};
+use crate::method::{Attached, Attaching, Card, Method};
 use crate::random::{gaussian, generator, uniform};
 use crate::{AdapterSizes, Error, Result};
 use engobe_autograd::ops::{self, LinearSpec, Matrix};
@@ -36,21 +36,17 @@ pub(crate) struct Bottleneck;
 /// What a model must offer.
 const NEEDS: &str = "a sub-layer to stand behind (mh_adapter, output_adapter and leave_out say which)";
 
+const CARD: Card = Card {
+    name: "bottleneck",
+    about: "small layers behind or beside sub-layers",
+    peft_type: BOTTLENECK,
+    settings: &SETTINGS,
+    learning_rate: None,
+};
+
 impl Method for Bottleneck {
-    fn name(&self) -> &'static str {
-        "bottleneck"
-    }
-
-    fn about(&self) -> &'static str {
-        "small layers behind or beside sub-layers"
-    }
-
-    fn peft_type(&self) -> &'static str {
-        BOTTLENECK
-    }
-
-    fn settings(&self) -> &'static [Setting] {
-        &SETTINGS
+    fn card(&self) -> &'static Card {
+        &CARD
     }
 
     fn defaults(&self) -> Vec<(&'static str, Value)> {

@@ -5,7 +5,7 @@
 //! y = l ⊙ (W·x + b)        feedforward_modules:  y = W·(l ⊙ x) + b
 //! ```
 
-use crate::method::{Attached, Attaching, Decides, Kind, Method, Setting, setting};
+use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, Setting, setting};
 use crate::modules::{self, Selection};
 use crate::random::{gaussian, generator};
 use crate::target::Targets;
@@ -42,21 +42,17 @@ const INIT: &str = "init_ia3_weights";
 const FEEDFORWARD_NAMES: [&str; 7] =
     ["down_proj", "fc2", "dense_4h_to_h", "wo", "output.dense", "c_proj", "mlp.c_proj"];
 
+const CARD: Card = Card {
+    name: "ia3",
+    about: "factors on keys, values and the feed-forward network",
+    peft_type: "IA3",
+    settings: &SETTINGS,
+    learning_rate: Some(1e-2),
+};
+
 impl Method for Ia3 {
-    fn name(&self) -> &'static str {
-        "ia3"
-    }
-
-    fn about(&self) -> &'static str {
-        "factors on keys, values and the feed-forward network"
-    }
-
-    fn peft_type(&self) -> &'static str {
-        "IA3"
-    }
-
-    fn settings(&self) -> &'static [Setting] {
-        &SETTINGS
+    fn card(&self) -> &'static Card {
+        &CARD
     }
 
     fn defaults(&self) -> Vec<(&'static str, Value)> {
@@ -64,10 +60,6 @@ impl Method for Ia3 {
             ("target_modules", json!(["k_proj", "v_proj", "down_proj"])),
             (FEEDFORWARD, json!(["down_proj"])),
         ]
-    }
-
-    fn learning_rate(&self) -> Option<f64> {
-        Some(1e-2)
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {

@@ -144,28 +144,44 @@ impl<'a> Attaching<'a> {
     }
 }
 
+/// What a method is called, and what may be set.
+#[derive(Debug)]
+pub struct Card {
+    /// its name, as users type it
+    pub name: &'static str,
+    /// what it does, in a few words
+    pub about: &'static str,
+    /// PEFT's name
+    pub peft_type: &'static str,
+    /// its settings
+    pub settings: &'static [Setting],
+    /// peak learning rate where none was given, if the usual one does not suit it
+    pub learning_rate: Option<f64>,
+}
+
 /// A method of parameter-efficient fine-tuning.
 pub trait Method: Debug + Sync {
-    /// Its name, as users type it.
-    fn name(&self) -> &'static str;
+    /// What it is called, and what may be set.
+    fn card(&self) -> &'static Card;
 
-    /// What it does, in a few words.
-    fn about(&self) -> &'static str;
+    /// Its name, as users type it.
+    fn name(&self) -> &'static str {
+        self.card().name
+    }
 
     /// PEFT's name (`peft_type`).
-    fn peft_type(&self) -> &'static str;
+    fn peft_type(&self) -> &'static str {
+        self.card().peft_type
+    }
 
     /// Its settings.
-    fn settings(&self) -> &'static [Setting];
+    fn settings(&self) -> &'static [Setting] {
+        self.card().settings
+    }
 
     /// Values where engobe's defaults are not those of [`Method::normalize`].
     fn defaults(&self) -> Vec<(&'static str, Value)> {
         Vec::new()
-    }
-
-    /// Peak learning rate where none was given, if the usual one does not suit the method.
-    fn learning_rate(&self) -> Option<f64> {
-        None
     }
 
     /// The configuration read whole and written again, with defaults in place.

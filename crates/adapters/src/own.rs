@@ -2,7 +2,7 @@
 //! Zaken et al. 2022), or whole modules. They are baselines for the others. PEFT has only the first; files of the
 //! others have the same form with a `peft_type` of ours.
 
-use crate::method::{Attached, Attaching, Kind, Method, Purpose, Setting, StartText, setting};
+use crate::method::{Attached, Attaching, Card, Kind, Method, Purpose, Setting, StartText, setting};
 use crate::modules::{EXCLUDE_HELP, SAVED_HELP, TARGETS_HELP, list_or_null, nothing};
 use crate::saved;
 use crate::target::Targets;
@@ -16,46 +16,51 @@ use std::collections::BTreeSet;
 
 /// Norms, PEFT's LN tuning.
 pub(crate) const LN_TUNING: Own = Own {
-    name: "ln-tuning",
-    about: "the norms' own weights",
-    peft_type: "LN_TUNING",
+    card: &Card {
+        name: "ln-tuning",
+        about: "the norms' own weights",
+        peft_type: "LN_TUNING",
+        settings: &SETTINGS,
+        learning_rate: Some(1e-3),
+    },
     part: Part::Norms,
-    rate: 1e-3,
-    settings: &[setting("target_modules", Kind::Names, TARGETS_HELP), EXCLUDE, SAVED],
 };
 
 /// Biases.
 pub(crate) const BITFIT: Own = Own {
-    name: "bitfit",
-    about: "the base's own biases",
-    peft_type: "BITFIT",
+    card: &Card {
+        name: "bitfit",
+        about: "the base's own biases",
+        peft_type: "BITFIT",
+        settings: &SETTINGS,
+        learning_rate: Some(1e-3),
+    },
     part: Part::Biases,
-    rate: 1e-3,
-    settings: &[setting("target_modules", Kind::Names, TARGETS_HELP), EXCLUDE, SAVED],
 };
 
 /// Whole modules.
 pub(crate) const FULL: Own = Own {
-    name: "full",
-    about: "chosen modules in full",
-    peft_type: "FULL",
+    card: &Card {
+        name: "full",
+        about: "chosen modules in full",
+        peft_type: "FULL",
+        settings: &SETTINGS,
+        learning_rate: Some(2e-5),
+    },
     part: Part::Modules,
-    rate: 2e-5,
-    settings: &[setting("target_modules", Kind::Names, TARGETS_HELP), EXCLUDE, SAVED],
 };
 
-const EXCLUDE: Setting = setting("exclude_modules", Kind::Names, EXCLUDE_HELP);
-const SAVED: Setting = setting("modules_to_save", Kind::Names, SAVED_HELP);
+const SETTINGS: [Setting; 3] = [
+    setting("target_modules", Kind::Names, TARGETS_HELP),
+    setting("exclude_modules", Kind::Names, EXCLUDE_HELP),
+    setting("modules_to_save", Kind::Names, SAVED_HELP),
+];
 
 /// A method of this kind.
 #[derive(Debug)]
 pub(crate) struct Own {
-    name: &'static str,
-    about: &'static str,
-    peft_type: &'static str,
+    card: &'static Card,
     part: Part,
-    rate: f64,
-    settings: &'static [Setting],
 }
 
 /// What of the chosen modules is trained.
@@ -79,28 +84,12 @@ impl Part {
 }
 
 impl Method for Own {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn about(&self) -> &'static str {
-        self.about
-    }
-
-    fn peft_type(&self) -> &'static str {
-        self.peft_type
-    }
-
-    fn settings(&self) -> &'static [Setting] {
-        self.settings
-    }
-
-    fn learning_rate(&self) -> Option<f64> {
-        Some(self.rate)
+    fn card(&self) -> &'static Card {
+        self.card
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
-        let names: Vec<&str> = self.settings.iter().map(|s| s.name).collect();
+        let names: Vec<&str> = SETTINGS.iter().map(|s| s.name).collect();
         config.check_keys(KnownKeys { settings: &names, notes: &[], not_yet: &[] })?;
         let targets = match (config.modules("target_modules")?, self.part) {
             (None, Part::Modules) => Some(TargetModules::AllLinear),

@@ -2,7 +2,7 @@
 //!
 //! The encoder's outcome is all that a file holds; an adapter that is loaded goes on as a plain prompt.
 
-use crate::method::{Attached, Attaching, Decides, Kind, Method, Purpose, Setting, setting};
+use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, Purpose, Setting, setting};
 use crate::random::{gaussian, generator, uniform};
 use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR};
 use crate::{AdapterSizes, Result};
@@ -47,29 +47,21 @@ const fn training(name: &'static str, kind: Kind, help: &'static str) -> Setting
     Setting { decides: Decides::Training, ..setting(name, kind, help) }
 }
 
+const CARD: Card = Card {
+    name: "p-tuning",
+    about: "a prompt trained through an encoder",
+    peft_type: "P_TUNING",
+    settings: &SETTINGS,
+    learning_rate: Some(0.003),
+};
+
 impl Method for PTuning {
-    fn name(&self) -> &'static str {
-        "p-tuning"
-    }
-
-    fn about(&self) -> &'static str {
-        "a prompt trained through an encoder"
-    }
-
-    fn peft_type(&self) -> &'static str {
-        "P_TUNING"
-    }
-
-    fn settings(&self) -> &'static [Setting] {
-        &SETTINGS
+    fn card(&self) -> &'static Card {
+        &CARD
     }
 
     fn defaults(&self) -> Vec<(&'static str, Value)> {
         vec![(COUNT.name, json!(DEFAULT_COUNT))]
-    }
-
-    fn learning_rate(&self) -> Option<f64> {
-        Some(0.003)
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {

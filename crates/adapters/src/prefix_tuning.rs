@@ -5,7 +5,7 @@
 //! kv_width]` while it is trained, and only the outcome is saved. W₂ is kept in pieces, one for the keys and one for
 //! the values of each block, so that a block computes its own rows and no others.
 
-use crate::method::{Attached, Attaching, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
+use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
 use crate::random::{gaussian, generator, uniform};
 use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR};
 use crate::{AdapterSizes, Error, Result, fill};
@@ -63,29 +63,21 @@ impl PrefixTuning {
     }
 }
 
+const CARD: Card = Card {
+    name: "prefix-tuning",
+    about: "trained keys and values before those of a sequence",
+    peft_type: "PREFIX_TUNING",
+    settings: &SETTINGS,
+    learning_rate: Some(0.03),
+};
+
 impl Method for PrefixTuning {
-    fn name(&self) -> &'static str {
-        "prefix-tuning"
-    }
-
-    fn about(&self) -> &'static str {
-        "trained keys and values before those of a sequence"
-    }
-
-    fn peft_type(&self) -> &'static str {
-        "PREFIX_TUNING"
-    }
-
-    fn settings(&self) -> &'static [Setting] {
-        &SETTINGS
+    fn card(&self) -> &'static Card {
+        &CARD
     }
 
     fn defaults(&self) -> Vec<(&'static str, Value)> {
         vec![(COUNT.name, json!(DEFAULT_COUNT))]
-    }
-
-    fn learning_rate(&self) -> Option<f64> {
-        Some(0.03)
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {

@@ -1,6 +1,6 @@
 //! PEFT's trainable tokens as a method of its own: embeddings of some tokens are trained, and nothing else.
 
-use crate::method::{Attached, Attaching, Kind, Method, Setting, by_name, setting};
+use crate::method::{Attached, Attaching, Card, Kind, Method, Setting, by_name, setting};
 use crate::modules::{TARGETS_HELP, nothing};
 use crate::tokens::TokenRows;
 use crate::{Result, fill, target};
@@ -24,25 +24,17 @@ const SETTINGS: [Setting; 2] = [
 ];
 const IDS: &str = "token_indices";
 
+const CARD: Card = Card {
+    name: "trainable-tokens",
+    about: "embeddings of some tokens",
+    peft_type: "TRAINABLE_TOKENS",
+    settings: &SETTINGS,
+    learning_rate: Some(1e-3),
+};
+
 impl Method for TrainableTokens {
-    fn name(&self) -> &'static str {
-        "trainable-tokens"
-    }
-
-    fn about(&self) -> &'static str {
-        "embeddings of some tokens"
-    }
-
-    fn peft_type(&self) -> &'static str {
-        "TRAINABLE_TOKENS"
-    }
-
-    fn settings(&self) -> &'static [Setting] {
-        &SETTINGS
-    }
-
-    fn learning_rate(&self) -> Option<f64> {
-        Some(1e-3)
+    fn card(&self) -> &'static Card {
+        &CARD
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {

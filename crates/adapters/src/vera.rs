@@ -7,7 +7,7 @@
 //! PEFT draws A and B with torch's generator from `projection_prng_key`, which cannot be done again elsewhere; our
 //! files always hold them (`save_projection`), and PEFT's are read if they do.
 
-use crate::method::{Attached, Attaching, Decides, Kind, Method, Purpose, Setting, by_name, setting};
+use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, Purpose, Setting, by_name, setting};
 use crate::modules::{self, Selection};
 use crate::random::{generator, uniform};
 use crate::{AdapterSizes, Error, Result, fill};
@@ -49,29 +49,21 @@ const SETTINGS: [Setting; 9] = [
 const A: &str = "base_model.vera_A";
 const B: &str = "base_model.vera_B";
 
+const CARD: Card = Card {
+    name: "vera",
+    about: "vectors around shared random matrices",
+    peft_type: "VERA",
+    settings: &SETTINGS,
+    learning_rate: Some(4e-3),
+};
+
 impl Method for Vera {
-    fn name(&self) -> &'static str {
-        "vera"
-    }
-
-    fn about(&self) -> &'static str {
-        "vectors around shared random matrices"
-    }
-
-    fn peft_type(&self) -> &'static str {
-        "VERA"
-    }
-
-    fn settings(&self) -> &'static [Setting] {
-        &SETTINGS
+    fn card(&self) -> &'static Card {
+        &CARD
     }
 
     fn defaults(&self) -> Vec<(&'static str, Value)> {
         vec![("r", json!(256)), ("target_modules", json!("all-linear"))]
-    }
-
-    fn learning_rate(&self) -> Option<f64> {
-        Some(4e-3)
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {

@@ -178,7 +178,7 @@ impl Given {
             upkeep: self.group::<Upkeep>()?,
             compute: self.group::<Compute>()?,
         };
-        if let (false, Some(rate)) = (self.has("learning_rate"), self.method()?.learning_rate()) {
+        if let (false, Some(rate)) = (self.has("learning_rate"), self.method()?.card().learning_rate) {
             plan.optimization.learning_rate = rate;
         }
         plan.validate()?;

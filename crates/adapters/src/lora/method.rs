@@ -1,7 +1,7 @@
 //! LoRA as a method: which layers it adapts, its settings, its files, its merge.
 
 use super::{LoraEmbedding, LoraLayer};
-use crate::method::{Attached, Attaching, Decides, Kind, Method, Setting, StartText, by_name, setting};
+use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, Setting, StartText, by_name, setting};
 use crate::modules::{self, nothing};
 use crate::saved;
 use crate::target::{Targets, ends_with_module};
@@ -67,21 +67,17 @@ const SETTINGS: [Setting; 18] = [
     setting("ensure_weight_tying", Kind::Flag, "a tied head has the trained tokens too (it always does)"),
 ];
 
+const CARD: Card = Card {
+    name: "lora",
+    about: "low-rank factors beside linear layers",
+    peft_type: "LORA",
+    settings: &SETTINGS,
+    learning_rate: None,
+};
+
 impl Method for Lora {
-    fn name(&self) -> &'static str {
-        "lora"
-    }
-
-    fn about(&self) -> &'static str {
-        "low-rank factors beside linear layers"
-    }
-
-    fn peft_type(&self) -> &'static str {
-        "LORA"
-    }
-
-    fn settings(&self) -> &'static [Setting] {
-        &SETTINGS
+    fn card(&self) -> &'static Card {
+        &CARD
     }
 
     fn defaults(&self) -> Vec<(&'static str, Value)> {

@@ -25,7 +25,7 @@ pub fn run(args: &MethodsArgs) -> Result<()> {
     }
     let mut text = String::new();
     for method in &shown {
-        text += &format!("{:<16}{}\n", method.name(), method.about());
+        text += &format!("{:<16}{}\n", method.name(), method.card().about);
     }
     if let (Some(_), Some(method)) = (&args.method, shown.first()) {
         text += &settings(*method);
@@ -39,7 +39,7 @@ fn settings(method: &dyn Method) -> String {
     let flag = |name: &str| format!("--{}", name.replace('_', "-"));
     let wide = method.settings().iter().map(|s| s.name.len() + 2).max().unwrap_or(0);
     let line = |s: &engobe_adapters::method::Setting| format!("  {:<wide$}  {}\n", flag(s.name), s.help);
-    let rate = method.learning_rate().map_or_else(String::new, |rate| {
+    let rate = method.card().learning_rate.map_or_else(String::new, |rate| {
         format!("  {:<wide$}  the usual peak is {rate} here\n", "--learning-rate")
     });
     method.settings().iter().map(line).collect::<String>() + &rate
@@ -50,9 +50,9 @@ fn to_json(method: &dyn Method) -> Value {
         method.settings().iter().map(|s| json!({ "name": s.name, "help": s.help })).collect();
     json!({
         "name": method.name(),
-        "about": method.about(),
+        "about": method.card().about,
         "peft_type": method.peft_type(),
-        "learning_rate": method.learning_rate(),
+        "learning_rate": method.card().learning_rate,
         "settings": settings,
     })
 }
