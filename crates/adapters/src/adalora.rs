@@ -21,7 +21,7 @@ use allocator::{Allocator, Schedule};
 use candle_core::{DType, Device, Tensor};
 use engobe_autograd::ops::{self, LinearSpec, LowRank};
 use engobe_autograd::{Gradients, Param, Result as OpResult, Tape, tensor_of};
-use engobe_formats::peft::{KnownKeys, PeftConfig, number_json};
+use engobe_formats::peft::{PeftConfig, number_json};
 use engobe_nn::{Linear, LinearAdapter, ModuleTree};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -80,12 +80,7 @@ impl Method for AdaLora {
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
-        let names: Vec<&str> = SETTINGS.iter().map(|s| s.name).collect();
-        config.check_keys(KnownKeys {
-            settings: &names,
-            notes: &UNUSED,
-            not_yet: &["fan_in_fan_out", "use_dora"],
-        })?;
+        CARD.check_keys(config, &[], &UNUSED, &["fan_in_fan_out", "use_dora"])?;
         config.choice("bias", &[("none", ())], ())?;
         let mut out = config.clone();
         for (key, default) in [("init_r", 12), ("target_r", 8), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)] {
@@ -109,15 +104,9 @@ impl Method for AdaLora {
             return Err(config.bad("lora_alpha", "not above 0", "a number above 0").into());
         }
         for key in ["init_r", "deltaT", "target_r"] {
-            if out.whole(key)? == Some(0) {
-                return Err(config.bad(key, "0", "a whole number above 0").into());
-            }
+            config.count(key)?;
         }
-        let dropout = config.number("lora_dropout")?.unwrap_or(0.0);
-        if !(0.0..1.0).contains(&dropout) {
-            return Err(config.bad("lora_dropout", &dropout.to_string(), "a probability in [0, 1)").into());
-        }
-        out.set("lora_dropout", dropout);
+        out.set("lora_dropout", config.dropout("lora_dropout")?);
         modules::write_rules(&modules::rules(config)?, &mut out);
         patterns(config)?;
         Ok(out)
@@ -132,7 +121,7 @@ impl Method for AdaLora {
         let rules = modules::rules(config)?;
         let init_r = config.whole("init_r")?.unwrap_or(12);
         let scale = config.number("lora_alpha")?.unwrap_or(8.0) / (init_r as f64 + 1e-5);
-        let dropout = config.number("lora_dropout")?.unwrap_or(0.0) as f32;
+        let dropout = config.dropout("lora_dropout")? as f32;
         let kept = if at.purpose == Purpose::Load { patterns(config)? } else { BTreeMap::new() };
         let mut triplets = Vec::new();
         let selection = Selection::attach(model, &rules, "adalora", &mut |linear: &mut Linear| {
@@ -180,7 +169,7 @@ impl Method for AdaLora {
             layers: layers.collect(),
             vectors: of(".lora_E").map(|_| r).collect(),
             full: saved.map(|p| p.len()).collect(),
-            dropout: config.number("lora_dropout")?.unwrap_or(0.0) > 0.0,
+            dropout: config.dropout("lora_dropout")? > 0.0,
             ..AdapterSizes::default()
         })
     }

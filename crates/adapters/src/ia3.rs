@@ -13,7 +13,7 @@ use crate::{AdapterSizes, Result};
 use candle_core::{DType, Device, Tensor};
 use engobe_autograd::ops::{self, LinearSpec, OutputScale};
 use engobe_autograd::{Param, Result as OpResult, Tape, tensor_of};
-use engobe_formats::peft::{KnownKeys, LoraConfig, PeftConfig, TargetModules, modules_json};
+use engobe_formats::peft::{LoraConfig, PeftConfig, TargetModules, modules_json};
 use engobe_nn::{Linear, LinearAdapter, ModuleTree};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -63,8 +63,7 @@ impl Method for Ia3 {
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
-        let names: Vec<&str> = SETTINGS.iter().map(|s| s.name).collect();
-        config.check_keys(KnownKeys { settings: &names, notes: &["fan_in_fan_out"], not_yet: &[] })?;
+        CARD.check_keys(config, &[], &["fan_in_fan_out"], &[])?;
         let mut out = config.clone();
         let (targets, feedforward) = (config.modules("target_modules")?, feedforward(config)?);
         if let (Some(TargetModules::List(all)), Some(TargetModules::List(some))) = (&targets, &feedforward)

@@ -18,7 +18,7 @@ use crate::vera::Vera;
 use crate::{AdapterSizes, Error, Result, Start};
 use candle_core::{Device, Tensor};
 use engobe_autograd::{Gradients, Param};
-use engobe_formats::peft::PeftConfig;
+use engobe_formats::peft::{KnownKeys, PeftConfig};
 use engobe_formats::tensor::TensorView;
 use engobe_nn::ModuleTree;
 use serde_json::Value;
@@ -157,6 +157,21 @@ pub struct Card {
     pub settings: &'static [Setting],
     /// peak learning rate where none was given, if the usual one does not suit it
     pub learning_rate: Option<f64>,
+}
+
+impl Card {
+    /// Refuses keys that are neither settings nor `more`, nor `notes`, which change nothing; those of `not_yet` may
+    /// only be off.
+    pub(crate) fn check_keys(
+        &self,
+        config: &PeftConfig,
+        more: &[&str],
+        notes: &[&str],
+        not_yet: &[&str],
+    ) -> Result<()> {
+        let settings: Vec<&str> = self.settings.iter().map(|s| s.name).chain(more.iter().copied()).collect();
+        Ok(config.check_keys(KnownKeys { settings: &settings, notes, not_yet })?)
+    }
 }
 
 /// A method of parameter-efficient fine-tuning.

@@ -9,7 +9,7 @@ use crate::target::Targets;
 use crate::{AdapterSizes, Error, Result};
 use candle_core::Tensor;
 use engobe_autograd::Param;
-use engobe_formats::peft::{KnownKeys, LoraConfig, PeftConfig, TargetModules, modules_json};
+use engobe_formats::peft::{LoraConfig, PeftConfig, TargetModules, modules_json};
 use engobe_nn::{ModuleMut, ModuleTree};
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -89,8 +89,7 @@ impl Method for Own {
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
-        let names: Vec<&str> = SETTINGS.iter().map(|s| s.name).collect();
-        config.check_keys(KnownKeys { settings: &names, notes: &[], not_yet: &[] })?;
+        self.card.check_keys(config, &[], &[], &[])?;
         let targets = match (config.modules("target_modules")?, self.part) {
             (None, Part::Modules) => Some(TargetModules::AllLinear),
             (targets, _) => targets,

@@ -11,7 +11,7 @@ use engobe_autograd::ops::{self, LinearSpec, Matrix};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
 use engobe_formats::peft::PeftConfig;
 use engobe_kernels::activation::Activation;
-use engobe_nn::{InputRows, ModuleTree, SiteMut};
+use engobe_nn::{InputRows, ModuleTree};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -68,14 +68,9 @@ impl Method for PTuning {
         let count = virtual_tokens::read(config, &[KIND, HIDDEN, LAYERS, DROPOUT], &[])?;
         let encoder = config.choice(KIND, &NAMES, Encoder::Mlp)?;
         for key in [HIDDEN, LAYERS] {
-            if config.whole(key)? == Some(0) {
-                return Err(config.bad(key, "0", "a whole number above 0").into());
-            }
+            config.count(key)?;
         }
-        let dropout = config.number(DROPOUT)?.unwrap_or(0.0);
-        if !(0.0..1.0).contains(&dropout) {
-            return Err(config.bad(DROPOUT, &dropout.to_string(), "a probability in [0, 1)").into());
-        }
+        let dropout = config.dropout(DROPOUT)?;
         let mut config = config.clone();
         config.set(COUNT.name, count);
         config.set(KIND, NAMES.iter().find(|(_, e)| *e == encoder).map_or("MLP", |(name, _)| name));
@@ -113,13 +108,7 @@ impl Method for PTuning {
         let hidden = config.whole(HIDDEN)?.unwrap_or(sites.width);
         config.set(HIDDEN, hidden);
         let rows = Arc::new(Prompt::new(&config, sites.width, hidden, at)?);
-        model.visit_sites(&mut |site| {
-            if let SiteMut::Entry(entry) = site {
-                entry.attach(rows.clone());
-            }
-        });
-        let heads = sites.key_values.first().map_or(1, |(heads, _)| *heads);
-        virtual_tokens::write_model(&mut config, sites.width, heads, sites.key_values.len());
+        sites.attach_rows(model, &rows, &mut config);
         Ok(Box::new(Attachment { config, rows }))
     }
 }
@@ -206,7 +195,7 @@ impl Prompt {
                 head.push(make.linear(2, width, 2 * hidden)?);
             }
         }
-        let dropout = config.number(DROPOUT)?.unwrap_or(0.0) as f32;
+        let dropout = config.dropout(DROPOUT)? as f32;
         Ok(Self { embedding, lstm, head, dropout })
     }
 

@@ -83,9 +83,7 @@ impl Method for PrefixTuning {
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
         let count = virtual_tokens::read(config, &[PROJECTION, HIDDEN, ZERO, INIT_TEXT], &[])?;
         config.choice(ZERO, &[("zero", ())], ())?;
-        if config.whole(HIDDEN)? == Some(0) {
-            return Err(config.bad(HIDDEN, "0", "a whole number above 0").into());
-        }
+        config.count(HIDDEN)?;
         if config.text(INIT_TEXT).is_some() && (config.flag(PROJECTION)? || config.get(ZERO).is_some()) {
             let right = "neither prefix_projection nor init_weights beside it";
             return Err(config.bad(INIT_TEXT, "set", right).into());

@@ -6,7 +6,7 @@ use crate::random::{gaussian, generator};
 use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR, repeated};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
 use engobe_formats::peft::PeftConfig;
-use engobe_nn::{InputRows, ModuleTree, SiteMut};
+use engobe_nn::{InputRows, ModuleTree};
 use rand::Rng;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -120,14 +120,8 @@ impl Method for PromptTuning {
         };
         let prompt = Param::new(TENSOR, &rows.to_device(at.device)?)?;
         let rows = Arc::new(Prompt(prompt));
-        model.visit_sites(&mut |site| {
-            if let SiteMut::Entry(entry) = site {
-                entry.attach(rows.clone());
-            }
-        });
         let mut config = config.clone();
-        let heads = sites.key_values.first().map_or(1, |(heads, _)| *heads);
-        virtual_tokens::write_model(&mut config, sites.width, heads, sites.key_values.len());
+        sites.attach_rows(model, &rows, &mut config);
         Ok(Box::new(Attachment { config, rows }))
     }
 }

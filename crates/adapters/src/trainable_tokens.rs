@@ -6,7 +6,7 @@ use crate::tokens::TokenRows;
 use crate::{Result, fill, target};
 use candle_core::Tensor;
 use engobe_autograd::Param;
-use engobe_formats::peft::{KnownKeys, PeftConfig, TokenIndices, tokens};
+use engobe_formats::peft::{PeftConfig, TokenIndices, tokens};
 use engobe_formats::tensor::TensorView;
 use engobe_nn::{ModuleMut, ModuleTree, Weight};
 use serde_json::{Value, json};
@@ -38,8 +38,7 @@ impl Method for TrainableTokens {
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
-        let names: Vec<&str> = SETTINGS.iter().map(|s| s.name).chain(["init_weights"]).collect();
-        config.check_keys(KnownKeys { settings: &names, notes: &[], not_yet: &[] })?;
+        CARD.check_keys(config, &["init_weights"], &[], &[])?;
         match tokens(config, IDS)? {
             Some(TokenIndices::Input(ids)) if !ids.is_empty() => {}
             _ => return Err(config.bad(IDS, "empty", "a list of token ids").into()),

@@ -14,7 +14,7 @@ use crate::{AdapterSizes, Error, Result, fill};
 use candle_core::{DType, Device, Tensor};
 use engobe_autograd::ops::{self, LinearSpec, LowRank};
 use engobe_autograd::{Param, Result as OpResult, Tape, Var, tensor_of};
-use engobe_formats::peft::{KnownKeys, LoraConfig, PeftConfig};
+use engobe_formats::peft::{LoraConfig, PeftConfig};
 use engobe_formats::tensor::TensorView;
 use engobe_nn::{Linear, LinearAdapter, ModuleMut, ModuleTree};
 use serde_json::{Value, json};
@@ -67,20 +67,11 @@ impl Method for Vera {
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
-        let names: Vec<&str> =
-            SETTINGS.iter().map(|s| s.name).chain(["save_projection", "init_weights", "bias"]).collect();
-        config.check_keys(KnownKeys { settings: &names, notes: &["fan_in_fan_out"], not_yet: &[] })?;
+        CARD.check_keys(config, &["save_projection", "init_weights", "bias"], &["fan_in_fan_out"], &[])?;
         config.choice("bias", &[("none", ())], ())?;
-        let (r, dropout) = (config.whole("r")?.unwrap_or(256), config.number("vera_dropout")?.unwrap_or(0.0));
-        if r == 0 {
-            return Err(config.bad("r", "0", "a whole number above 0").into());
-        }
-        if !(0.0..1.0).contains(&dropout) {
-            return Err(config.bad("vera_dropout", &dropout.to_string(), "a probability in [0, 1)").into());
-        }
         let mut out = config.clone();
-        out.set("r", r);
-        out.set("vera_dropout", dropout);
+        out.set("r", config.count("r")?.unwrap_or(256));
+        out.set("vera_dropout", config.dropout("vera_dropout")?);
         out.set("d_initial", config.number("d_initial")?.unwrap_or(0.1));
         out.set("projection_prng_key", config.whole("projection_prng_key")?.unwrap_or(0));
         modules::write_rules(&modules::rules(config)?, &mut out);
@@ -116,7 +107,7 @@ impl Method for Vera {
             Ok(Param::new(name, &start.to_device(at.device)?)?)
         };
         let shared = Arc::new([matrix(A, (r, width))?, matrix(B, (out, r))?]);
-        let dropout = config.number("vera_dropout")?.unwrap_or(0.0) as f32;
+        let dropout = config.dropout("vera_dropout")? as f32;
         let d_initial = config.number("d_initial")?.unwrap_or(0.1);
         let mut layers = Vec::new();
         let selection = Selection::attach(model, &rules, "vera", &mut |linear: &mut Linear| {
@@ -139,7 +130,7 @@ impl Method for Vera {
         Ok(AdapterSizes {
             other: params.iter().map(|p| if inner(p) { r } else { p.len() }).collect(),
             kept: params.iter().filter(|p| inner(p)).map(|p| (p.name().to_string(), r)).collect(),
-            dropout: config.number("vera_dropout")?.unwrap_or(0.0) > 0.0,
+            dropout: config.dropout("vera_dropout")? > 0.0,
             ..AdapterSizes::default()
         })
     }

@@ -177,6 +177,23 @@ impl PeftConfig {
         number.map(Some).ok_or_else(|| self.bad(key, &value.to_string(), "a whole number above 0"))
     }
 
+    /// A whole number of which there must be one at least.
+    pub fn count(&self, key: &str) -> Result<Option<usize>> {
+        match self.whole(key)? {
+            Some(0) => Err(self.bad(key, "0", "a whole number above 0")),
+            count => Ok(count),
+        }
+    }
+
+    /// A probability of being dropped; 0 if it is not there.
+    pub fn dropout(&self, key: &str) -> Result<f64> {
+        let dropout = self.number(key)?.unwrap_or(0.0);
+        match (0.0..1.0).contains(&dropout) {
+            true => Ok(dropout),
+            false => Err(self.bad(key, &dropout.to_string(), "a probability in [0, 1)")),
+        }
+    }
+
     /// A number.
     pub fn number(&self, key: &str) -> Result<Option<f64>> {
         let Some(value) = self.get(key) else { return Ok(None) };
