@@ -15,7 +15,6 @@ must be small. Small means what the arithmetic allows: llama.cpp rounds activati
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 

@@ -316,7 +316,7 @@ def curves(report, work, seed):
 def gguf(report, work, seed):
     """Point 3: over SmolLM2's 4-bit blocks as they lie, and over their f32 copies."""
     model = engobe("fetch", "smollm2-135m")["path"]
-    rows = make_rows(work / "smol.jsonl", seed, 12, (100, 250), vocab=40000)
+    make_rows(work / "smol.jsonl", seed, 12, (100, 250), vocab=40000)
     curves = []
     for dtype in ("stored", "f32"):
         out = work / f"smol-{dtype}"

@@ -7,9 +7,9 @@ share golden/peft/rows.jsonl. The models are those of golden/llama.
 """
 
 import shutil
+import sys
 
 import torch
-from tiny import save_adapter
 
 from shared import HERE, save_adapter, write_expected  # noqa: I001
 from common import make_rows

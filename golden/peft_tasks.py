@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import padded, save_adapter, token_rows, write
+from shared import save_adapter, write_rounded
+from tiny import padded, token_rows
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 HERE = Path(__file__).resolve().parent
@@ -97,7 +98,7 @@ def main(wanted):
             optimizer.step()
             losses.append(loss.item())
         trainable, total = peft.get_nb_trainable_parameters()
-        write(out / name / "expected.json", {"base": base, "problem": problem, "classes": classes, "off": list(off), "rows": rows, "labels": labels,
+        write_rounded(out / name / "expected.json", {"base": base, "problem": problem, "classes": classes, "off": list(off), "rows": rows, "labels": labels,
               "types": types, "logits": first, "losses": losses, "grad_norms": norms, "trainable_parameters": trainable})
 
 

@@ -17,10 +17,15 @@ def mix(seed, index):
     return z ^ (z >> 31)
 
 
+def write_rounded(path, value):
+    """JSON, its numbers to seven places."""
+    text = json.dumps(value, default=float)
+    path.write_text(json.dumps(json.loads(text, parse_float=lambda f: round(float(f), 7))))
+
+
 def write_expected(directory, expected):
     """expected.json, its numbers to seven places."""
-    rounded = json.loads(json.dumps(expected, default=float), parse_float=lambda f: round(float(f), 7))
-    (directory / "expected.json").write_text(json.dumps(rounded))
+    write_rounded(directory / "expected.json", expected)
 
 
 def save_adapter(peft, directory, base):

@@ -1,6 +1,5 @@
 """What the scripts that make tiny models of encoders and encoder-decoders share."""
 
-import json
 import random
 import warnings
 
@@ -40,19 +39,3 @@ def padded(rows, pad):
     ids = torch.tensor([r + [pad] * (width - len(r)) for r in rows])
     mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
     return ids, mask
-
-
-def save_adapter(peft, directory, base):
-    """PEFT's files of an adapter, with the base's place in this repository."""
-    peft.save_pretrained(directory)
-    (directory / "README.md").unlink(missing_ok=True)
-    path = directory / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = base
-    path.write_text(json.dumps(config, indent=2, sort_keys=True))
-
-
-def write(path, value):
-    """JSON with seven digits behind the point."""
-    text = json.dumps(value, default=float)
-    path.write_text(json.dumps(json.loads(text, parse_float=lambda f: round(float(f), 7))))

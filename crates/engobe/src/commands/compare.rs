@@ -38,7 +38,7 @@ pub struct Row {
 /// Trains each method and compares them.
 pub fn run(args: &CompareArgs) -> Result<()> {
     let mut note = Note::new(&args.common);
-    let all = Given::collect(args.config.as_deref(), &args.settings.given, &args.set)?;
+    let all = args.settings.given()?;
     let runs = each(&all, &args.methods, &args.only)?;
     let missing = |name: &str| Usage(format!("--{name} is missing"));
     let model = all.text("model").ok_or_else(|| missing("model"))?.to_string();

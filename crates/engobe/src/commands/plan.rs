@@ -4,7 +4,6 @@ use crate::Usage;
 use crate::args::TrainArgs;
 use crate::forecast::{Forecast, flags};
 use crate::memory::bytes_text;
-use crate::settings::Given;
 use crate::terminal::{Note, print, print_json};
 use crate::workbench::{self, thousands};
 use anyhow::Result;
@@ -15,7 +14,7 @@ use serde_json::{Value, json};
 
 /// Says what a run would take.
 pub fn run(args: &TrainArgs) -> Result<()> {
-    let given = Given::collect(args.config.as_deref(), &args.settings.given, &args.set)?;
+    let given = args.settings.given()?;
     let mut note = Note::new(&args.common);
     let plan = given.plan()?;
     let model = given.text("model").ok_or(Usage("--model is missing".to_string()))?;
