@@ -18,7 +18,7 @@ fn base(path: &str) -> Box<dyn CausalLm> {
 }
 
 fn logits_on<'m>(model: &'m dyn CausalLm, mut tape: Tape<'m>) -> Vec<f32> {
-    let ids: Vec<u32> = (0..20).map(|i| i * 13 % 40).collect();
+    let ids = engobe_testkit::models::some_ids();
     let batch = TokenBatch::packed(&ids, &[0..12, 12..20]);
     let hidden = model.hidden_states(&mut tape, &batch, None).unwrap().into_tensor();
     let mut tape = Tape::inference();

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 /// Logits of twenty tokens.
 fn logits(model: &dyn CausalLm) -> Vec<f32> {
-    let ids: Vec<u32> = (0..20).map(|i| i * 13 % 40).collect();
+    let ids = engobe_testkit::models::some_ids();
     models::logits(model, &ids).concat()
 }
 

@@ -19,4 +19,4 @@ pub mod safetensors_file;
 pub mod sharded;
 pub mod tensor;
 
-pub use error::{Error, Result, nearest};
+pub use error::{Error, Result, nearest, shorten};

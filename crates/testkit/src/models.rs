@@ -16,6 +16,11 @@ pub fn tiny(name: &str) -> Box<dyn CausalLm> {
     load(&golden(format!("llama/{name}")))
 }
 
+/// Twenty ids that all tiny models know.
+pub fn some_ids() -> Vec<u32> {
+    (0..20).map(|i| i * 13 % 40).collect()
+}
+
 /// Logits after every token of one row.
 pub fn logits(model: &dyn CausalLm, ids: &[u32]) -> Vec<Vec<f32>> {
     let batch = TokenBatch::packed(ids, std::slice::from_ref(&(0..ids.len())));

@@ -1,11 +1,11 @@
 //! PEFT's directories.
 
 use super::{Lora, Pair, cannot, floats, mapped, to_bytes};
-use crate::error::shorten;
 use crate::{Error, Mapped, Result};
 use engobe_adapters::Targets;
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::peft::{BiasMode, LoraConfig, PeftAdapter, TargetModules};
+use engobe_formats::shorten;
 use engobe_formats::tensor::TensorView;
 use engobe_kernels::storage::StorageType;
 use engobe_models::Outline;
