@@ -1,9 +1,11 @@
 //! Adapters in PEFT's format: a directory with `adapter_config.json` and `adapter_model.safetensors`.
 
+mod choices;
 mod config;
 mod raw;
 
-pub use config::{BiasMode, InitLoraWeights, LoftqConfig, LoraConfig, TargetModules, TokenIndices, tokens};
+pub use choices::{BiasMode, InitLoraWeights, LoftqConfig, TargetModules, TokenIndices, tokens};
+pub use config::LoraConfig;
 pub use raw::{KnownKeys, PeftConfig, list_json, modules_json, number_json};
 
 use crate::atomic::write_atomic;
