@@ -1,9 +1,11 @@
 //! Prompts, their encoders, prefixes and bottlenecks in training: beside PEFT's and AdapterHub's, and against themselves.
 
+mod support;
+
 use candle_core::Device;
 use engobe_adapters::{Adapter, Start};
 use engobe_autograd::{Gradients, host};
-use engobe_data::{EncodeOptions, Encoder, Loader, LoaderOptions, MicroBatch, PromptStyle, TrainOn, reader};
+use engobe_data::MicroBatch;
 use engobe_formats::peft::{PeftAdapter, PeftConfig};
 use engobe_formats::safetensors_file::SafetensorsFile;
 use engobe_nn::CausalLm;
@@ -11,10 +13,8 @@ use engobe_testkit::models::{self, tiny};
 use engobe_testkit::{assert_close, assert_relative, cases, golden, golden_json};
 use engobe_train::plan::Plan;
 use engobe_train::step::{Differentiate, differentiate};
-use engobe_train::{Silent, Trainer, metrics};
 use serde::Deserialize;
 use serde_json::json;
-use std::sync::Arc;
 
 #[derive(Deserialize)]
 struct Expected {
@@ -83,18 +83,8 @@ fn curves(dir: &str) -> usize {
         plan.schedule.batch_size = 2;
         plan.schedule.gradient_accumulation = expected.accumulation;
         plan.optimization.learning_rate = expected.learning_rate;
-        let files = reader::read(&[golden("peft/rows.jsonl")]).unwrap();
-        let options =
-            EncodeOptions { train_on: TrainOn::Completions, style: PromptStyle::Auto, max_seq_len: 64 };
-        let encoder = Encoder::new(None, model.info().vocab_size, options).unwrap();
-        let samples = Arc::new(encoder.encode(&files).unwrap());
-        let order = LoaderOptions { batch_size: 2, max_seq_len: 64, packing: false, shuffle: false, seed: 0 };
         let out = tempfile::tempdir().unwrap();
-        let loader = Loader::new(samples, order);
-        let mut trainer =
-            Trainer::new(model.as_ref(), &adapter, &plan, loader, vec![], out.path(), String::new()).unwrap();
-        trainer.run(&mut Silent).unwrap();
-        let found = metrics::read(&out.path().join("metrics.jsonl")).unwrap();
+        let found = support::train(model.as_ref(), &adapter, &plan, out.path());
         assert_eq!(found.len(), expected.losses.len());
         for (line, (loss, norm)) in found.iter().zip(expected.losses.iter().zip(&expected.grad_norms)) {
             assert_relative(line.loss, *loss, LOSS, &format!("{name}: loss of step {}", line.step));

@@ -1,14 +1,14 @@
 //! Training beside PEFT's, from the adapters of `golden/peft` and, over a model that bitsandbytes quantized, those of
 //! `golden/qlora`: losses and gradient norms of every step.
 
+mod support;
+
 use engobe_adapters::Adapter;
-use engobe_data::{EncodeOptions, Encoder, Loader, LoaderOptions, PromptStyle, TrainOn, reader};
 use engobe_models::{LoadOptions, load_causal_lm};
 use engobe_testkit::{assert_relative, cases, golden, golden_json};
+use engobe_train::metrics;
 use engobe_train::plan::{Compute, ComputeDtype, Plan};
-use engobe_train::{Silent, Trainer, metrics};
 use serde::Deserialize;
-use std::sync::Arc;
 
 #[derive(Deserialize)]
 struct Expected {
@@ -25,10 +25,6 @@ struct Expected {
 /// (epsilon, clipping, a mean of means) shows above 1e-4.
 const LOSS: f64 = 1e-5;
 const NORM: f64 = 5e-5;
-
-fn options() -> EncodeOptions {
-    EncodeOptions { train_on: TrainOn::Completions, style: PromptStyle::Auto, max_seq_len: 64 }
-}
 
 fn curve(name: &str, expected: &Expected, checkpointing: bool) -> Vec<metrics::StepMetrics> {
     let compute = Compute { activation_checkpointing: checkpointing, ..Compute::default() };
@@ -67,16 +63,8 @@ fn train(
     plan.schedule.batch_size = 2;
     plan.optimization.learning_rate = 1e-3;
     change(&mut plan);
-    let files = reader::read(&[golden("peft/rows.jsonl")]).unwrap();
-    let encoder = Encoder::new(None, model.info().vocab_size, options()).unwrap();
-    let samples = Arc::new(encoder.encode(&files).unwrap());
-    let order = LoaderOptions { batch_size: 2, max_seq_len: 64, packing: false, shuffle: false, seed: 0 };
     let out = tempfile::tempdir().unwrap();
-    let loader = Loader::new(samples, order);
-    let mut trainer =
-        Trainer::new(model.as_ref(), &adapter, &plan, loader, vec![], out.path(), String::new()).unwrap();
-    trainer.run(&mut Silent).unwrap();
-    metrics::read(&out.path().join("metrics.jsonl")).unwrap()
+    support::train(model.as_ref(), &adapter, &plan, out.path())
 }
 
 #[test]
