@@ -214,6 +214,11 @@ impl Adapter {
         self.attached.after_step(step)
     }
 
+    /// Rows that come before each sequence, and take up positions.
+    pub fn lead(&self) -> usize {
+        self.attached.lead()
+    }
+
     /// Number of trained elements.
     pub fn num_parameters(&self) -> usize {
         self.params().iter().map(|p| p.len()).sum()

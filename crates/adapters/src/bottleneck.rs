@@ -17,6 +17,7 @@ use self::settings::{Init, SETTINGS, Scaling, Settings, architecture, number_of}
 use crate::fill;
 use crate::method::{Attached, Attaching, Card, Method};
 use crate::random::{gaussian, generator, uniform};
+use crate::saved;
 use crate::{AdapterSizes, Error, Result};
 use engobe_autograd::ops::{self, LinearSpec, Matrix};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
@@ -97,7 +98,9 @@ impl Method for Bottleneck {
         if layers.is_empty() {
             return Err(Error::NoSite { method: self.name(), needs: NEEDS });
         }
-        Ok(Box::new(Attachment { config: config.clone(), layers }))
+        // the package keeps heads under their own paths
+        let saved = saved::train_named(model, config, "")?;
+        Ok(Box::new(Attachment { config: config.clone(), layers, saved }))
     }
 
     /// Counted, not attached: bottlenecks of a large model are large.
@@ -121,7 +124,10 @@ impl Method for Bottleneck {
         });
         match other.is_empty() {
             true => Err(Error::NoSite { method: self.name(), needs: NEEDS }),
-            false => Ok(AdapterSizes { other, ..AdapterSizes::default() }),
+            false => {
+                let full = saved::count_named(model, config)?;
+                Ok(AdapterSizes { other, full, ..AdapterSizes::default() })
+            }
         }
     }
 }
@@ -279,6 +285,7 @@ impl SubLayerAdapter for Layer {
 struct Attachment {
     config: PeftConfig,
     layers: Vec<Arc<Layer>>,
+    saved: Vec<Param>,
 }
 
 impl Attached for Attachment {
@@ -287,7 +294,7 @@ impl Attached for Attachment {
     }
 
     fn params(&self) -> Vec<&Param> {
-        self.layers.iter().flat_map(|l| l.params()).collect()
+        self.layers.iter().flat_map(|l| l.params()).chain(&self.saved).collect()
     }
 
     /// Names may lack the prefix of the model that the package saved from (`model.`).

@@ -3,7 +3,8 @@
 use crate::Result;
 use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
 use crate::random::{gaussian, generator};
-use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR, repeated};
+use crate::saved;
+use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, SAVED, Sites, TENSOR, repeated};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
 use engobe_formats::peft::PeftConfig;
 use engobe_nn::{InputRows, ModuleTree};
@@ -32,8 +33,9 @@ const TOKENIZER: &str = "tokenizer_name_or_path";
 const NAMES: [(&str, Init); 3] =
     [("RANDOM", Init::Random), ("SAMPLE_VOCAB", Init::Vocabulary), ("TEXT", Init::Text)];
 
-const SETTINGS: [Setting; 3] = [
+const SETTINGS: [Setting; 4] = [
     COUNT,
+    SAVED,
     Setting {
         decides: Decides::Start,
         ..setting(INIT, Kind::Text, "how a prompt starts: random, sample_vocab, text [sample_vocab]")
@@ -122,7 +124,8 @@ impl Method for PromptTuning {
         let rows = Arc::new(Prompt(prompt));
         let mut config = config.clone();
         sites.attach_rows(model, &rows, &mut config);
-        Ok(Box::new(Attachment { config, rows }))
+        let saved = saved::train_named(model, &config, saved::PROMPT_ROOT)?;
+        Ok(Box::new(Attachment { config, rows, saved }))
     }
 }
 
@@ -144,6 +147,7 @@ impl InputRows for Prompt {
 struct Attachment {
     config: PeftConfig,
     rows: Arc<Prompt>,
+    saved: Vec<Param>,
 }
 
 impl Attached for Attachment {
@@ -152,7 +156,7 @@ impl Attached for Attachment {
     }
 
     fn params(&self) -> Vec<&Param> {
-        vec![&self.rows.0]
+        [&self.rows.0].into_iter().chain(&self.saved).collect()
     }
 
     fn lead(&self) -> usize {

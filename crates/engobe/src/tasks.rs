@@ -9,10 +9,11 @@ use crate::terminal::Note;
 use crate::workbench;
 use anyhow::{Context, Result, bail};
 use engobe_adapters::Adapter;
+use engobe_adapters::method::{NeedsText, StartText};
 use engobe_data::{DataFile, LabelSet, Problem, Sample, Task, TaskEncoder, TaskOptions, TextTokenizer};
 use engobe_formats::hf_config::HfConfig;
 use engobe_formats::peft::{PeftAdapter, PeftConfig};
-use engobe_models::{HeadKind, LoadOptions, encoder_architecture, load_task_model};
+use engobe_models::{HeadKind, LoadOptions, config_of, encoder_architecture, load_task_model};
 use engobe_nn::{ModuleTree, TaskModel};
 use engobe_train::Model;
 use serde_json::Value;
@@ -28,6 +29,8 @@ pub struct TaskBench {
     pub labels: LabelSet,
     /// the adapter, if one was asked for
     pub adapter: Option<Adapter>,
+    /// rows that it puts before each text
+    lead: usize,
 }
 
 /// What decides on the task when nothing says it.
@@ -54,12 +57,12 @@ pub fn choose(hints: &Hints<'_>, note: &mut Note) -> Result<Task> {
         note.line(&format!("task: {} (from the adapter's labels.json)", labels.task));
         return Ok(labels.task);
     }
-    // decoders, GGUF files and whatever is no directory: the loader will say what is wrong with it
+    // GGUF files and whatever is no directory: the loader will say what is wrong with it
     let Ok(config) = HfConfig::open(hints.model) else { return Ok(Task::CausalLm) };
-    if encoder_architecture(&config).is_err() {
+    let of_config = task_of_architectures(&config);
+    if of_config.is_none() && encoder_architecture(&config).is_err() {
         return Ok(Task::CausalLm);
     }
-    let of_config = task_of_architectures(&config);
     let files = engobe_data::reader::read(hints.data)?;
     let of_rows = Task::of_rows(&files);
     let (task, why) = match (of_config, of_rows) {
@@ -102,7 +105,7 @@ fn head_kind(task: Task) -> Result<HeadKind> {
 
 /// Names of the classes that the model's configuration knows.
 fn known_names(path: &Path) -> Result<Vec<String>> {
-    let config = HfConfig::open(path)?;
+    let config = config_of(path)?;
     Ok(LabelSet::known(&Value::Object(config.raw().clone())))
 }
 
@@ -143,7 +146,7 @@ impl TaskBench {
         let model = load_task_model(path, options, kind, labels.len(), seed)?;
         let tokenizer = workbench::tokenizer(path)?
             .with_context(|| format!("{}: has no tokenizer.json: texts need one", path.display()))?;
-        Ok(Self { model, tokenizer, labels, adapter: None })
+        Ok(Self { model, tokenizer, labels, adapter: None, lead: 0 })
     }
 
     /// The model with what its logits mean.
@@ -154,9 +157,20 @@ impl TaskBench {
     /// What turns rows into samples; rows are cut where the model's positions end.
     pub fn encoder(&self, max_seq_len: usize) -> TaskEncoder<'_> {
         let info = self.model.info();
-        let options =
-            TaskOptions { task: self.labels.task, max_seq_len: max_seq_len.min(info.max_positions) };
+        let most = info.max_positions.saturating_sub(self.lead);
+        let options = TaskOptions { task: self.labels.task, max_seq_len: max_seq_len.min(most) };
         TaskEncoder::new(&self.tokenizer, Some(&self.labels), info.vocab_size, options)
+    }
+
+    /// What the text that a new adapter starts from is to the model.
+    fn start_text(&self, needs: Option<NeedsText>) -> Result<StartText> {
+        let Some(needs) = needs else { return Ok(StartText::default()) };
+        if needs.key_values {
+            bail!(
+                "prefix_init_text: works on models that generate; a model with a task's head keeps no keys and values"
+            );
+        }
+        Ok(StartText { ids: self.tokenizer.encode(&needs.text, false)?, key_values: Vec::new() })
     }
 
     /// What is trained and what is there, as PEFT prints it.

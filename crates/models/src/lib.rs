@@ -41,7 +41,7 @@ pub use quantize::{QuantizedModel, quantize};
 pub use scope::Naming;
 pub use settings::DecoderSizes;
 pub use stored::Stored;
-pub use task_heads::{HeadKind, load_task_model};
+pub use task_heads::{HeadKind, config_of, load_task_model};
 pub use weights::{WeightDtype, Weights};
 
 use candle_core::Device;
@@ -165,6 +165,11 @@ pub fn load_causal_lm(path: &Path, options: &LoadOptions) -> Result<Box<dyn Caus
     let checkpoint = Checkpoint::open(path)?;
     let described = Described::of(&checkpoint, path)?;
     described.family.build(&Weights::of(&described, &checkpoint, options)?)
+}
+
+/// `model_type` of every decoder that we know.
+pub fn decoder_types() -> impl Iterator<Item = &'static str> {
+    registry::ARCHITECTURES.iter().map(|a| a.model_type)
 }
 
 /// The `config.json` that transformers needs to load the weights of a GGUF file from a Hugging Face directory.

@@ -148,8 +148,7 @@ fn check(
         if s.q.start != next
             || s.q.end > nq
             || s.kv.end > nkv
-            || (shape.causal && s.kv.len() < s.q.len())
-            || (!shape.causal && shape.window.is_some() && s.kv.len() != s.q.len())
+            || ((shape.causal || shape.window.is_some()) && s.kv.len() < s.q.len())
         {
             return Err(Error::shape("attention", format!("segment {s:?} of {nq} queries, {nkv} keys")));
         }

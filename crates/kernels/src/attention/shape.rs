@@ -29,7 +29,7 @@ impl AttentionShape {
 
     /// The keys, of `nkv`, that query `row` of `nq` may see.
     pub fn visible(&self, nq: usize, nkv: usize, row: usize) -> Range<usize> {
-        let at = if self.causal { nkv - nq + row } else { row };
+        let at = nkv.saturating_sub(nq) + row;
         let end = if self.causal { at + 1 } else { nkv };
         match self.window {
             None => 0..end,
@@ -38,8 +38,8 @@ impl AttentionShape {
     }
 }
 
-/// One row of the batch: its queries, and the keys that they may see. With causal attention the last query
-/// sits at the last key.
+/// One row of the batch: its queries, and the keys that they may see. With causal attention or a window the last
+/// query sits at the last key: keys before the queries' own are a prefix or a cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// rows of q
