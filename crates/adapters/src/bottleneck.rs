@@ -160,10 +160,9 @@ impl Layer {
             let found = format!("without a value for layer {}", number.unwrap_or(0));
             config.bad("reduction_factor", &found, "\"default\" or a value for each layer")
         })?;
-        let block = path.rsplit_once('.').map_or(path, |(block, _)| block);
-        let place = if kind == SubLayerKind::FeedForward { "output_adapters" } else { "attention_adapters" };
-        let name = |part: &str| format!("{block}.{place}.adapters.{name}.{part}");
-        let mut rng = generator(at.start.seed, &format!("{block}.{place}"));
+        let place = place(path, kind);
+        let name = |part: &str| format!("{place}.adapters.{name}.{part}");
+        let mut rng = generator(at.start.seed, &place);
         let mut normal = |len: usize| -> Vec<f32> {
             match settings.init {
                 Init::Houlsby => {
@@ -250,6 +249,18 @@ impl Layer {
     /// In the order of its forward pass.
     fn params(&self) -> impl Iterator<Item = &Param> {
         self.down.iter().chain(&self.up).chain(&self.scaling).chain(self.norm.iter().flatten())
+    }
+}
+
+/// The module that holds the bottlenecks of the sub-layer at `path`, as the package names it: in BERT's kin the one that
+/// closes the sub-layer, in T5 the sub-layer, elsewhere one of the block's own.
+fn place(path: &str, kind: SubLayerKind) -> String {
+    let (block, last) = path.rsplit_once('.').unwrap_or((path, ""));
+    match (last, kind) {
+        ("output", _) => path.to_string(),
+        ("SelfAttention" | "DenseReluDense", _) => block.to_string(),
+        (_, SubLayerKind::FeedForward) => format!("{block}.output_adapters"),
+        _ => format!("{block}.attention_adapters"),
     }
 }
 
