@@ -1,12 +1,15 @@
 """Random weights of a known model's shape, as transformers saves them.
 
-    python make_model.py OUT {float32,bfloat16,float16} {smollm2,gpt2}
+    python make_model.py OUT {float32,bfloat16,float16} {smollm2,gpt2,minilm}
+
+The encoder has a tokenizer too: each of the words w0, w1, ... is a token.
 """
 
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -29,12 +32,36 @@ SHAPES = {
     ),
     # openai-community/gpt2's sizes are the defaults; dropout is off on both sides
     "gpt2": GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    # sentence-transformers/all-MiniLM-L6-v2's config.json, with a head for two classes; dropout is off on both sides
+    "minilm": BertConfig(
+        vocab_size=30522,
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ),
 }
+
+
+def tokenizer(vocab_size):
+    special = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
+    words = {f"w{i}": len(special) + i for i in range(vocab_size - len(special))}
+    made = Tokenizer(models.WordLevel({**special, **words}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
 
 
 def main(out, dtype, shape):
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(SHAPES[shape]).to(getattr(torch, dtype)).save_pretrained(out)
+    config = SHAPES[shape]
+    encoder = shape == "minilm"
+    model = (AutoModelForSequenceClassification if encoder else AutoModelForCausalLM).from_config(config)
+    model.to(getattr(torch, dtype)).save_pretrained(out)
+    if encoder:
+        tokenizer(config.vocab_size).save_pretrained(out)
 
 
 main(*sys.argv[1:])

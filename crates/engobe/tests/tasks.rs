@@ -13,27 +13,31 @@ fn text(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// The tiny BERT of `golden/encoders` with the tiny tokenizer of the data crate's tests: its embedding grows to the
-/// tokenizer's vocabulary by repeating rows.
+/// The tiny BERT of `golden/encoders`.
 fn model(dir: &Path) -> PathBuf {
-    const VOCAB: usize = 120;
-    let (from, to) = (golden("encoders/bert"), dir.join("model"));
+    model_of(dir, "bert", "bert", 120)
+}
+
+/// A tiny model of `golden/encoders` with a tiny tokenizer of the data crate's tests: its embedding grows to the
+/// tokenizer's vocabulary by repeating rows.
+fn model_of(dir: &Path, encoder: &str, tokenizer: &str, vocab: usize) -> PathBuf {
+    let (from, to) = (golden(&format!("encoders/{encoder}")), dir.join("model"));
     fs::create_dir_all(&to).unwrap();
     let mut config: Value = serde_json::from_slice(&fs::read(from.join("config.json")).unwrap()).unwrap();
-    config["vocab_size"] = VOCAB.into();
+    config["vocab_size"] = vocab.into();
     fs::write(to.join("config.json"), config.to_string()).unwrap();
     let file = SafetensorsFile::open(&from.join("model.safetensors")).unwrap();
     let tensors = file.tensors().map(|view| {
         let (mut shape, mut bytes) = (view.shape.clone(), view.bytes().to_vec());
         if view.name.ends_with("word_embeddings.weight") {
             let row = bytes.len() / shape[0];
-            bytes = bytes.iter().copied().cycle().take(VOCAB * row).collect();
-            shape[0] = VOCAB;
+            bytes = bytes.iter().copied().cycle().take(vocab * row).collect();
+            shape[0] = vocab;
         }
         (view.name.clone(), view.dtype.clone(), shape, bytes)
     });
     write_typed(&to.join("model.safetensors"), tensors.collect(), &BTreeMap::new()).unwrap();
-    let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/tests/golden/tasks/bert");
+    let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/tests/golden/tasks").join(tokenizer);
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         fs::copy(tokenizer.join(name), to.join(name)).unwrap();
     }
@@ -149,6 +153,24 @@ fn a_classifier_from_rows_to_predictions() {
             .unwrap();
     assert!(done.status.success());
     assert_eq!(fs::read_to_string(&said).unwrap().lines().count(), 2);
+}
+
+#[test]
+fn deberta_from_rows_to_predictions() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let (data, val) = (at("train.tsv"), at("val.tsv"));
+    let model = model_of(dir.path(), "deberta_v2_conv_task", "deberta", 70);
+    rows(&data, 0, 8);
+    rows(&val, 8, 12);
+    let done = json(&mut engobe(&train(&model, &data, &val, &at("run"), &["--max-steps", "40"])));
+    assert_eq!(done["eval_scores"]["accuracy"], 1.0, "{done}");
+    let (m, adapter, v) = (text(&model), text(&at("run")), text(&val));
+    let found = json(&mut engobe(&["eval", "--model", &m, "--adapter", &adapter, "--data", &v]));
+    assert_eq!((&found["accuracy"], &found["task"]), (&1.0.into(), &"seq-cls".into()));
+    let saved = SafetensorsFile::open(&at("run/adapter_model.safetensors")).unwrap();
+    let name = "base_model.model.deberta.encoder.layer.1.attention.self.value_proj.lora_A.weight";
+    assert!(saved.tensors().any(|t| t.name == name));
 }
 
 #[test]

@@ -119,7 +119,7 @@ fn widened(t: &Tensor, segments: &[Segment]) -> Result<Tensor> {
 }
 
 /// Number of queries and of keys.
-fn check(
+pub(super) fn check(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
@@ -161,7 +161,12 @@ fn check(
 }
 
 /// `[rows, heads·hd]` rows of a segment as `[heads, rows, hd]`, key/value heads repeated for their group.
-fn heads_of(t: &Tensor, rows: &std::ops::Range<usize>, heads: usize, group: usize) -> Result<Tensor> {
+pub(super) fn heads_of(
+    t: &Tensor,
+    rows: &std::ops::Range<usize>,
+    heads: usize,
+    group: usize,
+) -> Result<Tensor> {
     let hd = t.dim(1)? / heads;
     let t = t.narrow(0, rows.start, rows.len())?.reshape((rows.len(), heads, 1, hd))?;
     let t = t.broadcast_as((rows.len(), heads, group, hd))?.reshape((rows.len(), heads * group, hd))?;
@@ -169,7 +174,7 @@ fn heads_of(t: &Tensor, rows: &std::ops::Range<usize>, heads: usize, group: usiz
 }
 
 /// Inverse of [`heads_of`] for gradients: groups are summed.
-fn merge_heads(t: &Tensor, heads: usize, group: usize) -> Result<Tensor> {
+pub(super) fn merge_heads(t: &Tensor, heads: usize, group: usize) -> Result<Tensor> {
     let (_, rows, hd) = t.dims3()?;
     let t = t.transpose(0, 1)?.reshape((rows, heads, group, hd))?;
     Ok(t.sum(2)?.reshape((rows, heads * hd))?)
