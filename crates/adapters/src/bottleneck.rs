@@ -255,7 +255,12 @@ impl Layer {
 /// The module that holds the bottlenecks of the sub-layer at `path`, as the package names it: in BERT's kin the one that
 /// closes the sub-layer, in T5 the sub-layer, elsewhere one of the block's own.
 fn place(path: &str, kind: SubLayerKind) -> String {
-    let (block, last) = path.rsplit_once('.').unwrap_or((path, ""));
+    let (block, last) = match path.rsplit_once('.') {
+        // a feed-forward of layers that are the block's own (OPT)
+        Some((_, number)) if number.parse::<usize>().is_ok() => (path, ""),
+        Some(split) => split,
+        None => (path, ""),
+    };
     match (last, kind) {
         ("output", _) => path.to_string(),
         ("SelfAttention" | "DenseReluDense", _) => block.to_string(),

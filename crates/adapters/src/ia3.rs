@@ -173,6 +173,8 @@ fn feedforward(config: &PeftConfig) -> Result<Option<TargetModules>> {
     Ok(match (given, config.modules("target_modules")?) {
         (Some(given), _) => Some(given),
         (None, Some(TargetModules::List(names))) => Some(guess(&names)),
+        // without targets the model decides on both
+        (None, None) => None,
         (None, _) => Some(TargetModules::List(vec!["down_proj".to_string()])),
     })
 }

@@ -12,6 +12,10 @@ use engobe_formats::atomic::write_atomic;
 use engobe_train::{Plan, Trainer};
 use std::sync::Arc;
 
+/// Peak learning rates beside a new head, where none was given: those that did best on SST-2's validation rows of two or
+/// three a method (docs/tasks.md). Other methods keep their own.
+const RATES: [(&str, f64); 4] = [("lora", 2e-3), ("bottleneck", 3e-3), ("full", 1e-4), ("bitfit", 3e-3)];
+
 /// Trains a head and an adapter on labelled rows.
 pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Note) -> Result<Summary> {
     if plan.compute.memory_limit.is_some() {
@@ -21,6 +25,10 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
     if !given.has("packing") {
         // a batch is so many rows: the loss is their mean, as everywhere else
         plan.schedule.packing = false;
+    }
+    let method = given.method()?.name();
+    if let (false, Some((_, rate))) = (given.has("learning_rate"), RATES.iter().find(|(n, _)| *n == method)) {
+        plan.optimization.learning_rate = *rate;
     }
     let init = given.path("init_adapter");
     let files = reader::read(&given.paths("data"))?;
