@@ -242,6 +242,28 @@ fn attention_grouped_packed_causal_and_not() {
 }
 
 #[test]
+fn attention_with_a_bias_by_distance() {
+    for (causal, keys) in [(true, 0), (false, 0), (false, 2)] {
+        let shape = AttentionShape::new(4, 2, 4, 0.5, causal);
+        let (q, k, v) = (param("q", 11, &[7, 16]), param("k", 12, &[9, 8]), param("v", 13, &[9, 8]));
+        let segments: Arc<[Segment]> =
+            Arc::from([Segment { q: 0..3, kv: 0..3 + keys }, Segment { q: 3..7, kv: 3 + keys..7 + keys }]);
+        let (distances, zero) = engobe_kernels::attention::RelativeBias::needed(&shape, &segments);
+        let table = param("table", 17, &[distances, 4]);
+        check(&[&q, &k, &v, &table], &|tape| {
+            let (q, k, v, table) = (tape.param(&q), tape.param(&k), tape.param(&v), tape.param(&table));
+            let bias = ops::ScoreBias { table: ops::transpose(tape, &table)?, zero };
+            let y = ops::biased_attention(tape, &q, &k, &v, shape, segments.clone(), Some(&bias))?;
+            weigh(tape, &[y])
+        });
+        let mut tape = Tape::inference();
+        let (q, k, v) = (tape.param(&q), tape.param(&k), tape.param(&v));
+        let short = ops::ScoreBias { table: Var::constant(tensor(1, &[4, distances - 1])), zero };
+        assert!(ops::biased_attention(&mut tape, &q, &k, &v, shape, segments, Some(&short)).is_err());
+    }
+}
+
+#[test]
 fn attention_over_longer_keys() {
     let shape = AttentionShape::new(2, 1, 4, 0.5, true);
     let (q, k, v) = (param("q", 14, &[2, 8]), param("k", 15, &[5, 4]), param("v", 16, &[5, 4]));

@@ -73,6 +73,11 @@ pub(crate) fn head_dim(config: &HfConfig, key: &str, d: usize, heads: usize) -> 
 
 /// The activation under `key`.
 pub(crate) fn activation(config: &HfConfig, key: &str, default: &str) -> Result<Activation> {
+    activation_named(config, key, config.opt_str(key)?.unwrap_or(default))
+}
+
+/// The activation that `key` calls `name`.
+pub(crate) fn activation_named(config: &HfConfig, key: &str, name: &str) -> Result<Activation> {
     const KNOWN: [(&str, Activation); 8] = [
         ("gelu", Activation::Gelu),
         ("gelu_new", Activation::GeluTanh),
@@ -83,9 +88,8 @@ pub(crate) fn activation(config: &HfConfig, key: &str, default: &str) -> Result<
         ("swish", Activation::Silu),
         ("tanh", Activation::Tanh),
     ];
-    let found = config.opt_str(key)?.unwrap_or(default);
-    KNOWN.iter().find(|(name, _)| *name == found).map(|(_, a)| *a).ok_or_else(|| {
-        let names: Vec<&str> = KNOWN.iter().map(|(name, _)| *name).collect();
-        bad(config, key, found, &format!("one of {}", names.join(", ")))
+    KNOWN.iter().find(|(known, _)| *known == name).map(|(_, a)| *a).ok_or_else(|| {
+        let names: Vec<&str> = KNOWN.iter().map(|(known, _)| *known).collect();
+        bad(config, key, name, &format!("one of {}", names.join(", ")))
     })
 }

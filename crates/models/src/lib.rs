@@ -16,6 +16,8 @@ mod outline;
 mod quantize;
 mod roberta;
 mod scope;
+mod seq2seq;
+mod t5;
 mod weights;
 
 pub use blueprint::{Blueprint, GgufSettings, LinearBlueprint};
@@ -25,6 +27,8 @@ pub use llama_config::LlamaConfig;
 pub use outline::{DecoderSizes, Outline, TensorUse, scheme_bytes};
 pub use quantize::{QuantizedModel, quantize};
 pub use scope::Naming;
+pub use seq2seq::load_seq2seq;
+pub use t5::{T5, T5Config};
 pub use weights::{WeightDtype, Weights, permute_rows, unpermute_rows};
 
 use candle_core::Device;

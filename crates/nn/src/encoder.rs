@@ -146,7 +146,7 @@ impl Encoder for EncoderStack {
         let ropes: Arc<[RopeSpec]> = self.ropes.iter().map(angles).collect();
         let mut x = self.embed(tape, batch)?;
         for block in &self.blocks {
-            let context = Context { ropes: ropes.clone(), segments: batch.segments.clone() };
+            let context = Context { ropes: ropes.clone(), segments: batch.segments.clone(), bias: None };
             x = tape.block(&[x], move |tape, xs| block.forward(tape, &xs[0], &context, None))?;
         }
         match &self.final_norm {

@@ -17,7 +17,7 @@ mod scale;
 mod split;
 
 pub use add::add;
-pub use attention::attention;
+pub use attention::{ScoreBias, attention, biased_attention};
 pub use columns::{concat_columns, scale_columns, scale_rows};
 pub use dropout::dropout as drop_out;
 pub use embedding::embedding;
@@ -31,7 +31,7 @@ pub use norm::rms_norm;
 pub use rope::{RopeSpec, rope};
 pub use rows::select_rows;
 pub use scale::scale;
-pub use split::{reshape, split_columns};
+pub use split::{reshape, split_columns, transpose};
 
 use crate::{Error, Result};
 use candle_core::Tensor;

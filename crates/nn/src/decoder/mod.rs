@@ -16,7 +16,7 @@ use crate::{
     CausalLm, Embedding, Error, KvCache, Linear, ModelInfo, ModuleMut, ModuleTree, Norm, Result, TokenBatch,
 };
 use candle_core::{Device, Tensor};
-use engobe_autograd::ops::{self, Head, HeadLoss, RopeSpec};
+use engobe_autograd::ops::{self, Head, HeadLoss, RopeSpec, ScoreBias};
 use engobe_autograd::{Tape, Var};
 use engobe_kernels::attention::Segment;
 use std::sync::Arc;
@@ -28,6 +28,8 @@ pub struct Context {
     pub ropes: Arc<[RopeSpec]>,
     /// rows that do not see each other
     pub segments: Arc<[Segment]>,
+    /// what is added to attention's scores
+    pub bias: Option<ScoreBias>,
 }
 
 /// A block's place in a cache.
@@ -167,7 +169,7 @@ impl CausalLm for Decoder {
         let angles =
             |rope: &Rope| RopeSpec { table: rope.table(longest), positions: batch.positions.clone() };
         let ropes = self.ropes.iter().map(angles).collect();
-        let context = Context { ropes, segments: batch.segments.clone() };
+        let context = Context { ropes, segments: batch.segments.clone(), bias: None };
         let mut x = self.embed(tape, batch)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             x = match cache.as_deref_mut() {
