@@ -82,15 +82,21 @@ CONFIGS = {
 }
 
 
+def randomize(model, around=1.0):
+    """Random weights that leave logits far from flat; those of norms lie around 1, or 0 where 1 is added to them."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            norm = any(part in name for part in ("norm", ".ln_")) and name.endswith("weight")
+            scale = 0.5 if norm else 0.15
+            p.copy_(torch.randn_like(p) * scale + (around if norm else 0.0))
+
+
 def make_model(directory, seed, dtype=torch.float32, shard=None, **changes):
     """A random model whose logits are far from flat, saved; returns it in f32."""
     torch.manual_seed(seed)
     config = LlamaConfig(**{**SIZES, **changes})
     model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            scale = 0.5 if "norm" in name else 0.15
-            p.copy_(torch.randn_like(p) * scale + (1.0 if "norm" in name else 0.0))
+    randomize(model)
     model.to(dtype).save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))
     return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 

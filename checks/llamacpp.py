@@ -4,7 +4,7 @@ Hugging Face directories, each generating what engobe generates.
     python checks/llamacpp.py [--demo DIR] [--only PART]
 
 DIR is what `engobe demo --out DIR` left; without it, each part runs the demo first (a minute or two). Parts:
-configurations, lora, merged, requantized, directory.
+configurations, families, lora, merged, requantized, directory.
 
 Greedy tokens are compared one by one. Where the two part, llama.cpp's choice is taken and the comparison goes on
 from there, so that every choice is compared; at each parting the margin by which llama.cpp's token leads is shown and
@@ -20,10 +20,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+import transformers
 import xllamacpp as xlc
-from common import Report, engobe, make_model
+from common import Report, engobe, make_model, randomize
 from gguf import GGUFReader
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils.chat_template_utils import render_jinja_template
 
 TOKENS = 48
@@ -61,36 +63,45 @@ def llama_cpp(path, lora=None):
     return complete
 
 
+def partings(complete, args, ids, tokens):
+    """By how much llama.cpp's token leads wherever engobe, called with `args`, chooses another one after `ids`."""
+    theirs, margins, _ = complete(ids, tokens)
+    found, at = [], 0
+    while at < len(theirs):
+        context = ",".join(map(str, ids + theirs[:at]))
+        mine = engobe("generate", *args, "--prompt-ids", context, "--max-new-tokens", len(theirs) - at)["token_ids"]
+        if len(theirs) < tokens and len(mine) == len(theirs) - at - 1:
+            # both ended; llama.cpp's answer has the token that ends it
+            mine.append(theirs[-1])
+        parted = next((i for i, t in enumerate(theirs[at:]) if i >= len(mine) or mine[i] != t), None)
+        if parted is None:
+            break
+        found.append(margins[at + parted])
+        at += parted + 1
+    return found, len(theirs)
+
+
 def compare(report, name, complete, args, prompts, limit, tokens=TOKENS):
-    """engobe, called with `args`, beside llama.cpp on every prompt."""
-    partings, compared, same = [], 0, 0
-    for ids in prompts:
-        theirs, margins, _ = complete(ids, tokens)
-        at = 0
-        while at < len(theirs):
-            context = ",".join(map(str, ids + theirs[:at]))
-            mine = engobe("generate", *args, "--prompt-ids", context, "--max-new-tokens", len(theirs) - at)["token_ids"]
-            parted = next((i for i, t in enumerate(theirs[at:]) if i >= len(mine) or mine[i] != t), None)
-            if parted is None:
-                break
-            # an end of turn ends engobe's answer; llama.cpp's has the token itself
-            partings.append(margins[at + parted])
-            at += parted + 1
-        compared += len(theirs)
-        same += not partings or at == 0
-    worst = max(partings, default=0.0)
-    shown = ", ".join(f"{m:.3f}" for m in sorted(partings, reverse=True)[:4])
-    report.true(name, compared > 20 * len(prompts) / 4 and worst <= limit, f"{compared} tokens, {len(partings)} partings at margins [{shown}] (limit {limit})")
+    """engobe, called with `args`, beside llama.cpp on every prompt of every kind."""
+    for kind, some in prompts.items():
+        found = [partings(complete, args, ids, tokens) for ids in some]
+        margins = sorted((m for margins, _ in found for m in margins), reverse=True)
+        equal, compared = sum(not margins for margins, _ in found), sum(n for _, n in found)
+        detail = f"{equal} of {len(some)} texts equal, {compared} tokens"
+        if margins:
+            detail += f", {len(margins)} partings at margins [{', '.join(f'{m:.3f}' for m in margins[:4])}] (limit {limit})"
+        report.true(f"{name}, {kind}", compared > 5 * len(some) and max(margins, default=0.0) <= limit, detail)
 
 
 def demo_prompts(demo, hf):
-    """Held-out prompts of the demo as chats, and plain ones, as token ids."""
+    """As token ids: the demo's held-out prompts as chats, and plain texts that its adapter knows nothing of."""
     tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
     template = (hf / "chat_template.jinja").read_text()
     rows = [json.loads(l) for l in (demo / "test.jsonl").read_text().splitlines()]
-    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows[:6]]
+    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows]
     texts, _ = render_jinja_template(chats, chat_template=template, add_generation_prompt=True)
-    return [tokenizer.encode(t, add_special_tokens=False).ids for t in texts + PLAIN]
+    ids = lambda texts: [tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
+    return {"held-out prompts": ids(texts), "plain texts": ids(PLAIN)}
 
 
 class Base:
@@ -171,35 +182,69 @@ CONFIGS = {
 }
 
 
-def configurations(report, work, demo):
-    """Random models of every configuration: llama.cpp finds in the GGUF what transformers finds in the directory."""
+# name -> configuration's class, what differs from its defaults, how far log-probabilities may be apart. ggml computes
+# GELU from a table of 16-bit floats, and GPT-NeoX's by tanh.
+ROUNDED = 5e-3
+GPT2 = dict(vocab_size=512, n_embd=64, n_layer=3, n_head=4, n_positions=256)
+GEMMA = dict(TINY, num_hidden_layers=6, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=16)
+FAMILIES = {
+    "mistral": ("MistralConfig", dict(TINY, num_key_value_heads=2, sliding_window=None), 1e-4),
+    "qwen2": ("Qwen2Config", dict(TINY, num_key_value_heads=2, tie_word_embeddings=True), 1e-4),
+    "qwen3": ("Qwen3Config", dict(TINY, num_key_value_heads=2, head_dim=24), 1e-4),
+    "gemma2": ("Gemma2Config", GEMMA, ROUNDED),
+    "gemma3": ("Gemma3TextConfig", GEMMA, ROUNDED),
+    "phi3": ("Phi3Config", dict(TINY, num_key_value_heads=2, pad_token_id=0), 1e-4),
+    "gpt2": ("GPT2Config", GPT2, ROUNDED),
+    "gpt_neox": ("GPTNeoXConfig", dict(TINY, intermediate_size=128), 2e-2),
+}
+
+
+def beside_transformers(report, name, work, at, model, seed, limit):
+    """llama.cpp finds in the GGUF made of the directory what transformers finds in the directory."""
     hf = Path(__file__).resolve().parent.parent / "crates/data/tests/golden/hf"
     tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
     # llama.cpp's server reports no token that ends inside a character, and stops at those that end a turn
     whole = [i for i in range(3, tokenizer.get_vocab_size()) if "\ufffd" not in tokenizer.decode([i], skip_special_tokens=False)]
     banned = sorted(set(range(TINY["vocab_size"])) - set(whole))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(hf / file, at / file)
+    path = work / f"tiny-{name}.gguf"
+    engobe("convert", "--to", "gguf", "--model", at, "--type", "f32", "--out", path)
+    complete = llama_cpp(path)
+    torch.manual_seed(seed)
+    worst, chosen, count = 0.0, 0, 0
+    for _ in range(4):
+        ids = torch.randint(3, 480, (40,)).tolist()
+        theirs, margins, logprobs = complete(ids, 40, banned)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + theirs])).logits[0].float()[len(ids) - 1 : -1]
+        mine = torch.log_softmax(logits, -1)
+        worst = max(worst, max(abs(mine[k, t].item() - l) for k, (t, l) in enumerate(zip(theirs, logprobs))))
+        logits[:, banned] = -torch.inf
+        # a choice within what rounding may do is no choice
+        chosen += sum(logits[k].argmax().item() == t or margins[k] < 2 * limit for k, t in enumerate(theirs))
+        count += len(theirs)
+    report(f"{name}: log-probabilities of llama.cpp beside transformers'", worst, limit)
+    report.true(f"{name}: greedy tokens", chosen == count and count > 100, f"{chosen} of {count}")
+
+
+def configurations(report, work, demo):
+    """Random LLaMA models of every configuration."""
     for i, (name, changes) in enumerate(CONFIGS.items()):
         at = work / f"tiny-{name}"
         model = make_model(at, 70 + i, **{**TINY, **changes})
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(hf / file, at / file)
-        path = work / f"tiny-{name}.gguf"
-        engobe("convert", "--to", "gguf", "--model", at, "--type", "f32", "--out", path)
-        complete = llama_cpp(path)
+        beside_transformers(report, name, work, at, model, i, 1e-4)
+
+
+def families(report, work, demo):
+    """A random model of every other family that llama.cpp has."""
+    for i, (name, (kind, changes, limit)) in enumerate(FAMILIES.items()):
+        at = work / f"tiny-{name}"
         torch.manual_seed(i)
-        worst, chosen, count = 0.0, 0, 0
-        for _ in range(4):
-            ids = torch.randint(3, 480, (40,)).tolist()
-            theirs, _, logprobs = complete(ids, 40, banned)
-            with torch.no_grad():
-                logits = model(torch.tensor([ids + theirs])).logits[0].float()[len(ids) - 1 : -1]
-            mine = torch.log_softmax(logits, -1)
-            worst = max(worst, max(abs(mine[k, t].item() - l) for k, (t, l) in enumerate(zip(theirs, logprobs))))
-            logits[:, banned] = -torch.inf
-            chosen += sum(logits[k].argmax().item() == t for k, t in enumerate(theirs))
-            count += len(theirs)
-        report(f"{name}: log-probabilities of llama.cpp beside transformers'", worst, 1e-4)
-        report.true(f"{name}: greedy tokens", chosen == count and count > 100, f"{chosen} of {count}")
+        model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**changes)).eval()
+        randomize(model, around=0.0 if "gemma" in name else 1.0)
+        model.save_pretrained(at)
+        beside_transformers(report, name, work, at, model, i, limit)
 
 
 if __name__ == "__main__":
@@ -210,7 +255,7 @@ if __name__ == "__main__":
     report = Report()
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
-        for part in (configurations, lora, merged, requantized, directory):
+        for part in (configurations, families, lora, merged, requantized, directory):
             if args.only in part.__name__:
                 shutil.rmtree(work / "hf", ignore_errors=True)
                 part(report, work, args.demo)

@@ -15,7 +15,7 @@ import torch
 from common import CONFIGS, Report, engobe, greedy_logits, label_loss, make_model, make_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 
 def relative(a, b):
@@ -154,7 +154,7 @@ def exchange(report, work, name, base, directory, out, theirs, rows):
         report(f"{name}: PEFT's adapter in engobe", relative(mine["loss"], total.item() / count), 1e-4)
     merged = work / f"merged-{name}"
     engobe("merge", "--model", directory, "--adapter", out, "--out", merged)
-    whole, info = LlamaForCausalLM.from_pretrained(merged, dtype=torch.float32, output_loading_info=True)
+    whole, info = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, output_loading_info=True)
     report.true(f"{name}: merged keys", not info["missing_keys"] and not info["unexpected_keys"], str(info)[:120])
     a, b = greedy_logits(whole.eval(), rows[0]["input_ids"]), greedy_logits(loaded, rows[0]["input_ids"])
     report(f"{name}: merged logits", ((a - b).abs().max() / b.abs().max()).item(), 1e-4)

@@ -101,14 +101,13 @@ def main():
     parser.add_argument("--only", default="")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
-    known = subprocess.run([ENGOBE, "train", "--help"], capture_output=True, text=True).stdout
     failed = 0
     if args.markdown:
         print("| model and settings | tokens | predicted | measured | off |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         for i, (name, model, length, flags) in enumerate(CASES):
-            if args.only not in name or any(f.startswith("--") and f not in known for f in flags):
+            if args.only not in name:
                 continue
             path, vocab = "smollm2-135m", 49152
             if model:

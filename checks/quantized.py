@@ -1,20 +1,23 @@
 """Quantized bases beside transformers, PEFT and bitsandbytes; GGUF trained in place; memory while quantizing.
 
-    python checks/quantized.py [--seed N] [--only exchange|curves|gguf|memory]
+    python checks/quantized.py [--seed N] [--only exchange|blocks|curves|gguf|memory]
 """
 
 import argparse
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
+import bitsandbytes.functional as F
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
 from common import CONFIGS, Report, engobe, label_loss, make_model, make_rows
 from parity import perturb, relative, train_peft
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 # rows of weights are whole blocks of 64: where blocks straddle rows, bitsandbytes' AVX-512 kernel errs
@@ -55,27 +58,49 @@ def tensors(directory):
     return found
 
 
+def factors(tensors, weight):
+    """Double-quantized factors less their mean, and the largest of each one's block."""
+    codes, most = tensors[f"{weight}.absmax"], tensors[f"{weight}.nested_absmax"]
+    most = most.repeat_interleave(256)[: codes.numel()]
+    return F.create_dynamic_map()[codes.int()] * most, most
+
+
+def noise(tensors, weight):
+    """What rounding and another order of summing do to the mean of a matrix' factors."""
+    state = next(t for k, t in tensors.items() if k.startswith(f"{weight}.quant_state"))
+    return 1e-6 * json.loads(bytes(state.numpy()))["nested_offset"]
+
+
 def same_numbers(report, name, ours, theirs):
-    """The files' tensors: codes and factors equal; double-quantized factors within one code."""
+    """The files' tensors: codes and factors equal; double-quantized factors within one code.
+
+    Next to zero, where the map's codes lie closer than it can tell, bitsandbytes' CPU library is further off than that:
+    it first rounds to one of 65536 equal steps, which its CUDA kernels and engobe do not. There a factor may part by
+    one such step, or by what another order of summing does to the mean.
+    """
     report.true(f"{name}: the same tensors", set(ours) == set(theirs), str(set(ours) ^ set(theirs))[:200])
-    worst, moved, codes = 0, 0, 0
+    parted, moved, codes = 0.0, 0, 0
     for key in ours:
         a, b = ours[key], theirs[key]
         if "quant_state" in key:
             a, b = (json.loads(bytes(t.numpy())) for t in (a, b))
             mean = [s.pop("nested_offset", 0.0) for s in (a, b)]
-            if a != b or relative(mean[0] + 1, mean[1] + 1) > 1e-6:
+            if a != b or relative(*mean) > 1e-6:
                 report.true(f"{name}: {key}", False, f"{a} {b} {mean}")
         elif key.endswith(".absmax") and a.dtype == torch.uint8:
             differ = (a.int() - b.int()).abs()
-            worst, moved, codes = max(worst, differ.max().item()), moved + int((differ > 0).sum()), codes + differ.numel()
+            weight = key.removesuffix(".absmax")
+            (mine, most), (other, _) = factors(ours, weight), factors(theirs, weight)
+            step = 2 / 65536 * most + noise(ours, weight)
+            parted = max([parted, *((mine - other).abs() / step)[differ > 1].tolist()])
+            moved, codes = moved + int((differ > 0).sum()), codes + differ.numel()
         elif key.endswith("nested_absmax"):
-            if not torch.allclose(a, b, rtol=1e-5):
+            if not torch.allclose(a, b, rtol=1e-5, atol=noise(ours, key.removesuffix(".nested_absmax"))):
                 report.true(f"{name}: {key}", False)
         elif not torch.equal(a, b):
             report.true(f"{name}: {key}", False, f"{(a != b).sum().item()} of {a.numel()} differ")
     if codes:
-        report(f"{name}: codes of factors, {moved} of {codes} moved, at most by", worst, 1)
+        report(f"{name}: {moved} of {codes} codes of factors moved; those by more than one, in steps", parted, 1)
 
 
 def exchange(report, work, seed):
@@ -103,6 +128,98 @@ def exchange(report, work, seed):
             for who, where, expected in (("bitsandbytes'", theirs, b), ("engobe's", ours, a)):
                 found = engobe("eval", "--model", where, "--data", work / "rows.jsonl")
                 report(f"{label}: {who} files in engobe", relative(found["loss"], expected), 1e-5)
+
+
+# sizes of a model whose matrices are whole blocks of 64, and of one whose blocks straddle rows and end short
+EVEN = dict(hidden_size=128, intermediate_size=320, num_attention_heads=4, head_dim=32)
+ODD = dict(hidden_size=36, intermediate_size=50, num_attention_heads=2, head_dim=18)
+LINEAR = ("_proj.weight",)
+
+
+def spoil(state, form, seed):
+    """Draws every linear layer's matrix anew: normal, with outliers, or with blocks of zeros."""
+    rng = torch.Generator().manual_seed(seed)
+    for name, w in state.items():
+        if name.endswith(LINEAR):
+            x = torch.randn(w.numel(), generator=rng) * 0.15
+            if form == "outliers":
+                x[torch.randint(0, x.numel(), (x.numel() // 90,), generator=rng)] *= 50
+            if form == "zeros":
+                x.view(-1)[: x.numel() // 2] = 0
+            state[name] = x.reshape(w.shape).to(w.dtype)
+
+
+def definition(codes, state, shape):
+    """A 4-bit tensor in f32, by what the numbers mean: bitsandbytes' AVX-512 kernel errs where blocks straddle rows."""
+    absmax = state.absmax
+    if state.nested:
+        absmax = F.dequantize_blockwise(absmax, state.state2) + state.offset
+    n = shape[0] * shape[1]
+    nibbles = torch.stack([codes.view(-1) >> 4, codes.view(-1) & 15], 1).view(-1)[:n].long()
+    return (state.code[nibbles] * absmax.repeat_interleave(state.blocksize)[:n]).reshape(shape)
+
+
+def blocks(report, work, seed):
+    """Point 1: blocks of every size, short last ones, types, outliers and zeros; bitsandbytes quantizes each tensor."""
+    cases = [(kind, double, form) for kind in ("nf4", "fp4") for double in (False, True) for form in ("plain", "outliers", "zeros")]
+    types = [torch.float32, torch.bfloat16, torch.float16]
+    for i, block in enumerate((32, 64, 128, 256, 1024, 4096)):
+        for k, (kind, double, form) in enumerate(cases):
+            sizes, dtype = (EVEN, ODD)[(i + k) % 2], types[(i + k + k // 3) % 3]
+            name = f"{kind}{'+dq' if double else ''}, blocks of {block}, {str(dtype)[6:]}, {form}, {'whole' if sizes is EVEN else 'uneven'}"
+            base, ours, theirs, plain = (work / w for w in ("base", "ours", "theirs", "plain"))
+            for directory in (base, ours, theirs, plain):
+                shutil.rmtree(directory, ignore_errors=True)
+            make_model(base, seed, dtype, **{**sizes, "num_hidden_layers": 1}, num_key_value_heads=sizes["num_attention_heads"], tie_word_embeddings=False)
+            state = tensors(base)
+            spoil(state, form, seed + 100 * i + k)
+            save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+            shutil.copytree(base, theirs)
+            shutil.copytree(base, plain)
+            stored, meant = {}, {}
+            for key, w in state.items():
+                if not key.endswith(LINEAR):
+                    stored[key], meant[key] = w, w.float()
+                    continue
+                codes, q = F.quantize_4bit(w, blocksize=block, quant_type=kind, compress_statistics=double)
+                stored[key], meant[key] = codes, definition(codes, q, w.shape)
+                stored.update({f"{key}.{part}": t for part, t in q.as_dict(packed=True).items()})
+            save_file({k: t.contiguous() for k, t in stored.items()}, theirs / "model.safetensors", metadata={"format": "pt"})
+            save_file(meant, plain / "model.safetensors", metadata={"format": "pt"})
+            engobe("quantize", "--model", base, "--to", kind, *(["--double-quant"] if double else []), "--block-size", block, "--out", ours)
+            found = tensors(ours)
+            same_numbers(report, name, found, stored)
+            shutil.copy(ours / "config.json", theirs / "config.json")
+            loads_here(report, name, work, seed, theirs, plain)
+            loads_there(report, name, found, meant, block)
+
+
+def loads_here(report, name, work, seed, theirs, plain):
+    """bitsandbytes' tensors in engobe beside their meaning in f32."""
+    rows = work / "blocks.jsonl"
+    make_rows(rows, seed, 4, (20, 40))
+    a, b = (engobe("eval", "--model", d, "--data", rows)["loss"] for d in (theirs, plain))
+    report(f"{name}: bitsandbytes' tensors in engobe", relative(a, b), 1e-6)
+
+
+def loads_there(report, name, found, meant, block):
+    """engobe's tensors in bitsandbytes beside their meaning: half a step of the map where factors are quantized twice."""
+    worst, limit = 0.0, 1e-6
+    for key, expected in meant.items():
+        if not key.endswith(LINEAR):
+            continue
+        parts = {k: t for k, t in found.items() if k.startswith(f"{key}.")}
+        loaded = Params4bit.from_prequantized(found[key], parts, requires_grad=False, device="cpu")
+        q = loaded.quant_state
+        own = definition(loaded.data, q, expected.shape)
+        if expected.shape[1] % block == 0:
+            whole = F.dequantize_4bit(loaded.data, q).float()
+            report.true(f"{name}: {key} in bitsandbytes", torch.allclose(whole, own.to(q.dtype).float(), rtol=1e-6, atol=0))
+        if q.nested:
+            # a code to the side is at most 1/64 of the largest deviation from the mean
+            limit = 1 / 64
+        worst = max(worst, ((own - expected).abs().max() / expected.abs().max()).item())
+    report(f"{name}: engobe's tensors in bitsandbytes", worst, limit)
 
 
 LORAS = {
@@ -188,7 +305,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     report = Report()
-    for part in (exchange, curves, gguf, memory):
+    for part in (exchange, blocks, curves, gguf, memory):
         if args.only in part.__name__:
             with tempfile.TemporaryDirectory() as work:
                 part(report, Path(work), args.seed)

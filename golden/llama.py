@@ -20,6 +20,20 @@ from common import CONFIGS, make_model  # noqa: E402
 SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
 
+def expect(model, seed, out):
+    """Logits and greedy tokens of the model, into out/expected.json."""
+    torch.manual_seed(seed)
+    ids = torch.randint(0, SMALL["vocab_size"], (1, 48))
+    with torch.no_grad():
+        # 24 tokens stay within the length that the scaled variants were trained for, 48 go beyond it
+        logits = {n: model(ids[:, :n]).logits[0, [0, n // 2, n - 1]].double().tolist() for n in (24, 48)}
+        greedy = model.generate(ids[:, :6], attention_mask=torch.ones(1, 6, dtype=torch.long), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = {"ids": ids[0].tolist(), "logits": {str(n): l for n, l in logits.items()}, "greedy": greedy[0, 6:].tolist()}
+    text = json.dumps(expected, default=float)
+    (out / "expected.json").write_text(json.dumps(json.loads(text, parse_float=lambda f: round(float(f), 7))))
+    (out / "generation_config.json").unlink(missing_ok=True)
+
+
 def main():
     out = HERE / "llama"
     shutil.rmtree(out, ignore_errors=True)
@@ -36,16 +50,7 @@ def main():
             }
         shard = "20KB" if name == "plain" else None
         model = make_model(out / name, seed, storage.get(name, torch.float16), shard, **changes)
-        torch.manual_seed(seed)
-        ids = torch.randint(0, SMALL["vocab_size"], (1, 48))
-        with torch.no_grad():
-            # 24 tokens stay within the length that the scaled variants were trained for, 48 go beyond it
-            logits = {n: model(ids[:, :n]).logits[0, [0, n // 2, n - 1]].double().tolist() for n in (24, 48)}
-            greedy = model.generate(ids[:, :6], attention_mask=torch.ones(1, 6, dtype=torch.long), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
-        expected = {"ids": ids[0].tolist(), "logits": {str(n): l for n, l in logits.items()}, "greedy": greedy[0, 6:].tolist()}
-        text = json.dumps(expected, default=float)
-        (out / name / "expected.json").write_text(json.dumps(json.loads(text, parse_float=lambda f: round(float(f), 7))))
-        (out / name / "generation_config.json").unlink(missing_ok=True)
+        expect(model, seed, out / name)
     # transformers 4 wrote rope settings under other keys
     old = out / "llama3_old_keys"
     shutil.copytree(out / "llama3", old)

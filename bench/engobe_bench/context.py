@@ -47,9 +47,9 @@ class Context:
             partial.rename(path)
         return path
 
-    def model(self, dtype):
-        """Random weights of the SmolLM2-135M shape, stored as float32, bfloat16 or float16."""
-        return self.made(f"smollm2-shape-{dtype}", lambda out: self.script("make_model.py", out, dtype))
+    def model(self, dtype, shape="smollm2"):
+        """Random weights of the SmolLM2-135M or GPT-2 (124M) shape, stored as float32, bfloat16 or float16."""
+        return self.made(f"{shape}-shape-{dtype}", lambda out: self.script("make_model.py", out, dtype, shape))
 
     def rows(self, count, tokens, labelled=1.0):
         """Rows of random tokens of one length, labels on their last part."""

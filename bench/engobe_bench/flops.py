@@ -14,25 +14,41 @@ Norms, rope, activations and the optimizer are below one per cent and not counte
 For W1 (512 tokens, SmolLM2-135M) this is 317 GFLOP, 0.62 GFLOP a token.
 """
 
-# SmolLM2-135M
-LAYERS, D, KV, FFN, VOCAB, HEADS, HEAD_DIM = 30, 576, 192, 1536, 49152, 9, 64
-# (in, out) of q, k, v, o, gate, up, down
-LINEARS = [(D, D), (D, KV), (D, KV), (D, D), (D, FFN), (D, FFN), (FFN, D)]
+from dataclasses import dataclass
 
 
-def step_flops(rows, label_tokens, rank=16):
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes, as far as its operations depend on them."""
+
+    layers: int
+    d: int
+    vocab: int
+    heads: int
+    head_dim: int
+    # (in, out) of a layer's linears, those first that take the layer's input
+    linears: tuple
+    # how many those are
+    first: int
+
+
+SMOLLM2 = Shape(30, 576, 49152, 9, 64, ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)), 3)
+GPT2 = Shape(12, 768, 50257, 12, 64, ((768, 2304), (768, 768), (768, 3072), (3072, 768)), 1)
+
+
+def step_flops(rows, label_tokens, rank=16, shape=SMOLLM2):
     """Of a step over rows with these lengths, of which `label_tokens` positions are labelled."""
     tokens = sum(rows)
-    base = sum(2 * i * o for i, o in LINEARS)
-    lora = sum(2 * rank * (i + o) for i, o in LINEARS)
+    base = sum(2 * i * o for i, o in shape.linears)
+    lora = sum(2 * rank * (i + o) for i, o in shape.linears)
     # input gradients that nobody needs
-    first = sum(2 * i * o + 2 * rank * i for i, o in LINEARS[:3])
+    first = shape.linears[: shape.first]
     pairs = sum(n * (n + 1) // 2 for n in rows)
     return {
-        "base": tokens * (2 * LAYERS * base - sum(2 * i * o for i, o in LINEARS[:3])),
-        "adapters": tokens * (3 * LAYERS * lora - (first - sum(2 * i * o for i, o in LINEARS[:3]))),
-        "head": label_tokens * 4 * D * VOCAB,
-        "attention": LAYERS * 12 * HEADS * HEAD_DIM * pairs,
+        "base": tokens * (2 * shape.layers * base - sum(2 * i * o for i, o in first)),
+        "adapters": tokens * (3 * shape.layers * lora - sum(2 * rank * i for i, o in first)),
+        "head": label_tokens * 4 * shape.d * shape.vocab,
+        "attention": shape.layers * 12 * shape.heads * shape.head_dim * pairs,
     }
 
 

@@ -14,7 +14,7 @@ import json
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -30,6 +30,7 @@ def arguments():
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--dtype", default="float32", help="how weights are kept, and what is computed in")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--nf4", action="store_true", help="quantize linear layers by bitsandbytes: NF4, double quantization")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     return parser.parse_args()
 
@@ -56,7 +57,11 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attention)
+    more = {}
+    if args.nf4:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        more = {"quantization_config": config, "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attention, **more)
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     if args.gradient_checkpointing:

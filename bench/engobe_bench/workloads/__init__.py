@@ -3,7 +3,8 @@
 from .determinism import Determinism
 from .generation import Generation
 from .linearity import Linearity
+from .quantized import QUANTIZED
 from .startup import Startup
 from .training import TRAINING
 
-WORKLOADS = [*TRAINING, Generation(), Startup(), Linearity(), Determinism()]
+WORKLOADS = [*TRAINING, QUANTIZED, Generation(), Startup(), Linearity(), Determinism()]

@@ -1,14 +1,16 @@
-"""W1 to W4: LoRA steps beside PyTorch + PEFT."""
+"""W1 to W4, and G1: LoRA steps beside PyTorch + PEFT."""
 
 import json
 from dataclasses import dataclass
 
 from .. import sides, stats
-from ..flops import step_flops, total
+from ..flops import GPT2, SMOLLM2, step_flops, total
 from ..workload import Entrant, Section, Workload, middle, values
 
 # what a side's weights are stored in, and what they are called
 F32, BF16 = "float32", "bfloat16"
+# not made here: SmolLM2's own file
+GGUF = "gguf"
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,25 @@ class Pair:
 class Training(Workload):
     """A kind of training step: rows, and those who take it."""
 
-    def __init__(self, key, title, rows, batch, engobe_flags, sides, pairs, steps=6, warmup=2, unit="tokens_per_second", epoch=False):
+    def __init__(self, key, title, rows, batch, engobe_flags, sides, pairs, steps=6, warmup=2, unit="tokens_per_second", epoch=False, shape="smollm2"):
         self.key, self.title, self.rows, self.batch = key, title, rows, batch
         self.engobe_flags, self.sides, self.pairs = engobe_flags, sides, pairs
-        self.steps, self.warmup, self.unit, self.epoch = steps, warmup, unit, epoch
+        self.steps, self.warmup, self.unit, self.epoch, self.shape = steps, warmup, unit, epoch, shape
 
     def prepare(self, ctx):
         self.data = self.rows(ctx)
         self.read = [json.loads(line) for line in self.data.read_text().splitlines()]
         for side in self.sides:
-            ctx.model(side.stored)
+            self.model(ctx, side)
             if isinstance(side, Peft) and not ctx.quick:
                 self.attention(ctx, side)
 
+    def model(self, ctx, side):
+        return ctx.gguf() if side.stored == GGUF else ctx.model(side.stored, self.shape)
+
     def attention(self, ctx, side):
-        shape = f"batch {self.batch} of {self.data.stem.split('-')[0]} rows of up to {max(len(r['input_ids']) for r in self.read)}, {side.stored}"
-        return sides.fastest_attention(ctx, shape, ctx.model(side.stored), self.data, self.batch, side.stored)
+        shape = f"batch {self.batch} of {self.data.stem.split('-')[0]} rows of up to {max(len(r['input_ids']) for r in self.read)}, {self.shape} in {side.stored}"
+        return sides.fastest_attention(ctx, shape, self.model(ctx, side), self.data, self.batch, side.stored)
 
     def entrants(self, ctx):
         # the machine's rate is taken between ours and theirs, as disturbed or undisturbed as they are
@@ -77,7 +82,7 @@ class Training(Workload):
         def run(ctx):
             steps = None if self.epoch else self.count(ctx)
             flags = [*self.engobe_flags, *side.flags]
-            return sides.engobe_train(ctx, self.key, ctx.model(side.stored), self.data, steps, self.warmup, flags)
+            return sides.engobe_train(ctx, self.key, self.model(ctx, side), self.data, steps, self.warmup, flags)
 
         return run
 
@@ -86,7 +91,7 @@ class Training(Workload):
             steps = -(-len(self.read) // self.batch) if self.epoch else self.count(ctx)
             attention = "sdpa" if ctx.quick else self.attention(ctx, side)
             return sides.peft_train(
-                ctx, ctx.model(side.stored), self.data, self.batch, steps, self.warmup, side.stored, attention, side.flags
+                ctx, self.model(ctx, side), self.data, self.batch, steps, self.warmup, side.stored, attention, side.flags
             )
 
         return run
@@ -101,7 +106,8 @@ class Training(Workload):
 
     def gflop_per_unit(self):
         """GFLOP that the mathematics needs for one token, or one label token."""
-        flops = total(step_flops([len(r["input_ids"]) for r in self.read], self.labels())) / 1e9
+        shape = {"smollm2": SMOLLM2, "gpt2": GPT2}[self.shape]
+        flops = total(step_flops([len(r["input_ids"]) for r in self.read], self.labels(), shape=shape)) / 1e9
         labels = self.unit == "label_tokens_per_second"
         return flops / (self.labels() if labels else sum(len(r["input_ids"]) for r in self.read))
 
@@ -213,5 +219,15 @@ TRAINING = [
         warmup=1,
         unit="label_tokens_per_second",
         epoch=True,
+    ),
+    Training(
+        "G1",
+        "LoRA r=16 on all linear layers of the GPT-2 (124M) shape, B=4 T=128, all labels",
+        rows=lambda ctx: ctx.rows(96, 128),
+        batch=4,
+        engobe_flags=["--batch-size", 4, "--max-seq-len", 128, "--no-shuffle"],
+        sides=(Engobe(), Peft()),
+        pairs=(Pair("engobe", "PEFT", "", 1.8),),
+        shape="gpt2",
     ),
 ]

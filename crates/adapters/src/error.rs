@@ -48,6 +48,14 @@ pub enum Error {
         /// what it is
         kind: &'static str,
     },
+    /// A layer whose matrix lies transposed in files cannot be a saved module.
+    #[error(
+        "modules_to_save: {path} is a Conv1D layer (its matrix lies as [in, out] in files); it can be adapted, but not trained in full"
+    )]
+    Conv1d {
+        /// module
+        path: String,
+    },
     /// Tensors of an adapter's file do not fit the model.
     #[error("{}: the adapter does not fit this model: {}", path.display(), problems.join("; "))]
     DoesNotFit {
@@ -63,6 +71,22 @@ pub enum Error {
         path: PathBuf,
         /// tensor
         tensor: String,
+    },
+    /// The adapter is no change of the base's weights.
+    #[error("{method} adapters can't be merged: {reason}")]
+    CannotMerge {
+        /// method
+        method: &'static str,
+        /// why
+        reason: &'static str,
+    },
+    /// The model lacks a place at which the method attaches.
+    #[error("{method} needs {needs}, which this model does not offer")]
+    NoSite {
+        /// method
+        method: &'static str,
+        /// the place
+        needs: &'static str,
     },
     /// A file could not be read or written.
     #[error(transparent)]

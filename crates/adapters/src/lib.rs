@@ -8,12 +8,20 @@
 mod adapter;
 mod base_copies;
 mod error;
+mod fill;
 mod lora;
 pub mod merge;
+pub mod method;
+mod p_tuning;
+mod prefix_tuning;
+mod prompt_tuning;
+mod random;
 mod saved;
 mod target;
+mod virtual_tokens;
 
 pub use adapter::{Adapter, AdapterSizes, LayerSizes, Start};
 pub use error::{Error, Result};
 pub use lora::LoraLayer;
+pub use method::{Method, StartText};
 pub use target::Targets;

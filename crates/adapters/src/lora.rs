@@ -1,14 +1,14 @@
 //! LoRA (Hu et al. 2021): `y = W·x + s·B·A·x`, A `[r, in]`, B `[out, r]`, s = alpha/r, or alpha/√r with
 //! rank-stabilised scaling (Kalajdzievski 2023).
 
+pub(crate) mod method;
+
+use crate::random::{gaussian, generator, uniform};
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{LinearSpec, LowRank};
 use engobe_autograd::{Param, Result, Tape, tensor_of};
 use engobe_formats::peft::InitLoraWeights;
 use engobe_nn::LinearAdapter;
-use rand::distr::{Distribution, Uniform};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
 /// The two factors beside one linear layer.
 #[derive(Debug, Clone)]
@@ -35,10 +35,7 @@ impl LoraLayer {
         seed: u64,
         device: &Device,
     ) -> Result<Self> {
-        let hash = path.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
-            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3) // FNV-1a
-        });
-        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ hash);
+        let mut rng = generator(seed, path);
         let a = match init {
             // nn.init.kaiming_uniform_(a = √5): a bound of 1/√in
             InitLoraWeights::Kaiming | InitLoraWeights::Random => uniform(&mut rng, r * width, width),
@@ -99,21 +96,4 @@ impl LinearAdapter for LoraLayer {
         });
         Ok(())
     }
-}
-
-fn uniform(rng: &mut ChaCha8Rng, len: usize, fan_in: usize) -> Vec<f32> {
-    let bound = 1.0 / (fan_in as f32).sqrt();
-    match Uniform::new_inclusive(-bound, bound) {
-        Ok(between) => (0..len).map(|_| between.sample(rng)).collect(),
-        Err(_) => vec![0.0; len],
-    }
-}
-
-/// Normal numbers by Box & Muller's transform.
-fn gaussian(rng: &mut ChaCha8Rng, len: usize, std: f32) -> Vec<f32> {
-    let mut draw = || {
-        let (u, v): (f64, f64) = (1.0 - rng.random::<f64>(), rng.random());
-        ((-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32 * std
-    };
-    (0..len).map(|_| draw()).collect()
 }

@@ -9,8 +9,7 @@ use engobe_autograd::host;
 use engobe_formats::sharded::ShardedWriter;
 use engobe_kernels::codec;
 use engobe_kernels::storage::StorageType;
-use engobe_nn::{Linear, ModuleMut, ModuleTree, Weight};
-use std::collections::BTreeMap;
+use engobe_nn::{ModuleMut, ModuleTree, Weight};
 use std::path::Path;
 
 /// What [`merge`] writes.
@@ -79,19 +78,17 @@ pub fn each_tensor<E: From<Error>>(
     plan: &MergePlan,
     f: &mut dyn FnMut(&Planned, Value<'_>) -> Result<(), E>,
 ) -> Result<(), E> {
-    let mut deltas: BTreeMap<&str, Vec<&crate::LoraLayer>> = BTreeMap::new();
-    for layer in adapter.into_iter().flat_map(Adapter::layers) {
-        deltas.entry(layer.path()).or_default().push(layer);
+    if let Some(adapter) = adapter {
+        adapter.check_mergeable()?;
     }
     let mut waiting = plan.tensors.iter().peekable();
     let mut result = Ok(());
     model.visit_modules(&mut |module| {
-        let layers = deltas.get(module.path()).map_or(&[][..], Vec::as_slice);
         let of_this = |p: &&Planned| p.name.rsplit_once('.').is_some_and(|(path, _)| path == module.path());
         while result.is_ok()
             && let Some(tensor) = waiting.next_if(|p| of_this(p))
         {
-            result = f(tensor, &|| value(&module, tensor, layers));
+            result = f(tensor, &|| value(&module, tensor, adapter));
         }
     });
     result
@@ -106,6 +103,7 @@ pub fn merge(
     options: &MergeOptions<'_>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Merged> {
+    adapter.check_mergeable()?;
     let plan = plan(model, options.tied_head);
     let announced = plan
         .tensors
@@ -149,7 +147,11 @@ fn planned(module: &ModuleMut<'_>) -> Vec<Planned> {
         |kind: &str, shape: Vec<usize>, changed| Planned { name: format!("{path}.{kind}"), shape, changed };
     match module {
         ModuleMut::Linear(m) => {
-            let mut all = vec![of("weight", vec![m.out_features(), m.in_features()], !m.weight_is_plain())];
+            let shape = match m.is_transposed_in_files() {
+                true => vec![m.in_features(), m.out_features()],
+                false => vec![m.out_features(), m.in_features()],
+            };
+            let mut all = vec![of("weight", shape, !m.weight_is_plain())];
             all.extend(m.bias().map(|b| of("bias", b.dims().to_vec(), !m.bias_is_plain())));
             all
         }
@@ -167,11 +169,18 @@ fn planned(module: &ModuleMut<'_>) -> Vec<Planned> {
 }
 
 /// A tensor of a module, with the adapter's part in it.
-fn value(module: &ModuleMut<'_>, tensor: &Planned, layers: &[&crate::LoraLayer]) -> Result<Tensor> {
+fn value(module: &ModuleMut<'_>, tensor: &Planned, adapter: Option<&Adapter>) -> Result<Tensor> {
     let value = match module {
         ModuleMut::Linear(m) if tensor.name.ends_with(".bias") => vector(m.bias(), tensor)?,
         ModuleMut::LayerNorm(m) if tensor.name.ends_with(".bias") => vector(m.bias(), tensor)?,
-        ModuleMut::Linear(m) => linear_weight(m, layers)?,
+        ModuleMut::Linear(m) => {
+            let weight = m.weight().to_tensor()?;
+            let weight = match adapter {
+                Some(adapter) => adapter.merged_weight(m.path(), weight)?,
+                None => weight,
+            };
+            if m.is_transposed_in_files() { weight.t()? } else { weight }
+        }
         ModuleMut::Embedding(m) => m.weight().to_tensor()?,
         ModuleMut::RmsNorm(m) => m.weight().clone(),
         ModuleMut::LayerNorm(m) => m.weight().clone(),
@@ -185,14 +194,6 @@ fn vector(bias: Option<&Tensor>, planned: &Planned) -> Result<Tensor> {
         Some(bias) => Ok(bias.clone()),
         None => Ok(Tensor::zeros(planned.shape.as_slice(), candle_core::DType::F32, &Device::Cpu)?),
     }
-}
-
-fn linear_weight(linear: &Linear, layers: &[&crate::LoraLayer]) -> Result<Tensor> {
-    let mut weight = linear.weight().to_tensor()?;
-    for layer in layers {
-        weight = (weight + layer.delta()?.to_device(&Device::Cpu)?)?;
-    }
-    Ok(weight)
 }
 
 /// A value rounded to what is written; `path` is for the error that names a number beyond the storage's range.

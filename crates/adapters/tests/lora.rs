@@ -70,9 +70,11 @@ fn the_seed_fixes_the_start_whatever_else_is_adapted() {
 fn all_linear_is_written_as_names() {
     let mut model = base("plain");
     let adapter = attach(model.as_mut(), &config(TargetModules::AllLinear)).unwrap();
-    let Some(TargetModules::List(names)) = &adapter.config().target_modules else { panic!("no list") };
+    let Some(TargetModules::List(names)) = adapter.config().modules("target_modules").unwrap() else {
+        panic!("no list")
+    };
     assert_eq!(names.join(" "), "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj");
-    assert_eq!(adapter.layers().len(), 14);
+    assert_eq!(adapter.params().len(), 2 * 14);
 }
 
 #[test]

@@ -193,6 +193,36 @@ fn select_rows_and_dropout() {
 }
 
 #[test]
+fn rows_inserted_before_between_and_behind() {
+    let (x, rows) = (param("x", 8, &[5, 4]), param("rows", 9, &[2, 4]));
+    for at in [vec![0, 2, 5], vec![3], vec![0], vec![]] {
+        let params: &[&Param] = if at.is_empty() { &[&x] } else { &[&x, &rows] };
+        let at: Arc<[usize]> = at.into();
+        check(params, &|tape| {
+            let (x, rows) = (tape.param(&x), tape.param(&rows));
+            let y = tape.block(&[x, rows], {
+                let at = at.clone();
+                move |tape, v| ops::insert_rows(tape, &v[0], &v[1], at.clone())
+            })?;
+            weigh(tape, &[y])
+        });
+    }
+}
+
+#[test]
+fn lstm_both_ways() {
+    let (h, steps) = (3, 5);
+    let gates = [param("gates", 10, &[steps, 4 * h]), param("gates back", 11, &[steps, 4 * h])];
+    let recurrent = [param("u", 12, &[4 * h, h]), param("u back", 13, &[4 * h, h])];
+    check(&[&gates[0], &gates[1], &recurrent[0], &recurrent[1]], &|tape| {
+        let g = [tape.param(&gates[0]), tape.param(&gates[1])];
+        let u = [tape.param(&recurrent[0]), tape.param(&recurrent[1])];
+        let y = ops::lstm(tape, [&g[0], &g[1]], [&u[0], &u[1]])?;
+        weigh(tape, &[y])
+    });
+}
+
+#[test]
 fn embedding_trained_and_frozen() {
     let w = param("w", 9, &[6, 4]);
     check(&[&w], &|tape| {

@@ -13,7 +13,7 @@ use engobe_formats::mlx::is_mlx_dir;
 use engobe_formats::tensor::TensorView;
 use engobe_kernels::codec;
 use engobe_kernels::storage::StorageType;
-use engobe_models::Blueprint;
+use engobe_models::Outline;
 use std::path::{Path, PathBuf};
 
 /// What an adapter lies in.
@@ -83,60 +83,55 @@ pub struct Lora {
 }
 
 impl Lora {
-    /// Reads an adapter in any of the formats. With the base model's `blueprint`, names and shapes are checked
+    /// Reads an adapter in any of the formats. With the base model's `outline`, names and shapes are checked
     /// against it; a GGUF LoRA cannot be read without. `base` is where the base model lies, for copies of its
     /// weights that PEFT stores beside an adapter.
     ///
     /// # Errors
     /// Files that are broken; tensors that are no LoRA pair of a linear layer, do not fit the model, or are missing.
-    pub fn read(path: &Path, blueprint: Option<&Blueprint>, base: Option<&Path>) -> Result<Self> {
+    pub fn read(path: &Path, outline: Option<&Outline>, base: Option<&Path>) -> Result<Self> {
         let mut this = match AdapterFormat::of(path)? {
-            AdapterFormat::Peft => peft::read(path, blueprint, base)?,
+            AdapterFormat::Peft => peft::read(path, outline, base)?,
             AdapterFormat::Mlx => mlx::read(path)?,
-            AdapterFormat::Gguf => gguf::read(path, blueprint)?,
+            AdapterFormat::Gguf => gguf::read(path, outline)?,
         };
         this.pairs.sort_by(|a, b| a.path.cmp(&b.path));
-        if let Some(blueprint) = blueprint {
-            this.check(blueprint)?;
+        if let Some(outline) = outline {
+            this.check(outline)?;
         }
         Ok(this)
     }
 
-    /// Writes a PEFT directory. With the base's `blueprint`, targets are named as people name them.
+    /// Writes a PEFT directory. With the base's `outline`, targets are named as people name them.
     pub fn write_peft(
         &self,
         dir: &Path,
-        blueprint: Option<&Blueprint>,
+        outline: Option<&Outline>,
         base: Option<&str>,
     ) -> Result<Vec<Mapped>> {
-        peft::write(self, dir, blueprint, base)
+        peft::write(self, dir, outline, base)
     }
 
-    /// Writes an mlx-lm directory. With the base's `blueprint`, targets are named as mlx-lm names them.
+    /// Writes an mlx-lm directory. With the base's `outline`, targets are named as mlx-lm names them.
     pub fn write_mlx(
         &self,
         dir: &Path,
-        blueprint: Option<&Blueprint>,
+        outline: Option<&Outline>,
         base: Option<&str>,
     ) -> Result<Vec<Mapped>> {
-        mlx::write(self, dir, blueprint, base)
+        mlx::write(self, dir, outline, base)
     }
 
-    /// Writes a GGUF LoRA in f32 or f16 for the base of that blueprint.
-    pub fn write_gguf(
-        &self,
-        path: &Path,
-        blueprint: &Blueprint,
-        storage: StorageType,
-    ) -> Result<Vec<Mapped>> {
-        gguf::write(self, path, blueprint, storage)
+    /// Writes a GGUF LoRA in f32 or f16 for the base of that outline.
+    pub fn write_gguf(&self, path: &Path, outline: &Outline, storage: StorageType) -> Result<Vec<Mapped>> {
+        gguf::write(self, path, outline, storage)
     }
 
     /// Every pair must belong to a linear layer of the model and fit it.
-    fn check(&self, blueprint: &Blueprint) -> Result<()> {
+    fn check(&self, outline: &Outline) -> Result<()> {
         let problem = |pair: &Pair| {
             let name = &pair.from[0];
-            match blueprint.linear(&pair.path) {
+            match outline.linear(&pair.path) {
                 None => Some(format!("{name}: the model has no linear layer {}", pair.path)),
                 Some(l) if (l.cols, l.rows) != (pair.width, pair.out) => Some(format!(
                     "{name} and its partner are for [{}, {}], {} is [{}, {}]",

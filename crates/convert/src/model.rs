@@ -13,7 +13,7 @@ use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::gguf::{Announced, GgufValue, GgufWriter, MetaValue};
 use engobe_formats::tensor::{Dtype, TensorView};
 use engobe_kernels::storage::StorageType;
-use engobe_models::{Blueprint, permute_rows};
+use engobe_models::{LoadOptions, Outline, Stored};
 use engobe_nn::CausalLm;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -73,10 +73,11 @@ pub fn write_model(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<WrittenModel> {
     let checkpoint = Checkpoint::open(source.path)?;
-    let blueprint = Blueprint::read(source.path)?;
+    let outline = Outline::read(source.path, &LoadOptions::default())?;
+    outline.gguf_architecture()?;
     let tied_head = model.info().tied_head;
     let plan = plan(model, tied_head);
-    let job = Job { source, wanted, checkpoint: &checkpoint, blueprint: &blueprint, plan: &plan };
+    let job = Job { source, wanted, checkpoint: &checkpoint, outline: &outline, plan: &plan };
     let (outputs, otherwise) = job.outputs()?;
     let metadata = job.metadata(&outputs)?;
     let announced: Vec<Announced> =
@@ -96,10 +97,14 @@ pub fn write_model(
             From::Stored(view) => writer.write(&output.name, view.bytes())?,
             _ => {
                 let mut value = value()?;
-                if let Some(heads) = blueprint.permuted_heads(&tensor.name) {
-                    let rows = tensor.shape.first().copied().unwrap_or(0);
-                    let permuted = permute_rows(&engobe_autograd::host(&value)?, rows, heads);
-                    value = tensor_of(permuted, tensor.shape.as_slice())?;
+                if job.is_transposed(tensor) {
+                    value = value.t().and_then(|v| v.contiguous()).map_err(engobe_autograd::Error::from)?;
+                }
+                let stored = outline.stored(&tensor.name);
+                if stored != Stored::AsIs {
+                    let rows = output.shape.first().copied().unwrap_or(0);
+                    let values = stored.values_to_gguf(&engobe_autograd::host(&value)?, rows);
+                    value = tensor_of(values, output.shape.as_slice())?;
                 }
                 writer.write(&output.name, &encode(&output.name, &value, output.storage, out)?)?;
             }
@@ -129,7 +134,7 @@ struct Job<'a> {
     source: &'a ModelSource<'a>,
     wanted: GgufType,
     checkpoint: &'a Checkpoint,
-    blueprint: &'a Blueprint,
+    outline: &'a Outline,
     plan: &'a MergePlan,
 }
 
@@ -141,7 +146,7 @@ impl Job<'_> {
         let (mut outputs, mut otherwise) = (Vec::new(), Vec::new());
         let mut taken = BTreeSet::new();
         for tensor in &self.plan.tensors {
-            let Some(name) = self.blueprint.gguf_name(&tensor.name) else {
+            let Some(name) = self.outline.gguf_name(&tensor.name) else {
                 return Err(self.cannot(&tensor.name, "GGUF has no name for it"));
             };
             let stored = self.stored(tensor)?;
@@ -172,14 +177,16 @@ impl Job<'_> {
 
     /// The base's name of a planned tensor.
     fn source_name(&self, tensor: &Planned) -> String {
-        let gguf = || self.blueprint.gguf_name(&tensor.name);
-        self.checkpoint.gguf().and_then(|_| gguf()).unwrap_or_else(|| tensor.name.clone())
+        self.outline.name_in(self.checkpoint, &tensor.name)
     }
 
     fn output(&self, tensor: &Planned, name: String, stored: Option<TensorView>) -> Result<Output> {
         let is_gguf = self.checkpoint.gguf().is_some();
-        let shape = tensor.shape.clone();
-        let [_, cols] = tensor.shape.as_slice() else {
+        let mut shape = tensor.shape.clone();
+        if self.is_transposed(tensor) {
+            shape.reverse();
+        }
+        let [_, cols] = *shape else {
             // norms and biases are in f32, as ggml's kernels take them
             let same = stored.filter(|view| {
                 is_gguf
@@ -196,7 +203,7 @@ impl Job<'_> {
             None => None,
         };
         let matrix = Matrix {
-            cols: *cols,
+            cols,
             head: self.is_head(tensor),
             stored: match own {
                 Some(storage) => storage,
@@ -227,10 +234,16 @@ impl Job<'_> {
         }
     }
 
+    /// True for a matrix that Hugging Face's files hold as `[in, out]`: GGUF has `[out, in]` always.
+    fn is_transposed(&self, tensor: &Planned) -> bool {
+        let path = tensor.name.strip_suffix(".weight");
+        path.and_then(|path| self.outline.linear(path)).is_some_and(|l| l.transposed)
+    }
+
     /// True for output heads, and for an embedding that serves as one.
     fn is_head(&self, tensor: &Planned) -> bool {
         let path = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
-        match self.blueprint.linear(path) {
+        match self.outline.linear(path) {
             Some(linear) => linear.head,
             None => self.plan.tied_head,
         }
@@ -239,10 +252,8 @@ impl Job<'_> {
     /// What a head that becomes one of its own is stored as: the embedding's type.
     fn embedding_storage(&self) -> Result<StorageType> {
         let name = "token_embd.weight";
-        let name = match self.checkpoint.gguf() {
-            Some(_) => name.to_string(),
-            None => self.blueprint.hf_name(name).unwrap_or_else(|| name.to_string()),
-        };
+        let hf = self.outline.hf_name(name).unwrap_or_else(|| name.to_string());
+        let name = self.outline.name_in(self.checkpoint, &hf);
         Ok(self.checkpoint.get(&name)?.storage()?)
     }
 
@@ -257,11 +268,13 @@ impl Job<'_> {
             return left.map(stored).collect();
         }
         for view in left {
-            let heads = self.blueprint.linears.iter().filter(|l| l.head);
-            let unused_head = self.blueprint.tied_head
+            let heads = self.outline.linears.iter().filter(|l| l.head);
+            let unused_head = self.outline.sizes.tied_head
                 && heads.into_iter().any(|l| view.name == format!("{}.weight", l.path));
-            // old transformers stored what it computes from rope_theta
-            let computed = view.name.ends_with(".rotary_emb.inv_freq");
+            // old transformers stored what it computes: frequencies and causal masks
+            let computed = [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias"]
+                .iter()
+                .any(|end| view.name.ends_with(end));
             // 4-bit weights have their scales beside them
             let part = taken
                 .iter()
@@ -276,7 +289,7 @@ impl Job<'_> {
             shape: vec![values.len()],
             from: From::Values(values),
         };
-        Ok(self.blueprint.gguf_settings()?.tensors.into_iter().map(values).collect())
+        Ok(self.outline.gguf_settings()?.tensors.into_iter().map(values).collect())
     }
 
     /// The file's metadata.
@@ -294,15 +307,15 @@ impl Job<'_> {
         }
         let text = |v: &str| GgufValue::String(v.to_string());
         let mut values = vec![
-            ("general.architecture".to_string(), text(self.blueprint.architecture)),
+            ("general.architecture".to_string(), text(self.outline.gguf_architecture()?)),
             ("general.type".to_string(), text("model")),
             ("general.name".to_string(), text(self.source.name)),
             (key.to_string(), kind),
             ("general.quantization_version".to_string(), GgufValue::Unsigned(2)),
         ];
-        values.extend(self.blueprint.gguf_settings()?.metadata);
+        values.extend(self.outline.gguf_settings()?.metadata);
         match self.source.tokenizer {
-            Some(tokenizer) => values.extend(tokenizer.to_gguf(self.blueprint.vocab_size())?.entries()),
+            Some(tokenizer) => values.extend(tokenizer.to_gguf(self.outline.vocab_size())?.entries()),
             // llama.cpp's word for a model that takes token ids alone
             None => values.push(("tokenizer.ggml.model".to_string(), text("none"))),
         }

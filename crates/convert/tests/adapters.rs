@@ -7,7 +7,7 @@ use engobe_formats::gguf::lora::GgufLora;
 use engobe_formats::mlx::MlxAdapter;
 use engobe_formats::peft::{LoraConfig, PeftAdapter};
 use engobe_kernels::storage::StorageType;
-use engobe_models::Blueprint;
+use engobe_models::{LoadOptions, Outline};
 use engobe_testkit::{assert_close, golden};
 use std::path::Path;
 use support::{base_of, doubles, logits};
@@ -19,26 +19,26 @@ const PAIRS: [&str; 6] = ["default", "all_linear", "patterns", "regex", "layers"
 /// Factors other than the format's own are rounded into B once: some 1e-7 of the largest logit a layer.
 const TOLERANCE: f64 = 2e-6;
 
-fn read(name: &str) -> (Blueprint, Lora) {
-    let blueprint = Blueprint::read(&base_of(name)).unwrap();
-    let lora = Lora::read(&golden(format!("peft/{name}")), Some(&blueprint), Some(&base_of(name))).unwrap();
-    (blueprint, lora)
+fn read(name: &str) -> (Outline, Lora) {
+    let outline = Outline::read(&base_of(name), &LoadOptions::default()).unwrap();
+    let lora = Lora::read(&golden(format!("peft/{name}")), Some(&outline), Some(&base_of(name))).unwrap();
+    (outline, lora)
 }
 
 #[test]
 fn peft_to_mlx_and_back() {
     for name in PAIRS {
-        let (blueprint, lora) = read(name);
+        let (outline, lora) = read(name);
         let expected = logits(&base_of(name), Some(&golden(format!("peft/{name}"))));
         assert_ne!(expected, logits(&base_of(name), None), "{name} changes nothing");
         // without the model, paths are spelled out
-        for blueprint in [Some(&blueprint), None] {
-            if blueprint.is_none() && name == "head" {
+        for outline in [Some(&outline), None] {
+            if outline.is_none() && name == "head" {
                 continue; // refused, see below
             }
             let dir = tempfile::tempdir().unwrap();
             let (mlx, back) = (dir.path().join("mlx"), dir.path().join("peft"));
-            let report = lora.write_mlx(&mlx, blueprint, Some("base")).unwrap();
+            let report = lora.write_mlx(&mlx, outline, Some("base")).unwrap();
             assert_eq!(report.len(), 2 * lora.pairs.len());
             assert!(
                 report
@@ -46,14 +46,14 @@ fn peft_to_mlx_and_back() {
                     .all(|m| m.from.starts_with("base_model.model.") && !m.to.contains("base_model"))
             );
             assert_eq!(AdapterFormat::of(&mlx).unwrap(), AdapterFormat::Mlx);
-            let again = Lora::read(&mlx, blueprint, None).unwrap();
-            again.write_peft(&back, blueprint, None).unwrap();
+            let again = Lora::read(&mlx, outline, None).unwrap();
+            again.write_peft(&back, outline, None).unwrap();
             let found = logits(&base_of(name), Some(&back));
             assert_close(
                 &found,
                 &doubles(&expected),
                 TOLERANCE,
-                &format!("{name}, model known: {}", blueprint.is_some()),
+                &format!("{name}, model known: {}", outline.is_some()),
             );
             let ranks = |l: &Lora| l.pairs.iter().map(|p| p.rank).collect::<Vec<_>>();
             assert_eq!(ranks(&again), ranks(&lora), "{name}: ranks that were filled up are taken away again");
@@ -64,16 +64,16 @@ fn peft_to_mlx_and_back() {
 #[test]
 fn peft_to_gguf_and_back() {
     for name in PAIRS {
-        let (blueprint, lora) = read(name);
+        let (outline, lora) = read(name);
         let expected = logits(&base_of(name), Some(&golden(format!("peft/{name}"))));
         let dir = tempfile::tempdir().unwrap();
         let (gguf, back) = (dir.path().join("lora.gguf"), dir.path().join("peft"));
         // f16 rounds A and B by 2^-11 each
         for (storage, tolerance) in [(StorageType::F32, TOLERANCE), (StorageType::F16, 2e-3)] {
-            let report = lora.write_gguf(&gguf, &blueprint, storage).unwrap();
+            let report = lora.write_gguf(&gguf, &outline, storage).unwrap();
             assert!(report.iter().all(|m| m.dtype == storage.name()));
-            let again = Lora::read(&gguf, Some(&blueprint), None).unwrap();
-            again.write_peft(&back, Some(&blueprint), Some("base")).unwrap();
+            let again = Lora::read(&gguf, Some(&outline), None).unwrap();
+            again.write_peft(&back, Some(&outline), Some("base")).unwrap();
             let found = logits(&base_of(name), Some(&back));
             assert_close(&found, &doubles(&expected), tolerance, &format!("{name} as {storage}"));
         }
@@ -83,9 +83,9 @@ fn peft_to_gguf_and_back() {
 /// mlx-lm's tensors are ours with rows and columns exchanged, and its one scale is the factor itself.
 #[test]
 fn what_mlx_lm_reads() {
-    let (blueprint, lora) = read("patterns");
+    let (outline, lora) = read("patterns");
     let dir = tempfile::tempdir().unwrap();
-    lora.write_mlx(dir.path(), Some(&blueprint), Some("base")).unwrap();
+    lora.write_mlx(dir.path(), Some(&outline), Some("base")).unwrap();
     let MlxAdapter { config, tensors } = MlxAdapter::load(dir.path()).unwrap();
     assert_eq!((config.rank, config.num_layers, config.model.as_deref()), (6, -1, Some("base")));
     // layer 1's k_proj is left out, so that whole paths must name what is adapted
@@ -109,15 +109,15 @@ fn what_mlx_lm_reads() {
         assert!((product - expected).abs() < 1e-6 * expected.abs(), "{product} {expected}");
     }
     // where all blocks are adapted alike, modules are named within them
-    let (blueprint, lora) = read("default");
-    lora.write_mlx(dir.path(), Some(&blueprint), None).unwrap();
+    let (outline, lora) = read("default");
+    lora.write_mlx(dir.path(), Some(&outline), None).unwrap();
     let config = MlxAdapter::load(dir.path()).unwrap().config;
     assert_eq!(
         (config.num_layers, config.keys),
         (2, vec!["self_attn.q_proj".into(), "self_attn.v_proj".into()])
     );
-    let (blueprint, lora) = read("layers");
-    lora.write_mlx(dir.path(), Some(&blueprint), None).unwrap();
+    let (outline, lora) = read("layers");
+    lora.write_mlx(dir.path(), Some(&outline), None).unwrap();
     assert_eq!(MlxAdapter::load(dir.path()).unwrap().config.num_layers, 1);
 }
 
@@ -127,12 +127,12 @@ fn what_llama_cpp_reads() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("lora.gguf");
     for name in PAIRS {
-        let (blueprint, lora) = read(name);
-        lora.write_gguf(&path, &blueprint, StorageType::F32).unwrap();
+        let (outline, lora) = read(name);
+        lora.write_gguf(&path, &outline, StorageType::F32).unwrap();
         let file = GgufLora::open(&path).unwrap();
         assert_eq!((file.architecture.as_str(), file.pairs.len()), ("llama", lora.pairs.len()));
         for pair in &lora.pairs {
-            let tensor = blueprint.gguf_name(&format!("{}.weight", pair.path)).unwrap();
+            let tensor = outline.gguf_name(&format!("{}.weight", pair.path)).unwrap();
             let [a, b] = &file.pairs[&tensor];
             assert_eq!(
                 (a.shape.as_slice(), b.shape.as_slice()),
@@ -157,8 +157,8 @@ fn what_llama_cpp_reads() {
 #[test]
 fn what_is_no_lora_pair_is_refused_by_name() {
     let said = |name: &str| {
-        let blueprint = Blueprint::read(&base_of(name)).unwrap();
-        Lora::read(&golden(format!("peft/{name}")), Some(&blueprint), Some(&base_of(name)))
+        let outline = Outline::read(&base_of(name), &LoadOptions::default()).unwrap();
+        Lora::read(&golden(format!("peft/{name}")), Some(&outline), Some(&base_of(name)))
             .unwrap_err()
             .to_string()
     };
@@ -176,7 +176,7 @@ fn what_is_no_lora_pair_is_refused_by_name() {
     assert!(error.contains("lm_head.base_layer.weight") && error.contains("--model"), "{error}");
     // gqa_tied's head is its embedding
     let (_, lora) = read("head");
-    let tied = Blueprint::read(&golden("llama/gqa_tied")).unwrap();
+    let tied = Outline::read(&golden("llama/gqa_tied"), &LoadOptions::default()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let error = lora.write_gguf(&dir.path().join("x.gguf"), &tied, StorageType::F32).unwrap_err().to_string();
     assert!(error.contains("lm_head") && error.contains("--to gguf"), "{error}");
@@ -194,10 +194,10 @@ fn adapters_of_other_models_are_refused() {
     let (_, lora) = read("all_linear");
     let dir = tempfile::tempdir().unwrap();
     let (mlx, gguf) = (dir.path().join("mlx"), dir.path().join("lora.gguf"));
-    let own = Blueprint::read(&base_of("all_linear")).unwrap();
+    let own = Outline::read(&base_of("all_linear"), &LoadOptions::default()).unwrap();
     lora.write_mlx(&mlx, Some(&own), None).unwrap();
     lora.write_gguf(&gguf, &own, StorageType::F32).unwrap();
-    let other = Blueprint::read(&golden("llama/head_dim_bias")).unwrap();
+    let other = Outline::read(&golden("llama/head_dim_bias"), &LoadOptions::default()).unwrap();
     for path in [&golden("peft/all_linear"), &mlx, &gguf] {
         let error = Lora::read(path, Some(&other), None).unwrap_err().to_string();
         assert!(error.contains("does not fit") && error.contains("k_proj is ["), "{error}");
@@ -209,17 +209,17 @@ fn adapters_of_other_models_are_refused() {
 /// A module that the configuration names and the file lacks, and tensors of the wrong rank.
 #[test]
 fn missing_and_misshapen_tensors_are_listed() {
-    let blueprint = Blueprint::read(&base_of("default")).unwrap();
+    let outline = Outline::read(&base_of("default"), &LoadOptions::default()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let PeftAdapter { config, tensors } = PeftAdapter::load(&golden("peft/default")).unwrap();
+    let config = LoraConfig::read(&config).unwrap();
     let all: Vec<_> =
         tensors.values().map(|t| (t.name.clone(), t.shape.clone(), t.bytes().to_vec())).collect();
-    let said =
-        |config: &LoraConfig, tensors: &[(String, Vec<usize>, Vec<u8>)], blueprint: Option<&Blueprint>| {
-            PeftAdapter::save(dir.path(), config, tensors).unwrap();
-            Lora::read(dir.path(), blueprint, None).map(|_| ()).unwrap_err().to_string()
-        };
-    let error = said(&config, &all[2..], Some(&blueprint));
+    let said = |config: &LoraConfig, tensors: &[(String, Vec<usize>, Vec<u8>)], outline: Option<&Outline>| {
+        PeftAdapter::save(dir.path(), config, tensors).unwrap();
+        Lora::read(dir.path(), outline, None).map(|_| ()).unwrap_err().to_string()
+    };
+    let error = said(&config, &all[2..], Some(&outline));
     assert!(error.contains("layers.0.self_attn.q_proj is a target and has no tensors"), "{error}");
     let error = said(&config, &all[1..], None);
     assert!(error.contains("layers.0.self_attn.q_proj has only one of"), "{error}");
@@ -238,14 +238,15 @@ fn missing_and_misshapen_tensors_are_listed() {
 #[test]
 fn peft_files_name_targets_as_people_do_where_that_is_exact() {
     let dir = tempfile::tempdir().unwrap();
-    let targets = |path: &Path| match PeftAdapter::load(path).unwrap().config.target_modules {
-        Some(engobe_formats::peft::TargetModules::List(names)) => names,
-        other => panic!("{other:?}"),
-    };
-    let (blueprint, lora) = read("default");
-    lora.write_peft(dir.path(), Some(&blueprint), None).unwrap();
+    let targets =
+        |path: &Path| match PeftAdapter::load(path).unwrap().config.modules("target_modules").unwrap() {
+            Some(engobe_formats::peft::TargetModules::List(names)) => names,
+            other => panic!("{other:?}"),
+        };
+    let (outline, lora) = read("default");
+    lora.write_peft(dir.path(), Some(&outline), None).unwrap();
     assert_eq!(targets(dir.path()), ["q_proj", "v_proj"]);
-    let (blueprint, lora) = read("layers");
-    lora.write_peft(dir.path(), Some(&blueprint), None).unwrap();
+    let (outline, lora) = read("layers");
+    lora.write_peft(dir.path(), Some(&outline), None).unwrap();
     assert_eq!(targets(dir.path()), ["model.layers.1.mlp.up_proj", "model.layers.1.self_attn.o_proj"]);
 }

@@ -4,7 +4,7 @@ mod support;
 
 use engobe_convert::Lora;
 use engobe_kernels::storage::StorageType;
-use engobe_models::Blueprint;
+use engobe_models::{LoadOptions, Outline};
 use engobe_testkit::golden;
 use proptest::prelude::*;
 use std::fs;
@@ -62,14 +62,14 @@ struct Files {
 }
 
 impl Files {
-    fn new() -> (Blueprint, Self) {
-        let blueprint = Blueprint::read(&base_of("patterns")).unwrap();
+    fn new() -> (Outline, Self) {
+        let outline = Outline::read(&base_of("patterns"), &LoadOptions::default()).unwrap();
         let this = Self { dir: tempfile::tempdir().unwrap() };
-        let lora = Lora::read(&golden("peft/patterns"), Some(&blueprint), None).unwrap();
-        lora.write_peft(&this.path("peft"), Some(&blueprint), None).unwrap();
-        lora.write_mlx(&this.path("mlx"), Some(&blueprint), None).unwrap();
-        lora.write_gguf(&this.path("lora.gguf"), &blueprint, StorageType::F32).unwrap();
-        (blueprint, this)
+        let lora = Lora::read(&golden("peft/patterns"), Some(&outline), None).unwrap();
+        lora.write_peft(&this.path("peft"), Some(&outline), None).unwrap();
+        lora.write_mlx(&this.path("mlx"), Some(&outline), None).unwrap();
+        lora.write_gguf(&this.path("lora.gguf"), &outline, StorageType::F32).unwrap();
+        (outline, this)
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -78,19 +78,19 @@ impl Files {
 }
 
 /// Reads, and writes what was read in all formats.
-fn convert(path: &Path, blueprint: Option<&Blueprint>) {
-    let Ok(lora) = Lora::read(path, blueprint, None) else { return };
+fn convert(path: &Path, outline: Option<&Outline>) {
+    let Ok(lora) = Lora::read(path, outline, None) else { return };
     let dir = tempfile::tempdir().unwrap();
-    let _ = lora.write_peft(&dir.path().join("peft"), blueprint, None);
-    let _ = lora.write_mlx(&dir.path().join("mlx"), blueprint, None);
-    if let Some(blueprint) = blueprint {
-        let _ = lora.write_gguf(&dir.path().join("lora.gguf"), blueprint, StorageType::F16);
+    let _ = lora.write_peft(&dir.path().join("peft"), outline, None);
+    let _ = lora.write_mlx(&dir.path().join("mlx"), outline, None);
+    if let Some(outline) = outline {
+        let _ = lora.write_gguf(&dir.path().join("lora.gguf"), outline, StorageType::F16);
     }
 }
 
 #[test]
 fn damaged_files_end_in_an_error_or_a_file() {
-    let (blueprint, files) = Files::new();
+    let (outline, files) = Files::new();
     let sources = [
         ("peft", "adapter_model.safetensors"),
         ("peft", "adapter_config.json"),
@@ -112,7 +112,7 @@ fn damaged_files_end_in_an_error_or_a_file() {
             let (at, file) = sources[which];
             let path = if file.is_empty() { files.path(at) } else { files.path(at).join(file) };
             fs::write(&path, damaged(whole[which].clone(), &damage)).unwrap();
-            convert(&files.path(at), known.then_some(&blueprint));
+            convert(&files.path(at), known.then_some(&outline));
             fs::write(&path, &whole[which]).unwrap();
             Ok(())
         })

@@ -59,6 +59,47 @@ fn every_configuration_says_the_same_from_a_gguf_file() {
 }
 
 #[test]
+fn every_family_says_the_same_from_a_gguf_file() {
+    let mut refused = Vec::new();
+    for name in cases("decoders") {
+        let (dir, path) = temporary();
+        let base = golden(format!("decoders/{name}"));
+        if let Err(error) = write(&base, None, "f32", &path) {
+            refused.push((name, error.to_string()));
+            continue;
+        }
+        // the same numbers in another order; 1 + w is rounded once more
+        assert_close(&logits(&path, None), &doubles(&logits(&base, None)), 5e-6, &name);
+        let adapter = base.join("lora");
+        if adapter.exists() {
+            let merged = dir.path().join("merged.gguf");
+            let expected = doubles(&logits(&base, Some(&adapter)));
+            assert!(write(&base, Some(&adapter), "f32", &merged).unwrap().changed > 0);
+            // W + sBA is rounded to f32 once, as above
+            assert_close(&logits(&merged, None), &expected, 5e-6, &format!("{name}, merged"));
+            assert_close(&logits(&path, Some(&adapter)), &expected, 5e-6, &format!("{name}, adapted"));
+        }
+    }
+    let names: Vec<&str> = refused.iter().map(|(name, _)| name.as_str()).collect();
+    let expected = [
+        ("gemma2_uncapped", "attn_logit_softcapping is null"),
+        ("gemma3_scaled", "query_pre_attn_scalar is 20"),
+        ("gpt2_short_names", "activation_function is gelu"),
+        ("gpt_neox_serial", "hidden_act is gelu_new"),
+        ("mistral", "sliding_window is 6"),
+        ("opt", "llama.cpp has no architecture for opt"),
+        ("opt_plain", "llama.cpp has no architecture for opt"),
+        ("opt_post_norm", "llama.cpp has no architecture for opt"),
+        ("qwen2_window", "sliding_window is 7"),
+        ("qwen3_bias", "sliding_window is 9"),
+    ];
+    assert_eq!(names, expected.map(|(name, _)| name));
+    for ((name, error), (_, part)) in refused.iter().zip(expected) {
+        assert!(error.contains(part), "{name}: {error}");
+    }
+}
+
+#[test]
 fn merged_files_say_what_the_adapter_says() {
     for name in cases("peft") {
         let (dir, path) = temporary();

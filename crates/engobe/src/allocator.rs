@@ -76,6 +76,31 @@ unsafe impl GlobalAlloc for Allocator {
     }
 }
 
+/// Bytes of large blocks in use: tensors and the like. 0 where there is no heap of our own.
+pub fn large_bytes() -> usize {
+    counts(|used, _| used)
+}
+
+/// The most that [`large_bytes`] was since [`forget_peak`].
+pub fn peak_large_bytes() -> usize {
+    counts(|_, peak| *peak)
+}
+
+/// Lets [`peak_large_bytes`] count from now on.
+pub fn forget_peak() {
+    counts(|used, peak| *peak = used);
+}
+
+#[cfg(unix)]
+fn counts<R>(f: impl FnOnce(usize, &mut usize) -> R) -> R {
+    LARGE.counts(f)
+}
+
+#[cfg(not(unix))]
+fn counts<R>(f: impl FnOnce(usize, &mut usize) -> R) -> R {
+    f(0, &mut 0)
+}
+
 /// Lets mimalloc keep what is freed, for the blocks that are its own.
 pub fn keep_freed_pages() {
     /// place of `mi_option_purge_delay` in `mi_option_t`, the same in mimalloc 2 and 3
@@ -119,11 +144,14 @@ mod large {
         /// nothing was ever used from here on
         top: usize,
         end: usize,
+        /// bytes in use, and the most of them since that was last forgotten
+        pub used: usize,
+        pub peak: usize,
     }
 
     impl Map {
         pub const fn new() -> Self {
-            Self { gaps: [Gap { start: 0, len: 0 }; MOST_GAPS], count: 0, top: 0, end: 0 }
+            Self { gaps: [Gap { start: 0, len: 0 }; MOST_GAPS], count: 0, top: 0, end: 0, used: 0, peak: 0 }
         }
 
         /// Takes the lowest place for `len` bytes. Also says whether nothing was ever written there.
@@ -214,9 +242,18 @@ mod large {
                 self.len.store(len, Ordering::Relaxed);
                 self.base.store(base, Ordering::Release);
             }
-            let (start, fresh) = map.take(size.checked_next_multiple_of(PAGE)?)?;
+            let len = size.checked_next_multiple_of(PAGE)?;
+            let (start, fresh) = map.take(len)?;
+            map.used += len;
+            map.peak = map.peak.max(map.used);
             let base = self.base.load(Ordering::Relaxed);
             Some((std::ptr::with_exposed_provenance_mut(base + start), fresh))
+        }
+
+        /// Runs `f` on the bytes in use and the most of them.
+        pub fn counts<R>(&self, f: impl FnOnce(usize, &mut usize) -> R) -> R {
+            let mut map = self.map.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            f(map.used, &mut map.peak)
         }
 
         /// True if the block came from here.
@@ -229,7 +266,9 @@ mod large {
         pub fn free(&self, block: *mut u8, size: usize) {
             let start = block.addr() - self.base.load(Ordering::Relaxed);
             let mut map = self.map.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            map.give(start, size.next_multiple_of(PAGE));
+            let len = size.next_multiple_of(PAGE);
+            map.used -= len;
+            map.give(start, len);
         }
     }
 

@@ -33,6 +33,9 @@ pub enum Task {
     Demo(DemoArgs),
     /// Download a known model into the cache
     Fetch(FetchArgs),
+    /// Train several methods under one budget, over one load of the base, and compare them
+    #[command(after_help = COMPARE_EXAMPLES)]
+    Compare(Box<CompareArgs>),
     /// What a run would take in memory, and which settings would fit a limit
     #[command(after_help = PLAN_EXAMPLES)]
     Plan(Box<TrainArgs>),
@@ -175,6 +178,43 @@ pub struct TrainArgs {
     pub settings: SettingFlags,
 }
 
+const COMPARE_EXAMPLES: &str = "\
+The base is loaded once; methods are attached to it, trained and taken away again one after the other. All see the same
+rows in the same order for the same number of steps; --only gives one of them settings of its own. Peak memory is the
+base's weights and the most that tensors took beside them.
+
+  engobe compare --model smollm2-135m --methods lora,prefix-tuning,prompt-tuning --data train.jsonl \\
+      --val-data val.jsonl --test-data test.jsonl --max-steps 80 --out compared --only lora.learning_rate=1e-3";
+
+/// `engobe compare`
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// Methods to train, in this order (see --method of train)
+    #[arg(long, value_name = "A,B", value_delimiter = ',', required = true)]
+    pub methods: Vec<String>,
+    /// A setting of one method alone; may be repeated
+    #[arg(long, value_name = "METHOD.NAME=VALUE")]
+    pub only: Vec<String>,
+    /// Rows whose completions are to be matched exactly, by the base and by each method
+    #[arg(long, value_name = "FILE", value_delimiter = ',')]
+    pub test_data: Vec<PathBuf>,
+    /// Most tokens of an answer to a row of --test-data
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub max_new_tokens: usize,
+    /// TOML file of settings; flags override it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Any setting by its name (rank_pattern='{ "q_proj" = 4 }')
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub set: Vec<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub settings: SettingFlags,
+}
+
 const PLAN_EXAMPLES: &str = "\
 Takes the flags of train and reads headers alone (config.json, safetensors, GGUF): it answers at once, also for a
 model of which only the config.json is there.
@@ -208,7 +248,7 @@ pub struct SettingFlags {
 
 impl Args for SettingFlags {
     fn augment_args(mut command: Command) -> Command {
-        for key in &KEYS {
+        for key in KEYS.iter() {
             let arg = Arg::new(key.name).long(key.flag()).help(key.help).help_heading(key.heading);
             let arg = match key.kind {
                 Kind::Flag => arg
@@ -246,7 +286,7 @@ impl Args for SettingFlags {
 impl FromArgMatches for SettingFlags {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let mut given = Vec::new();
-        for key in &KEYS {
+        for key in KEYS.iter() {
             for value in matches.get_many::<String>(key.name).into_iter().flatten() {
                 given.push((key.name.to_string(), value.clone()));
             }

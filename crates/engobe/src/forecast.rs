@@ -28,7 +28,6 @@ pub struct Forecast {
     pub base_parameters: usize,
     /// how it is trained
     pub plan: Plan,
-    dropout: bool,
     tokenizer: bool,
     eval_tokens: usize,
     threads: usize,
@@ -38,13 +37,15 @@ impl Forecast {
     /// Looks at the headers of the model at `path`.
     pub fn new(given: &Given, plan: &Plan, path: &Path, options: &LoadOptions) -> Result<Self> {
         let mut outline = Outline::read(path, options)?;
-        let asked = given.lora("")?;
-        let dropout = asked.lora_dropout;
+        let asked = given.adapter("")?;
         let config = match given.path("init_adapter") {
-            Some(dir) => PeftAdapter::load(&dir)?.config,
+            Some(dir) => {
+                let mut config = PeftAdapter::load(&dir)?.config;
+                given.training_changes(&asked).into_iter().for_each(|(name, value)| config.set(name, value));
+                config
+            }
             None => asked,
         };
-        let dropout = if given.has("lora_dropout") { dropout } else { config.lora_dropout };
         let base_parameters = workbench::base_parameters(outline.model.as_mut());
         let adapter = Adapter::sizes(outline.model.as_mut(), &config)?;
         // rows that are validated on come in bins of 512 tokens or their own length
@@ -57,7 +58,6 @@ impl Forecast {
             adapter,
             base_parameters,
             plan: plan.clone(),
-            dropout: dropout > 0.0,
             tokenizer: !path.is_dir() || path.join("tokenizer.json").exists(),
             eval_tokens,
             threads: rayon::current_num_threads(),
@@ -70,7 +70,6 @@ impl Forecast {
             tensors: &self.outline.tensors,
             adapter: &self.adapter,
             plan: &self.plan,
-            dropout: self.dropout,
             tokenizer: self.tokenizer,
             eval_tokens: self.eval_tokens,
             threads: self.threads,

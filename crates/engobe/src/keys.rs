@@ -1,31 +1,13 @@
 //! The settings of a run: one table that the configuration file, `--set` and the flags of `train` all share.
 
 use anyhow::{Result, bail};
+pub use engobe_adapters::method::Kind;
+use engobe_adapters::method::METHODS;
+use std::sync::LazyLock;
 use toml::Value;
 
-/// What a setting's value must be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// whole number, 0 or above
-    Whole,
-    /// number
-    Number,
-    /// true or false
-    Flag,
-    /// text
-    Text,
-    /// text, or a list of texts (comma-separated on the command line)
-    Names,
-    /// a list of whole numbers (comma-separated on the command line)
-    Wholes,
-    /// patterns and numbers: a table, or an inline table with `--set`
-    Table,
-    /// true, false or a name
-    FlagOrText,
-}
-
 /// A setting.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Key {
     /// its name in files and `--set`; the flag has dashes
     pub name: &'static str,
@@ -48,8 +30,8 @@ const UPKEEP: &str = "Evaluation and checkpoints";
 const DATA: &str = "Data";
 const MODEL: &str = "Model and machine";
 
-/// All settings.
-pub const KEYS: [Key; 57] = [
+/// Settings of every run.
+const COMMON: [Key; 44] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
     key(
         "dtype",
@@ -57,12 +39,7 @@ pub const KEYS: [Key; 57] = [
         MODEL,
         "how base weights are kept: stored, f32, bf16, f16 (compute is f32) [stored]",
     ),
-    key(
-        "method",
-        Kind::Text,
-        MODEL,
-        "lora, or qlora: the base is quantized to NF4 with double quantization [lora]",
-    ),
+    key("method", Kind::Text, MODEL, ""),
     key("quantize", Kind::Text, MODEL, "quantize the base's linear layers as they are read: nf4, fp4, int8"),
     key("double_quant", Kind::Flag, MODEL, "quantize the factors of 4-bit blocks too [on with qlora]"),
     key("quant_block_size", Kind::Whole, MODEL, "elements in a 4-bit block: 32 to 4096, a power of two [64]"),
@@ -82,19 +59,6 @@ pub const KEYS: [Key; 57] = [
     key("allow", Kind::Names, DATA, "kinds of findings that shall not stop the run"),
     key("out", Kind::Text, LENGTH, "directory to write into"),
     key("init_adapter", Kind::Text, ADAPTER, "start from this PEFT directory"),
-    key("r", Kind::Whole, ADAPTER, "rank [16]"),
-    key("lora_alpha", Kind::Number, ADAPTER, "scale is lora_alpha / r [32]"),
-    key("lora_dropout", Kind::Number, ADAPTER, "dropout on the adapter's input [0]"),
-    key("use_rslora", Kind::Flag, ADAPTER, "scale by lora_alpha / sqrt(r) instead"),
-    key("target_modules", Kind::Names, ADAPTER, "names, a regex, or all-linear [all-linear]"),
-    key("exclude_modules", Kind::Names, ADAPTER, "names or a regex to leave out"),
-    key("layers_to_transform", Kind::Wholes, ADAPTER, "layers to adapt [all]"),
-    key("layers_pattern", Kind::Names, ADAPTER, "name of the list that the layers count in"),
-    key("rank_pattern", Kind::Table, ADAPTER, "ranks by module pattern"),
-    key("alpha_pattern", Kind::Table, ADAPTER, "alphas by module pattern"),
-    key("bias", Kind::Text, ADAPTER, "biases to train: none, all, lora_only [none]"),
-    key("modules_to_save", Kind::Names, ADAPTER, "modules to train in full"),
-    key("init_lora_weights", Kind::FlagOrText, ADAPTER, "true (Kaiming A, zero B), gaussian, false [true]"),
     key("epochs", Kind::Number, LENGTH, "passes over the rows [3]"),
     key("max_steps", Kind::Whole, LENGTH, "optimizer steps, instead of epochs"),
     key("batch_size", Kind::Whole, LENGTH, "rows (packed: bins of max_seq_len tokens) in a micro-batch [1]"),
@@ -110,7 +74,7 @@ pub const KEYS: [Key; 57] = [
         "adamw, adamw_8bit, paged_adamw, paged_adamw_8bit or sgd [adamw]",
     ),
     key("state_file", Kind::Text, OPTIMIZER, "file of a paged optimizer's state [OUT/optimizer.state]"),
-    key("learning_rate", Kind::Number, OPTIMIZER, "peak learning rate [0.0002]"),
+    key("learning_rate", Kind::Number, OPTIMIZER, "peak learning rate [0.0002; prompts and prefixes more]"),
     key("lr_scheduler", Kind::Text, OPTIMIZER, "linear, cosine, constant [linear]"),
     key("warmup_steps", Kind::Whole, OPTIMIZER, "steps of linear warm-up [0]"),
     key("weight_decay", Kind::Number, OPTIMIZER, "weight decay [0.01]"),
@@ -148,6 +112,35 @@ pub const KEYS: [Key; 57] = [
         "keep less, compute twice: less memory, a third more time",
     ),
 ];
+
+/// All settings: those of every run, with the methods' own among them (a name that several have stands once).
+pub static KEYS: LazyLock<Vec<Key>> = LazyLock::new(|| {
+    let mut keys: Vec<Key> = COMMON.to_vec();
+    for key in keys.iter_mut().filter(|k| k.name == "method") {
+        key.help = method_help().leak();
+    }
+    let mut at = keys.iter().position(|k| k.name == "init_adapter").map_or(keys.len(), |i| i + 1);
+    for method in METHODS {
+        for setting in method.settings() {
+            if !keys.iter().any(|k| k.name == setting.name) {
+                keys.insert(at, key(setting.name, setting.kind, ADAPTER, setting.help));
+                at += 1;
+            }
+        }
+    }
+    keys
+});
+
+fn method_help() -> String {
+    let each: Vec<String> = METHODS.iter().map(|m| format!("{} ({})", m.name(), m.about())).collect();
+    let qlora = "qlora: lora, and the base is quantized to NF4 with double quantization";
+    format!("how to adapt: {}, or {qlora} [lora]", each.join(", "))
+}
+
+/// True for a setting of the adapter.
+pub fn is_of_method(name: &str) -> bool {
+    METHODS.iter().any(|m| m.settings().iter().any(|s| s.name == name))
+}
 
 /// Settings that only a file or `--set` can give.
 pub const FILE_ONLY: [Key; 1] =

@@ -49,6 +49,7 @@ fn main() -> ExitCode {
         Task::Fetch(args) => commands::fetch::run(&args),
         Task::Plan(args) => commands::plan::run(&args),
         Task::Train(args) => commands::train::run(&args),
+        Task::Compare(args) => commands::compare::run(&args),
         Task::Eval(args) => commands::eval::run(&args),
         Task::Generate(args) => commands::generate::run(&args),
         Task::Merge(args) => commands::merge::run(&args),

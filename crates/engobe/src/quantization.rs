@@ -1,6 +1,7 @@
 //! What was said about quantizing a base, and what it means.
 
 use crate::Usage;
+use crate::settings::QLORA;
 use anyhow::{Result, bail};
 use engobe_kernels::codec::{FourBit, is_block_size};
 use engobe_kernels::quantize::Scheme;
@@ -8,7 +9,7 @@ use engobe_kernels::quantize::Scheme;
 /// What was said.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Asked<'a> {
-    /// `lora` or `qlora`
+    /// the method; `qlora` quantizes
     pub method: Option<&'a str>,
     /// `nf4`, `fp4` or `int8`
     pub to: Option<&'a str>,
@@ -40,11 +41,8 @@ impl Asked<'_> {
     pub fn scheme(&self, names: Names) -> Result<Option<Scheme>> {
         let flag = |name: &str| name.replace('_', "-");
         let (to, block_flag) = (flag(names.to), flag(names.block));
-        let qlora = match self.method {
-            None | Some("lora") => false,
-            Some("qlora") => true,
-            Some(other) => bail!(Usage(format!("method is {other:?}; expected lora or qlora"))),
-        };
+        // (what is no method is refused with the adapter's settings)
+        let qlora = matches!(self.method, Some(QLORA));
         // QLoRA is NF4 with double quantization, unless one of both was said otherwise
         let kind = match (self.to, qlora) {
             (None, false) => {
@@ -113,7 +111,6 @@ mod tests {
     fn contradictions_are_named() {
         let none = Asked::default();
         for (asked, part) in [
-            (Asked { method: Some("dora"), ..none }, "method is \"dora\""),
             (Asked { to: Some("nf8"), ..none }, "--quantize nf8"),
             (Asked { double: Some(true), ..none }, "--double-quant says how"),
             (Asked { block: Some(64), ..none }, "--quant-block-size says how"),

@@ -2,6 +2,8 @@
 
 mod plot;
 
+pub use plot::{Curve, compare_svg};
+
 use crate::memory::bytes_text;
 use crate::terminal::seconds_text;
 use crate::training::Summary;

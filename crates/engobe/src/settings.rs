@@ -4,14 +4,18 @@ use crate::keys::{self, Kind};
 use crate::quantization::Asked;
 use crate::workbench;
 use anyhow::{Context, Result, bail};
-use engobe_formats::peft::{LoraConfig, TargetModules};
+use engobe_adapters::method::{self, Decides, METHODS};
+use engobe_adapters::{Adapter, Method};
+use engobe_formats::peft::PeftConfig;
 use engobe_models::LoadOptions;
 use engobe_train::Plan;
 use engobe_train::plan::{Compute, Optimization, Schedule, Upkeep};
 use serde_json::{Value as Json, json};
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
+
+/// LoRA over a base that is quantized as it is read.
+pub const QLORA: &str = "qlora";
 
 /// The settings that were given, by name.
 #[derive(Clone, Debug, Default)]
@@ -33,13 +37,7 @@ impl Given {
             let key = keys::find_or_suggest(name, &source)?;
             given.set(name, key.parse(text, &source)?);
         }
-        for set in sets {
-            let (name, text) =
-                set.split_once('=').with_context(|| format!("--set {set}: expected name=value"))?;
-            let (name, source) = (name.trim(), format!("--set {set}"));
-            let key = keys::find_or_suggest(name, &source)?;
-            given.set(name, key.parse(text.trim(), &source)?);
-        }
+        given.lay_over(sets)?;
         given.conflicts()?;
         Ok(given)
     }
@@ -87,6 +85,25 @@ impl Given {
                 _ if self.has(a) && self.has(b) => bail!("{a} and {b} contradict each other: give one"),
                 _ => {}
             }
+        }
+        Ok(())
+    }
+
+    /// These settings with others (`name=value`) over them.
+    pub fn with_sets(&self, sets: &[String]) -> Result<Self> {
+        let mut given = self.clone();
+        given.lay_over(sets)?;
+        given.conflicts()?;
+        Ok(given)
+    }
+
+    fn lay_over(&mut self, sets: &[String]) -> Result<()> {
+        for set in sets {
+            let (name, text) =
+                set.split_once('=').with_context(|| format!("--set {set}: expected name=value"))?;
+            let (name, source) = (name.trim(), format!("--set {set}"));
+            let key = keys::find_or_suggest(name, &source)?;
+            self.set(name, key.parse(text.trim(), &source)?);
         }
         Ok(())
     }
@@ -154,12 +171,15 @@ impl Given {
 
     /// The training plan, validated.
     pub fn plan(&self) -> Result<Plan> {
-        let plan = Plan {
+        let mut plan = Plan {
             schedule: self.group::<Schedule>()?,
             optimization: self.group::<Optimization>()?,
             upkeep: self.group::<Upkeep>()?,
             compute: self.group::<Compute>()?,
         };
+        if let (false, Some(rate)) = (self.has("learning_rate"), self.method()?.learning_rate()) {
+            plan.optimization.learning_rate = rate;
+        }
         plan.validate()?;
         Ok(plan)
     }
@@ -193,46 +213,68 @@ impl Given {
         self.table.iter().map(convert).collect()
     }
 
-    /// LoRA's configuration; `engobe`'s defaults are r 16, lora_alpha 32, all linear layers.
-    pub fn lora(&self, base: &str) -> Result<LoraConfig> {
-        let mut json = json!({
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "r": 16,
-            "lora_alpha": 32,
-            "target_modules": "all-linear",
-            "base_model_name_or_path": base,
-        });
-        for name in LoraConfig::SETTINGS {
-            if let Some(value) = self.table.get(name) {
-                json[name] = to_json(value);
-            }
+    /// The method that was asked for; QLoRA is LoRA over a base that is quantized.
+    pub fn method(&self) -> Result<&'static dyn Method> {
+        match self.text("method") {
+            None | Some(QLORA) => Ok(method::find("lora").context("lora is a method")?),
+            Some(name) => method::find(name).with_context(|| {
+                let known: Vec<&str> = METHODS.iter().map(|m| m.name()).chain([QLORA]).collect();
+                format!("method is {name:?}; expected one of {}", known.join(", "))
+            }),
         }
-        Ok(LoraConfig::parse(Path::new("settings"), json.to_string().as_bytes())?)
     }
 
-    /// Settings of the adapter that contradict one that was loaded. Dropout may differ: it only trains.
-    /// `linear` is what `all-linear` stands for.
-    pub fn check_against(&self, loaded: &LoraConfig, linear: &BTreeSet<String>, from: &Path) -> Result<()> {
-        let mut asked = self.lora("")?;
-        if asked.target_modules == Some(TargetModules::AllLinear) {
-            asked.target_modules = Some(TargetModules::List(linear.iter().cloned().collect()));
+    /// The adapter's configuration: what was given, over engobe's defaults, over PEFT's.
+    ///
+    /// # Errors
+    /// A setting of another method, a value that cannot be.
+    pub fn adapter(&self, base: &str) -> Result<PeftConfig> {
+        let method = self.method()?;
+        let mut config = PeftConfig::new(method.peft_type());
+        config.set("base_model_name_or_path", base);
+        for (name, value) in method.defaults() {
+            config.set(name, value);
         }
-        let mine = serde_json::from_str::<Json>(&asked.to_json())?;
-        let theirs = serde_json::from_str::<Json>(&loaded.to_json())?;
-        for name in LoraConfig::SETTINGS
-            .into_iter()
-            .filter(|n| self.has(n) && *n != "lora_dropout" && *n != "init_lora_weights")
-        {
-            if mine[name] != theirs[name] {
-                bail!("{name} = {} contradicts {}, which has {}", mine[name], from.display(), theirs[name]);
+        for (name, value) in self.table.iter().filter(|(name, _)| keys::is_of_method(name)) {
+            if !method.settings().iter().any(|s| s.name == name) {
+                let known: Vec<&str> = method.settings().iter().map(|s| s.name).collect();
+                bail!("{name} is no setting of {}; it has {}", method.name(), known.join(", "));
             }
+            config.set(name, to_json(value));
+        }
+        Ok(method.normalize(&config)?)
+    }
+
+    /// The given settings that say how an adapter is trained, as `asked` (of [`Given::adapter`]) has them.
+    pub fn training_changes(&self, asked: &PeftConfig) -> Vec<(&'static str, Json)> {
+        let settings = method::of(asked).map_or(&[][..], |m| m.settings());
+        let given = settings.iter().filter(|s| s.decides == Decides::Training && self.has(s.name));
+        given.map(|s| (s.name, asked.get(s.name).cloned().unwrap_or_default())).collect()
+    }
+
+    /// Settings that contradict an adapter that was loaded from `dir`.
+    pub fn check_against(&self, loaded: &Adapter, dir: &Path) -> Result<()> {
+        if self.has("method") && self.method()?.name() != loaded.method().name() {
+            let (mine, theirs) = (self.text("method").unwrap_or_default(), loaded.method().name());
+            bail!("method = {mine:?} contradicts {}, which is an adapter of {theirs}", dir.display());
+        }
+        let (mut asked, theirs) = (self.adapter("")?, loaded.config());
+        loaded.expand(&mut asked);
+        let same = |a: Option<&Json>, b: Option<&Json>| a.map(sorted) == b.map(sorted);
+        for setting in loaded.method().settings() {
+            let (name, mine) = (setting.name, asked.get(setting.name));
+            if setting.decides != Decides::Adapter || !self.has(name) || same(mine, theirs.get(name)) {
+                continue;
+            }
+            let show = |v: Option<&Json>| v.map_or("null".to_string(), Json::to_string);
+            let (mine, theirs) = (show(mine), show(theirs.get(name)));
+            bail!("{name} = {mine} contradicts {}, which has {theirs}", dir.display());
         }
         Ok(())
     }
 
     /// The whole resolved configuration as TOML: what was given, and the defaults of what was not.
-    pub fn resolved(&self, plan: &Plan, lora: &LoraConfig) -> Result<Table> {
+    pub fn resolved(&self, plan: &Plan, adapter: &PeftConfig) -> Result<Table> {
         let mut table = Table::new();
         for name in [
             "model",
@@ -256,10 +298,11 @@ impl Given {
                 table.insert(name.to_string(), value.clone());
             }
         }
-        let lora: Json = serde_json::from_str(&lora.to_json())?;
-        for name in LoraConfig::SETTINGS {
-            if let Some(value) = from_json(&lora[name]) {
-                table.insert(name.to_string(), value);
+        for setting in method::of(adapter)?.settings() {
+            // what only a start needs may have no place in the adapter's file
+            let given = || self.table.get(setting.name).cloned();
+            if let Some(value) = adapter.get(setting.name).and_then(from_json).or_else(given) {
+                table.insert(setting.name.to_string(), value);
             }
         }
         for group in [
@@ -277,6 +320,14 @@ impl Given {
         let (tables, plain): (Vec<_>, Vec<_>) = table.into_iter().partition(|(_, v)| v.is_table());
         Ok(plain.into_iter().chain(tables).collect())
     }
+}
+
+/// Lists in order: where they name modules, their order means nothing.
+fn sorted(value: &Json) -> Json {
+    let Json::Array(list) = value else { return value.clone() };
+    let mut list = list.clone();
+    list.sort_by_key(Json::to_string);
+    Json::Array(list)
 }
 
 /// True for the line of a TOML file that sets `name`.
@@ -333,16 +384,16 @@ mod tests {
         let b = given(&[], &["learning_rate=1e-4", "target_modules=[\"q_proj\", \"v_proj\"]", "max_steps=7"])
             .unwrap();
         assert_eq!(a.plan().unwrap(), b.plan().unwrap());
-        assert_eq!(a.lora("x").unwrap(), b.lora("x").unwrap());
+        assert_eq!(a.adapter("x").unwrap(), b.adapter("x").unwrap());
         assert_eq!(a.plan().unwrap().schedule.max_steps, Some(7));
     }
 
     #[test]
     fn a_regex_stays_a_regex() {
         let g = given(&[("target_modules", r".*\.(q|v)_proj")], &[]).unwrap();
-        assert_eq!(g.lora("").unwrap().target_modules, Some(TargetModules::Regex(r".*\.(q|v)_proj".into())));
+        assert_eq!(g.adapter("").unwrap().text("target_modules"), Some(r".*\.(q|v)_proj"));
         let g = given(&[], &["rank_pattern={ \"q_proj\" = 4 }"]).unwrap();
-        assert_eq!(g.lora("").unwrap().rank_pattern, [("q_proj".to_string(), 4)]);
+        assert_eq!(g.adapter("").unwrap().get("rank_pattern"), Some(&json!({ "q_proj": 4 })));
     }
 
     #[test]
@@ -366,7 +417,7 @@ mod tests {
             let error = given(&flags, &[]).unwrap().plan().unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
         }
-        assert!(given(&[("r", "0")], &[]).unwrap().lora("").unwrap_err().to_string().contains("r is 0"));
+        assert!(given(&[("r", "0")], &[]).unwrap().adapter("").unwrap_err().to_string().contains("r is 0"));
     }
 
     #[test]
@@ -378,11 +429,11 @@ mod tests {
             &["rank_pattern={ \"q_proj\" = 4 }", "weight_decay=0"],
         )
         .unwrap();
-        let table = first.resolved(&first.plan().unwrap(), &first.lora("").unwrap()).unwrap();
+        let table = first.resolved(&first.plan().unwrap(), &first.adapter("").unwrap()).unwrap();
         std::fs::write(&path, toml::to_string(&table).unwrap()).unwrap();
         let second = Given::collect(Some(&path), &[], &[]).unwrap();
         assert_eq!(first.plan().unwrap(), second.plan().unwrap());
-        assert_eq!(first.lora("").unwrap(), second.lora("").unwrap());
+        assert_eq!(first.adapter("").unwrap(), second.adapter("").unwrap());
         assert_eq!(second.paths("data").len(), 2);
     }
 

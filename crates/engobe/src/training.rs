@@ -9,10 +9,12 @@ use crate::terminal::{Note, Progress, say, seconds_text, since_start};
 use crate::workbench::{self, Bench};
 use crate::{Usage, memory, scoring};
 use anyhow::{Context, Result, bail};
+use candle_core::Device;
 use engobe_adapters::{Adapter, Start};
 use engobe_data::{ChatTemplate, Encoder, Loader, LoaderOptions, Prompt, Sample};
 use engobe_formats::atomic::write_atomic;
 use engobe_models::{LoadOptions, WeightDtype};
+use engobe_train::memory::guard::Guard;
 use engobe_train::{Evaluation, Observer, Outcome, Plan, StepMetrics, Trainer, metrics};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -77,10 +79,49 @@ struct Rows {
     uses_date: bool,
 }
 
+/// A run over a model that is there.
+pub struct Setup<'a> {
+    given: &'a Given,
+    plan: Plan,
+    model: String,
+    out: PathBuf,
+    path: &'a Path,
+    device: Device,
+    guard: Option<Guard>,
+    resume: bool,
+}
+
+impl<'a> Setup<'a> {
+    /// The run that `given` describes over the model at `path`.
+    pub fn new(given: &'a Given, path: &'a Path, resume: bool) -> Result<Self> {
+        let needed = |name: &str| given.text(name).map(str::to_string).context(format!("{name} is missing"));
+        Ok(Self {
+            given,
+            plan: given.plan()?,
+            model: needed("model")?,
+            out: PathBuf::from(needed("out")?),
+            path,
+            device: given.load_options()?.device,
+            guard: None,
+            resume,
+        })
+    }
+}
+
+/// A run that is done; its adapter is still attached.
+pub struct Trained {
+    /// what it left
+    pub summary: Summary,
+    /// all of its settings
+    table: toml::Table,
+    /// a few prompts to show what the model does with them
+    shown: Vec<Prompt>,
+}
+
 /// Trains as `given` says.
 pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let mut note = Note::new(common);
-    let mut plan = given.plan()?;
+    let plan = given.plan()?;
     let needed = |name: &str| {
         let why = format!("--{} is missing", name.replace('_', "-"));
         given.text(name).map(str::to_string).ok_or(Usage(why))
@@ -89,46 +130,56 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     if given.paths("data").is_empty() {
         bail!(Usage("--data is missing: a file of rows to train on".to_string()));
     }
+    given.adapter(&model)?;
     workbench::set_threads(given.whole("threads"))?;
     let options = given.load_options()?;
-    let device = options.device.clone();
     prepare_out(&out, resume)?;
     let path = workbench::resolve(&model, common, &mut note)?;
-    let limit = plan.compute.memory_limit;
-    let guard = match limit.filter(|_| device.is_cpu()) {
-        Some(limit) => {
-            let forecast = Forecast::new(given, &plan, &path, &options)?;
-            plan = forecast.fit(limit, &mut note)?;
-            Some(forecast.guard(&plan, limit))
-        }
-        None => None,
-    };
+    let mut setup = Setup::new(given, &path, resume)?;
+    if let Some(limit) = plan.compute.memory_limit.filter(|_| options.device.is_cpu()) {
+        let forecast = Forecast::new(given, &plan, &path, &options)?;
+        setup.plan = forecast.fit(limit, &mut note)?;
+        setup.guard = Some(forecast.guard(&setup.plan, limit));
+    }
     let mut bench = Bench::load(&path, None, &options)?;
     workbench::set_chat_template(bench.tokenizer.as_mut(), given.text("chat_template"))?;
+    let Trained { summary, table, shown } = train(&mut bench, setup, &mut note)?;
     let init = given.path("init_adapter");
-    let adapter = match &init {
-        Some(dir) => {
-            let asked = given.lora(&model)?;
-            let dropout = given.has("lora_dropout").then_some(asked.lora_dropout);
-            let adapter = Adapter::load_to_train(bench.model.as_mut(), dir, dropout, &device)?;
-            given.check_against(adapter.config(), adapter.linear_names(), dir)?;
-            adapter
-        }
-        None => {
-            let start = Start { seed: plan.schedule.seed };
-            Adapter::attach(bench.model.as_mut(), &given.lora(&model)?, start, &device)?
-        }
-    };
+    let shown = show(bench, &path, init.as_deref(), &options, shown)?;
+    let settings = toml::to_string(&table)?;
+    report::write(&summary.out, &RunReport { title: model, summary: &summary, settings, shown })?;
+    Ok(summary)
+}
+
+/// The adapter of a run, on the model: a new one, or the one that the run starts from.
+fn attach(bench: &mut Bench, setup: &Setup<'_>) -> Result<Adapter> {
+    let (given, device) = (setup.given, &setup.device);
+    let asked = given.adapter(&setup.model)?;
+    if let Some(dir) = given.path("init_adapter") {
+        let changes = given.training_changes(&asked);
+        let adapter = Adapter::load_to_train(bench.model.as_mut(), &dir, &changes, device)?;
+        given.check_against(&adapter, &dir)?;
+        return Ok(adapter);
+    }
+    let text = workbench::start_text(bench, given.method()?.needs_text(&asked))?;
+    let start = Start { seed: setup.plan.schedule.seed };
+    Ok(Adapter::attach_with(bench.model.as_mut(), asked, start, &text, device)?)
+}
+
+/// Attaches an adapter to the model on the bench and trains it.
+pub fn train(bench: &mut Bench, setup: Setup<'_>, note: &mut Note) -> Result<Trained> {
+    let adapter = attach(bench, &setup)?;
+    let Setup { given, plan, out, path, guard, resume, .. } = setup;
     for name in adapter.unmatched_targets() {
         note.line(&format!("target_modules: {name:?} matches no module of this model"));
     }
     note.line(&workbench::trainable_line(bench.model.as_mut(), &adapter));
     let date = template_date(given, &out, resume)?;
-    let rows = read_rows(given, &plan, &bench, &date, &mut note)?;
+    let rows = read_rows(given, &plan, bench, &date, note)?;
     let given = given.with_date(rows.uses_date.then_some(date));
-    let table = given.resolved(&plan, adapter.config())?;
+    let table = given.resolved(&plan, &adapter.config())?;
     write_atomic(&out.join("run.toml"), toml::to_string(&table)?.as_bytes())?;
-    let fingerprint = fingerprint(&table, &path, &rows.train)?;
+    let fingerprint = fingerprint(&table, path, &rows.train)?;
     let loader = Loader::new(rows.train.clone(), loader_options(&plan));
     let eval = scoring::eval_batches(&rows.val);
     let mut trainer = Trainer::new(bench.model.as_ref(), &adapter, &plan, loader, eval, &out, fingerprint)?;
@@ -142,7 +193,7 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
         }
     }
     let startup_seconds = since_start().as_secs_f64();
-    let mut watcher = Watcher::new(&trainer, &note);
+    let mut watcher = Watcher::new(&trainer, note);
     let outcome = trainer.run(&mut watcher)?;
     drop((watcher, trainer));
     let summary = Summary {
@@ -153,15 +204,31 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
         history: metrics::read(&out.join("metrics.jsonl"))?,
         out,
     };
-    drop(adapter);
-    let shown = show(bench, &path, init.as_deref(), &options, rows.shown)?;
-    let settings = toml::to_string(&table)?;
-    report::write(&summary.out, &RunReport { title: model, summary: &summary, settings, shown })?;
-    Ok(summary)
+    Ok(Trained { summary, table, shown: rows.shown })
+}
+
+/// The prompts of rows, and what shall follow them.
+pub fn prompts(given: &Given, bench: &Bench, files: &[PathBuf]) -> Result<Vec<Prompt>> {
+    let encoder = encoder(given, given.plan()?.schedule.max_seq_len, bench)?;
+    let mut prompts = Vec::new();
+    for row in engobe_data::reader::read(files)?.iter().flat_map(|f| &f.rows) {
+        prompts.extend(encoder.prompt(row)?);
+    }
+    Ok(prompts)
+}
+
+/// What reads rows as the settings say.
+fn encoder<'b>(given: &'b Given, max_seq_len: usize, bench: &'b Bench) -> Result<Encoder<'b>> {
+    let settings = RowSettings {
+        train_on: given.text("train_on").unwrap_or("completions"),
+        template: given.text("template").unwrap_or("auto"),
+        max_seq_len,
+    };
+    settings.encoder(bench.tokenizer.as_ref(), bench.model.info().vocab_size)
 }
 
 /// Makes the output directory; another run's results are never overwritten.
-fn prepare_out(out: &Path, resume: bool) -> Result<()> {
+pub fn prepare_out(out: &Path, resume: bool) -> Result<()> {
     let taken = ["adapter_config.json", "metrics.jsonl", "checkpoints"].iter().any(|f| out.join(f).exists());
     if taken && !resume {
         return Err(engobe_train::Error::OutExists { path: out.to_path_buf() }.into());
@@ -184,12 +251,7 @@ fn loader_options(plan: &Plan) -> LoaderOptions {
 fn read_rows(given: &Given, plan: &Plan, bench: &Bench, date: &str, note: &mut Note) -> Result<Rows> {
     let tokenizer = bench.tokenizer.as_ref();
     let max_seq_len = plan.schedule.max_seq_len;
-    let settings = RowSettings {
-        train_on: given.text("train_on").unwrap_or("completions"),
-        template: given.text("template").unwrap_or("auto"),
-        max_seq_len,
-    };
-    let mut encoder = settings.encoder(tokenizer, bench.model.info().vocab_size)?;
+    let mut encoder = encoder(given, max_seq_len, bench)?;
     encoder.fix_date(date)?;
     let allow = dataset::allowed(&given.names("allow"))?;
     let mut train = dataset::load(&given.paths("data"), &encoder, note)?;

@@ -6,7 +6,9 @@ use crate::terminal::Note;
 use crate::{Usage, fetch, hub};
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
-use engobe_adapters::Adapter;
+use engobe_adapters::method::NeedsText;
+use engobe_adapters::{Adapter, StartText};
+use engobe_autograd::Tape;
 use engobe_data::TextTokenizer;
 use engobe_data::template::CHATML;
 use engobe_formats::gguf::Gguf;
@@ -200,6 +202,22 @@ impl Bench {
             None => Ok(Vec::new()),
         }
     }
+}
+
+/// What the text that a new adapter starts from is to the model, if it starts from one.
+pub fn start_text(bench: &Bench, needs: Option<NeedsText>) -> Result<StartText> {
+    let Some(needs) = needs else { return Ok(StartText::default()) };
+    let ids = bench.need_tokenizer()?.encode(&needs.text, true)?;
+    if ids.is_empty() || !needs.key_values {
+        return Ok(StartText { ids, key_values: Vec::new() });
+    }
+    let model = bench.model.as_ref();
+    let mut cache = model.new_cache(1, ids.len(), Activations::Exact)?;
+    let batch = cache.batch(&[(0, &ids)])?;
+    model.hidden_states(&mut Tape::inference(), &batch, Some(&mut cache))?;
+    let key_values = (0..model.info().num_layers).map(|layer| cache.rows(layer, 0));
+    let key_values = key_values.collect::<Result<_, _>>()?;
+    Ok(StartText { ids, key_values })
 }
 
 /// What is trained and what is there, as PEFT's `print_trainable_parameters` says it.

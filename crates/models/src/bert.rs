@@ -10,7 +10,7 @@ use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::AttentionShape;
 use engobe_nn::decoder::{Attention, Block, Mlp, Norms, Positions, Projection, Up};
-use engobe_nn::{Encoder, EncoderStack, ModelInfo, Norm, Pooler};
+use engobe_nn::{Encoder, EncoderStack, Entry, ModelInfo, Norm, Pooler};
 use rayon::prelude::*;
 
 /// The architecture.
@@ -57,6 +57,7 @@ pub(crate) fn stack(
     Ok(EncoderStack {
         info: info(architecture.model_type, vocab, d, layers, rows.saturating_sub(first_position as usize)),
         words: embeddings.embedding("word_embeddings", vocab, d)?,
+        entry: Entry::new(embeddings.path("word_embeddings"), d),
         positions: Some(Positions {
             embedding: embeddings.embedding("position_embeddings", rows, d)?,
             first: first_position,
@@ -141,20 +142,20 @@ impl PostNorm {
         let norm = |name: &str| scope.layer_norm(name, d, self.eps, true).map(Norm::Layer);
         let [q, k, v, o] = names.attention;
         let [up, down] = names.mlp;
-        Ok(Block {
-            attention: Attention {
+        Ok(Block::new(
+            Attention {
                 projection: Projection::Separate([linear(q, d, d)?, linear(k, d, d)?, linear(v, d, d)?]),
                 head_norms: None,
                 output: linear(o, d, d)?,
                 shape: self.shape,
                 rope: None,
             },
-            mlp: Mlp {
+            Mlp {
                 up: Up::Plain(linear(up, inner, d)?),
                 activation: self.activation,
                 down: linear(down, d, inner)?,
             },
-            norms: Norms::Post([norm(names.attention_norm)?, norm(names.mlp_norm)?]),
-        })
+            Norms::Post([norm(names.attention_norm)?, norm(names.mlp_norm)?]),
+        ))
     }
 }

@@ -1,7 +1,11 @@
 //! The encoders, by name. Adding one is its file, its line here, and a golden configuration.
 
+use crate::registry::check_quantization;
 use crate::scope::Naming;
-use crate::{Error, LoadOptions, Result, Weights, check_quantization};
+use crate::settings::PLAIN;
+use crate::{Error, LoadOptions, Result, Weights};
+
+pub(crate) use crate::settings::bad;
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
@@ -36,11 +40,15 @@ pub static ENCODERS: &[&EncoderArchitecture] = &[
 /// It is none that we know.
 pub fn encoder_architecture(config: &HfConfig) -> Result<&'static EncoderArchitecture> {
     let found = config.model_type()?;
-    ENCODERS
-        .iter()
-        .find(|a| a.model_type == found)
-        .copied()
-        .ok_or_else(|| Error::Architecture { path: config.path().to_path_buf(), found: found.to_string() })
+    let unknown = || {
+        let known: Vec<&str> = ENCODERS.iter().map(|a| a.model_type).collect();
+        Error::Architecture {
+            path: config.path().to_path_buf(),
+            found: found.to_string(),
+            known: known.join(", "),
+        }
+    };
+    ENCODERS.iter().find(|a| a.model_type == found).copied().ok_or_else(unknown)
 }
 
 /// Loads the encoder in a Hugging Face directory: that of a bare model or of any task model over it.
@@ -53,16 +61,6 @@ pub fn load_encoder(path: &Path, options: &LoadOptions, naming: Naming) -> Resul
     (architecture.build)(&config, &weights, naming)
 }
 
-/// A setting that cannot be.
-pub(crate) fn bad(config: &HfConfig, key: &str, found: impl ToString, expected: &str) -> Error {
-    Error::Config {
-        path: config.path().to_path_buf(),
-        key: key.to_string(),
-        found: found.to_string(),
-        expected: expected.to_string(),
-    }
-}
-
 /// The width of each of `heads` heads of an activation of width `d`.
 pub(crate) fn head_dim(config: &HfConfig, key: &str, d: usize, heads: usize) -> Result<usize> {
     match heads > 0 && d > 0 && d.is_multiple_of(heads) {
@@ -73,23 +71,5 @@ pub(crate) fn head_dim(config: &HfConfig, key: &str, d: usize, heads: usize) -> 
 
 /// The activation under `key`.
 pub(crate) fn activation(config: &HfConfig, key: &str, default: &str) -> Result<Activation> {
-    activation_named(config, key, config.opt_str(key)?.unwrap_or(default))
-}
-
-/// The activation that `key` calls `name`.
-pub(crate) fn activation_named(config: &HfConfig, key: &str, name: &str) -> Result<Activation> {
-    const KNOWN: [(&str, Activation); 8] = [
-        ("gelu", Activation::Gelu),
-        ("gelu_new", Activation::GeluTanh),
-        ("gelu_pytorch_tanh", Activation::GeluTanh),
-        ("gelu_fast", Activation::GeluTanh),
-        ("relu", Activation::Relu),
-        ("silu", Activation::Silu),
-        ("swish", Activation::Silu),
-        ("tanh", Activation::Tanh),
-    ];
-    KNOWN.iter().find(|(known, _)| *known == name).map(|(_, a)| *a).ok_or_else(|| {
-        let names: Vec<&str> = KNOWN.iter().map(|(known, _)| *known).collect();
-        bad(config, key, name, &format!("one of {}", names.join(", ")))
-    })
+    crate::settings::activation(config, key, default, PLAIN)
 }

@@ -5,37 +5,54 @@
 //! Must not know: adapter methods, the training loop.
 
 mod bert;
-mod blueprint;
+mod blank;
 mod distilbert;
 mod encoders;
+mod family;
+mod gemma;
+mod gemma2;
+mod gemma3;
 pub mod gguf_names;
+mod gpt2;
+mod gpt_neox;
 mod llama;
-mod llama_config;
+mod mistral;
 mod modernbert;
+mod opt;
 mod outline;
+mod parts;
+mod phi3;
 mod quantize;
+mod qwen2;
+mod qwen3;
+mod registry;
 mod roberta;
+mod rope_settings;
 mod scope;
 mod seq2seq;
+mod settings;
+mod stored;
 mod t5;
 mod weights;
 
-pub use blueprint::{Blueprint, GgufSettings, LinearBlueprint};
+pub use blank::{TensorUse, scheme_bytes};
 pub use encoders::{ENCODERS, EncoderArchitecture, encoder_architecture, load_encoder};
-pub use llama::Llama;
-pub use llama_config::LlamaConfig;
-pub use outline::{DecoderSizes, Outline, TensorUse, scheme_bytes};
+pub use outline::{GgufSettings, LinearOutline, Outline};
 pub use quantize::{QuantizedModel, quantize};
 pub use scope::Naming;
 pub use seq2seq::load_seq2seq;
+pub use settings::DecoderSizes;
+pub use stored::Stored;
 pub use t5::{T5, T5Config};
-pub use weights::{WeightDtype, Weights, permute_rows, unpermute_rows};
+pub use weights::{WeightDtype, Weights};
 
 use candle_core::Device;
 use engobe_formats::checkpoint::Checkpoint;
+use engobe_formats::gguf::Gguf;
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::quantize::Scheme;
 use engobe_nn::CausalLm;
+use registry::Described;
 use std::path::{Path, PathBuf};
 
 /// Result of building a model.
@@ -45,12 +62,22 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The architecture is unknown.
-    #[error("{}: architecture {found:?} is not supported; known: llama", path.display())]
+    #[error("{}: architecture {found:?} is not supported; known: {known}", path.display())]
     Architecture {
         /// config.json or the GGUF file
         path: PathBuf,
         /// what it says it is
         found: String,
+        /// what we know
+        known: String,
+    },
+    /// llama.cpp has no such architecture, so there are no such GGUF files.
+    #[error("{}: llama.cpp has no architecture for {model_type}: it cannot be written as GGUF", path.display())]
+    NoGguf {
+        /// config.json
+        path: PathBuf,
+        /// Hugging Face's `model_type`
+        model_type: &'static str,
     },
     /// A setting has an impossible value.
     #[error("{}: {key} is {found}; expected {expected}", path.display())]
@@ -138,55 +165,33 @@ impl Default for LoadOptions {
 /// Loads the decoder in a Hugging Face directory or a `.gguf` file, by memory map and in parallel.
 pub fn load_causal_lm(path: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
     let checkpoint = Checkpoint::open(path)?;
-    if let Some(gguf) = checkpoint.gguf() {
-        let architecture = gguf.str("general.architecture")?;
-        if architecture != "llama" {
-            return Err(Error::Architecture { path: path.to_path_buf(), found: architecture.to_string() });
-        }
-        let config = LlamaConfig::from_gguf(gguf)?;
-        let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-        let weights = Weights::gguf_llama(&checkpoint, options, heads, kv_heads)?;
-        return Ok(Box::new(Llama::load(&config, &weights)?));
-    }
-    let config = HfConfig::open(path)?;
-    check_quantization(&config)?;
-    match config.model_type()? {
-        "llama" => {
-            let weights = Weights::hugging_face(&checkpoint, options)?;
-            Ok(Box::new(Llama::load(&LlamaConfig::from_hf(&config)?, &weights)?))
-        }
-        other => Err(Error::Architecture { path: config.path().to_path_buf(), found: other.to_string() }),
-    }
-}
-
-/// Refuses models quantized by anybody but bitsandbytes.
-fn check_quantization(config: &HfConfig) -> Result<()> {
-    let Some(quantization) = config.get("quantization_config") else { return Ok(()) };
-    match quantization.get("quant_method").and_then(serde_json::Value::as_str) {
-        Some("bitsandbytes") => Ok(()),
-        other => Err(Error::Config {
-            path: config.path().to_path_buf(),
-            key: "quantization_config.quant_method".to_string(),
-            found: other.map_or("missing".to_string(), |name| format!("{name:?}")),
-            expected: "\"bitsandbytes\", or a model that is not quantized".to_string(),
-        }),
-    }
+    let described = Described::of(&checkpoint, path)?;
+    described.family.build(&Weights::of(&described, &checkpoint, options)?)
 }
 
 /// The `config.json` that transformers needs to load the weights of a GGUF file from a Hugging Face directory.
 ///
 /// # Errors
 /// The file is of another architecture, or has settings that transformers cannot express.
-pub fn hf_config_of(gguf: &engobe_formats::gguf::Gguf) -> Result<serde_json::Value> {
-    llama_config::to_hf(&LlamaConfig::from_gguf(gguf)?, gguf)
+pub fn hf_config_of(gguf: &Gguf) -> Result<serde_json::Value> {
+    let described = Described::from_gguf(gguf)?;
+    let mut json = described.family.to_hf();
+    json["architectures"] = serde_json::json!([described.architecture.class]);
+    json["model_type"] = described.architecture.model_type.into();
+    json["tie_word_embeddings"] = described.family.sizes().tied_head.into();
+    for name in ["bos_token_id", "eos_token_id"] {
+        if let Some(id) = gguf.opt_u32(&format!("tokenizer.ggml.{name}"))? {
+            json[name] = id.into();
+        }
+    }
+    Ok(json)
 }
 
 /// Rows of a model's embedding, from its configuration alone.
 pub fn vocab_size(path: &Path) -> Result<usize> {
-    if path.is_dir() {
-        return Ok(HfConfig::open(path)?.usize("vocab_size")?);
-    }
-    let gguf = engobe_formats::gguf::Gguf::open(path)?;
-    let rows = gguf.tensor("token_embd.weight")?.shape.first().copied();
-    Ok(rows.unwrap_or(0))
+    let described = match path.is_dir() {
+        true => Described::from_hf(&HfConfig::open(path)?)?,
+        false => Described::from_gguf(&Gguf::open(path)?)?,
+    };
+    Ok(described.family.sizes().vocab)
 }

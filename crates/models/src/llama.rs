@@ -2,221 +2,123 @@
 //!
 //! Module paths are those of transformers' `LlamaForCausalLM`.
 
-use crate::Result;
-use crate::llama_config::LlamaConfig;
-use crate::weights::Weights;
-use candle_core::{Device, Tensor};
-use engobe_autograd::ops::{self, HeadLoss, RopeSpec};
-use engobe_autograd::{Result as OpResult, Tape, Var};
+use crate::family::{Architecture, Family, GgufForm, Misfit};
+use crate::parts::Frame;
+use crate::rope_settings::{Rotary, USUAL};
+use crate::settings::{DecoderSizes, SILU, activation, epsilon, exact, merged};
+use crate::stored::Stored;
+use crate::{GgufSettings, Result, Weights, gguf_names};
+use engobe_formats::gguf::{Gguf, GgufValue};
+use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
-use engobe_kernels::attention::{AttentionShape, Segment};
-use engobe_nn::rope::Rope;
-use engobe_nn::{
-    CausalLm, Embedding, KvCache, Linear, ModelInfo, ModuleMut, ModuleTree, RmsNorm, TokenBatch, linear_group,
+use engobe_nn::decoder::{Attention, Block, Norms};
+use engobe_nn::{CausalLm, Norm};
+use serde_json::{Value, json};
+
+pub static ARCHITECTURE: Architecture = Architecture {
+    model_type: "llama",
+    class: "LlamaForCausalLM",
+    from_hf: |config| Ok(Box::new(Llama::from_hf(config)?)),
+    gguf: Some(GgufForm {
+        name: "llama",
+        names: &gguf_names::LLAMA,
+        read: Some(|gguf| Ok(Box::new(Llama::from_gguf(gguf)?))),
+    }),
 };
-use rayon::prelude::*;
-use std::sync::Arc;
 
-/// A LLaMA decoder with its output head.
+/// What `LlamaConfig` of transformers holds, as far as the arithmetic needs it.
 #[derive(Debug)]
-pub struct Llama {
-    info: ModelInfo,
-    embed_tokens: Embedding,
-    layers: Vec<Layer>,
-    norm: RmsNorm,
-    lm_head: Linear,
-    rope: Rope,
-    device: Device,
-}
-
-#[derive(Debug)]
-struct Layer {
-    input_layernorm: RmsNorm,
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    o_proj: Linear,
-    post_attention_layernorm: RmsNorm,
-    gate_proj: Linear,
-    up_proj: Linear,
-    down_proj: Linear,
-    shape: AttentionShape,
-}
-
-/// What every layer needs to know of the tokens at hand.
-#[derive(Clone)]
-struct Context {
-    rope: RopeSpec,
-    segments: Arc<[Segment]>,
+struct Llama {
+    sizes: DecoderSizes,
+    eps: f32,
+    rotary: Rotary,
+    attention_bias: bool,
+    mlp_bias: bool,
 }
 
 impl Llama {
-    /// Builds the model over the weights of a checkpoint.
-    pub fn load(config: &LlamaConfig, weights: &Weights<'_>) -> Result<Self> {
-        let c = config;
-        let (d, kv, all) = (c.hidden_size, c.kv_width(), c.num_attention_heads * c.head_dim);
-        let embed = weights.matrix("model.embed_tokens.weight", c.vocab_size, d)?;
-        let head = match c.tie_word_embeddings {
-            true => embed.clone(),
-            false => weights.matrix("lm_head.weight", c.vocab_size, d)?,
-        };
-        let linear = |path: &str, out: usize, width: usize, bias: bool| -> Result<Linear> {
-            let weight = weights.linear(&format!("{path}.weight"), out, width)?;
-            let bias = bias.then(|| weights.vector(&format!("{path}.bias"), out)).transpose()?;
-            Ok(Linear::new(path, weight, bias))
-        };
-        let norm = |path: &str| -> Result<RmsNorm> {
-            Ok(RmsNorm::new(path, weights.vector(&format!("{path}.weight"), d)?, c.rms_norm_eps))
-        };
-        let layer = |i: usize| -> Result<Layer> {
-            let p = format!("model.layers.{i}");
-            Ok(Layer {
-                input_layernorm: norm(&format!("{p}.input_layernorm"))?,
-                q_proj: linear(&format!("{p}.self_attn.q_proj"), all, d, c.attention_bias)?,
-                k_proj: linear(&format!("{p}.self_attn.k_proj"), kv, d, c.attention_bias)?,
-                v_proj: linear(&format!("{p}.self_attn.v_proj"), kv, d, c.attention_bias)?,
-                o_proj: linear(&format!("{p}.self_attn.o_proj"), d, all, c.attention_bias)?,
-                post_attention_layernorm: norm(&format!("{p}.post_attention_layernorm"))?,
-                gate_proj: linear(&format!("{p}.mlp.gate_proj"), c.intermediate_size, d, c.mlp_bias)?,
-                up_proj: linear(&format!("{p}.mlp.up_proj"), c.intermediate_size, d, c.mlp_bias)?,
-                down_proj: linear(&format!("{p}.mlp.down_proj"), d, c.intermediate_size, c.mlp_bias)?,
-                shape: AttentionShape::new(
-                    c.num_attention_heads,
-                    c.num_key_value_heads,
-                    c.head_dim,
-                    1.0 / (c.head_dim as f32).sqrt(),
-                    true,
-                ),
-            })
-        };
-        let layers = (0..c.num_hidden_layers).into_par_iter().map(layer).collect::<Result<Vec<_>>>()?;
+    fn from_hf(config: &HfConfig) -> Result<Self> {
+        activation(config, "hidden_act", "silu", SILU)?;
+        let sizes = DecoderSizes::from_hf(config, false)?;
         Ok(Self {
-            info: ModelInfo {
-                model_type: "llama".to_string(),
-                vocab_size: c.vocab_size,
-                hidden_size: d,
-                num_layers: c.num_hidden_layers,
-                kv_width: kv,
-                max_positions: c.max_position_embeddings,
-                tied_head: c.tie_word_embeddings,
-                blocks: layers.iter().any(|l| l.q_proj.weight().is_of_blocks()),
-            },
-            embed_tokens: Embedding::new("model.embed_tokens", embed),
-            layers,
-            norm: norm("model.norm")?,
-            lm_head: Linear::new("lm_head", head, None),
-            rope: Rope::new(c.rope_theta, c.head_dim, c.rope_scaling.clone()),
-            device: weights.device().clone(),
+            eps: epsilon(config, "rms_norm_eps", 1e-6)?,
+            rotary: Rotary::from_hf(config, &sizes, USUAL)?,
+            attention_bias: config.bool_or("attention_bias", false)?,
+            mlp_bias: config.bool_or("mlp_bias", false)?,
+            sizes,
+        })
+    }
+
+    fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let sizes = DecoderSizes::from_gguf(gguf, "llama")?;
+        Ok(Self {
+            eps: gguf.f32("llama.attention.layer_norm_rms_epsilon")?,
+            rotary: Rotary::from_gguf(gguf, "llama", &sizes)?,
+            attention_bias: gguf.contains("blk.0.attn_q.bias"),
+            mlp_bias: gguf.contains("blk.0.ffn_up.bias"),
+            sizes,
         })
     }
 }
 
-impl Layer {
-    fn forward<'m>(
-        &'m self,
-        tape: &mut Tape<'m>,
-        x: &Var,
-        context: &Context,
-        cache: Option<(&mut KvCache, usize, &TokenBatch)>,
-    ) -> OpResult<Var> {
-        let normed = self.input_layernorm.forward(tape, x)?;
-        let [q, k, v] = linear_group(tape, &normed, [&self.q_proj, &self.k_proj, &self.v_proj])?;
-        drop(normed);
-        let q = ops::rope(tape, &q, &context.rope, self.shape.head_dim)?;
-        let mut k = ops::rope(tape, &k, &context.rope, self.shape.head_dim)?;
-        let mut v = v;
-        if let Some((cache, layer, batch)) = cache {
-            let (keys, values) = cache.append(layer, batch, k.tensor(), v.tensor())?;
-            (k, v) = (Var::constant(keys), Var::constant(values));
-        }
-        let attended = ops::attention(tape, &q, &k, &v, self.shape, context.segments.clone())?;
-        drop((q, k, v));
-        let x = self.o_proj.forward_residual(tape, &attended, x)?;
-        drop(attended);
-        let normed = self.post_attention_layernorm.forward(tape, &x)?;
-        let [gate, up] = linear_group(tape, &normed, [&self.gate_proj, &self.up_proj])?;
-        drop(normed);
-        let gated = ops::gated(tape, Activation::Silu, &gate, &up)?;
-        drop((gate, up));
-        self.down_proj.forward_residual_last(tape, &gated, &x)
+impl Family for Llama {
+    fn sizes(&self) -> &DecoderSizes {
+        &self.sizes
     }
 
-    fn linears(&mut self) -> [&mut Linear; 7] {
-        [
-            &mut self.q_proj,
-            &mut self.k_proj,
-            &mut self.v_proj,
-            &mut self.o_proj,
-            &mut self.gate_proj,
-            &mut self.up_proj,
-            &mut self.down_proj,
-        ]
+    fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
+        let s = &self.sizes;
+        let norm = |path: &str| -> Result<Norm> { Ok(Norm::Rms(w.rms_norm_at(path, s.hidden, self.eps)?)) };
+        let frame = Frame::usual("llama", s, norm("model.norm")?, vec![self.rotary.rope()]);
+        let decoder = frame.decoder(w, s, |i| {
+            let at = |name: &str| format!("model.layers.{i}.{name}");
+            Ok(Block::new(
+                Attention {
+                    projection: w.separate_qkv(&at("self_attn"), s, self.attention_bias)?,
+                    head_norms: None,
+                    output: w.linear_at(&at("self_attn.o_proj"), s.hidden, s.width(), self.attention_bias)?,
+                    shape: s.attention(s.scale(), None),
+                    rope: Some(0),
+                },
+                w.gated_mlp(&at("mlp"), s, Activation::Silu, self.mlp_bias)?,
+                Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
+            ))
+        })?;
+        Ok(Box::new(decoder))
+    }
+
+    fn stored(&self, name: &str) -> Stored {
+        rope_rows(&self.sizes, name)
+    }
+
+    fn to_hf(&self) -> Value {
+        let extra = json!({
+            "hidden_act": "silu",
+            "rms_norm_eps": exact(self.eps),
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+        });
+        merged(&self.sizes, extra, Some(&self.rotary))
+    }
+
+    fn to_gguf(&self) -> Result<GgufSettings, Misfit> {
+        rope_settings(&self.sizes, self.eps, &self.rotary)
     }
 }
 
-impl ModuleTree for Llama {
-    fn visit_modules(&mut self, f: &mut dyn FnMut(ModuleMut<'_>)) {
-        f(ModuleMut::Embedding(&mut self.embed_tokens));
-        for layer in &mut self.layers {
-            for linear in layer.linears() {
-                f(ModuleMut::Linear(linear));
-            }
-            f(ModuleMut::RmsNorm(&mut layer.input_layernorm));
-            f(ModuleMut::RmsNorm(&mut layer.post_attention_layernorm));
-        }
-        f(ModuleMut::RmsNorm(&mut self.norm));
-        f(ModuleMut::Linear(&mut self.lm_head));
-    }
-
-    fn output_heads(&self) -> Vec<String> {
-        vec![self.lm_head.path().to_string()]
+/// llama.cpp turns neighbours in this architecture, so its converter reorders the rows of queries and keys.
+pub(crate) fn rope_rows(sizes: &DecoderSizes, name: &str) -> Stored {
+    match name {
+        _ if name.contains(".self_attn.q_proj.") => Stored::Permuted { heads: sizes.heads },
+        _ if name.contains(".self_attn.k_proj.") => Stored::Permuted { heads: sizes.kv_heads },
+        _ => Stored::AsIs,
     }
 }
 
-impl CausalLm for Llama {
-    fn info(&self) -> &ModelInfo {
-        &self.info
-    }
-
-    fn device(&self) -> &Device {
-        &self.device
-    }
-
-    fn hidden_states<'m>(
-        &'m self,
-        tape: &mut Tape<'m>,
-        batch: &TokenBatch,
-        mut cache: Option<&mut KvCache>,
-    ) -> OpResult<Var> {
-        let longest = batch.positions.iter().max().map_or(0, |p| *p as usize + 1);
-        let context = Context {
-            rope: RopeSpec { table: self.rope.table(longest), positions: batch.positions.clone() },
-            segments: batch.segments.clone(),
-        };
-        let mut x = self.embed_tokens.forward(tape, batch.ids.clone(), &self.device)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            x = match cache.as_deref_mut() {
-                Some(cache) => layer.forward(tape, &x, &context, Some((cache, i, batch)))?,
-                None => {
-                    let context = context.clone();
-                    tape.block(&[x], move |tape, xs| layer.forward(tape, &xs[0], &context, None))?
-                }
-            };
-        }
-        if let Some(cache) = cache {
-            cache.advance(batch);
-        }
-        Ok(x)
-    }
-
-    fn head_loss<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var, targets: Arc<[u32]>) -> OpResult<HeadLoss> {
-        let normed = self.norm.forward(tape, hidden)?;
-        let (normed, head) = self.lm_head.head(tape, &normed)?;
-        ops::head_loss(tape, &normed, head, targets)
-    }
-
-    fn logits<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var) -> OpResult<Tensor> {
-        let normed = self.norm.forward(tape, hidden)?;
-        Ok(self.lm_head.forward(tape, &normed)?.into_tensor())
-    }
+/// The settings of a GGUF file of a decoder with a root-mean-square norm and one rotary embedding.
+pub(crate) fn rope_settings(sizes: &DecoderSizes, eps: f32, rotary: &Rotary) -> Result<GgufSettings, Misfit> {
+    let mut metadata = sizes.to_gguf();
+    metadata.push(("attention.layer_norm_rms_epsilon".to_string(), GgufValue::Float(f64::from(eps))));
+    let tensors = rotary.to_gguf(sizes, &mut metadata, false)?;
+    Ok(GgufSettings { metadata, tensors })
 }

@@ -11,7 +11,7 @@ use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::attention::AttentionShape;
 use engobe_nn::decoder::{Attention, Block, Mlp, Norms, Projection, Up};
 use engobe_nn::rope::{Rope, RopeScaling};
-use engobe_nn::{Encoder, EncoderStack, Norm};
+use engobe_nn::{Encoder, EncoderStack, Entry, Norm};
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -41,30 +41,31 @@ fn build(config: &HfConfig, weights: &Weights<'_>, naming: Naming) -> Result<Box
         let scope = base.within(&format!("layers.{i}"));
         let norm = |name: &str| scope.layer_norm(name, d, eps, norm_bias).map(Norm::Layer);
         let window = (kinds[i] == 1).then_some(window);
-        Ok(Block {
-            attention: Attention {
+        Ok(Block::new(
+            Attention {
                 projection: Projection::Joined(scope.linear("attn.Wqkv", 3 * d, d, attention_bias)?),
                 head_norms: None,
                 output: scope.linear("attn.Wo", d, d, attention_bias)?,
                 shape: AttentionShape { window, ..shape },
                 rope: Some(kinds[i]),
             },
-            mlp: Mlp {
+            Mlp {
                 up: Up::JoinedGate(scope.linear("mlp.Wi", 2 * inner, d, mlp_bias)?),
                 activation,
                 down: scope.linear("mlp.Wo", d, inner, mlp_bias)?,
             },
-            norms: match i {
+            match i {
                 0 => Norms::PreMlp(norm("mlp_norm")?),
                 _ => Norms::Pre([norm("attn_norm")?, norm("mlp_norm")?]),
             },
-        })
+        ))
     };
     let positions = config.opt_usize("max_position_embeddings")?.unwrap_or(8192);
     let rope = |kind| Ok(Rope::new(theta(config, kind)?, shape.head_dim, RopeScaling::None));
     Ok(Box::new(EncoderStack {
         info: info(ARCHITECTURE.model_type, vocab, d, layers, positions),
         words: embeddings.embedding("tok_embeddings", vocab, d)?,
+        entry: Entry::new(embeddings.path("tok_embeddings"), d),
         positions: None,
         token_types: None,
         embedding_norm: Norm::Layer(embeddings.layer_norm("norm", d, eps, norm_bias)?),

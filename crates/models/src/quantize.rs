@@ -2,12 +2,13 @@
 //!
 //! One tensor at a time is read, quantized and written, so that no more than that is held.
 
-use crate::llama_config::LlamaConfig;
-use crate::weights::Weights;
-use crate::{Error, LoadOptions, Result, gguf_names};
+use crate::outline::{LinearOutline, Outline};
+use crate::registry::Described;
+use crate::stored::Stored;
+use crate::weights::{Layout, Weights};
+use crate::{Error, LoadOptions, Result};
 use engobe_formats::bitsandbytes::{self, announce};
 use engobe_formats::checkpoint::Checkpoint;
-use engobe_formats::hf_config::HfConfig;
 use engobe_formats::sharded::{Announced, ShardedWriter};
 use engobe_formats::tensor::{Dtype, TensorView};
 use engobe_kernels::codec;
@@ -38,8 +39,10 @@ struct Planned<'a> {
     /// Hugging Face's name
     name: String,
     view: &'a TensorView,
-    /// rows and columns of a linear layer's matrix
-    linear: Option<(usize, usize)>,
+    /// the linear layer whose matrix it is
+    linear: Option<&'a LinearOutline>,
+    /// how the file keeps it
+    stored: Stored,
 }
 
 /// Quantizes the linear layers of the model at `path`, all but the output head, and writes its tensors into `dir`.
@@ -55,19 +58,10 @@ pub fn quantize(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<QuantizedModel> {
     let checkpoint = Checkpoint::open(path)?;
-    let options = LoadOptions::default();
-    let (config, weights) = match checkpoint.gguf() {
-        Some(gguf) => {
-            let config = LlamaConfig::from_gguf(gguf)?;
-            let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-            (config, Weights::gguf_llama(&checkpoint, &options, heads, kv_heads)?)
-        }
-        None => {
-            let config = LlamaConfig::from_hf(&HfConfig::open(path)?)?;
-            (config, Weights::hugging_face(&checkpoint, &options)?)
-        }
-    };
-    let plan = plan(&checkpoint, &config, scheme)?;
+    let described = Described::of(&checkpoint, path)?;
+    let weights = Weights::of(&described, &checkpoint, &LoadOptions::default())?;
+    let outline = Outline::of(Described::of(&checkpoint, path)?, &checkpoint)?;
+    let plan = plan(&checkpoint, &outline, scheme)?;
     let announced = plan.iter().map(|p| p.announced(scheme)).collect::<Result<Vec<_>>>()?;
     let bytes_after = announced.iter().flatten().filter_map(|(_, dtype, shape)| dtype.bytes_of(shape));
     let mut originals = plan.iter().filter(|p| p.linear.is_some()).map(|p| p.view.storage());
@@ -76,7 +70,7 @@ pub fn quantize(
         kept: plan.iter().filter(|p| p.linear.is_none()).count(),
         bytes_before: plan.iter().map(|p| p.view.bytes().len() as u64).sum(),
         bytes_after: bytes_after.map(|n| n as u64).sum(),
-        skipped: vec!["lm_head".to_string()],
+        skipped: outline.linears.iter().filter(|l| l.head).map(|l| l.path.clone()).collect(),
         original: originals.next().transpose()?.unwrap_or(StorageType::F32),
     };
     let mut writer = ShardedWriter::create(dir, announced.into_iter().flatten().collect(), max_shard_bytes)?;
@@ -92,15 +86,18 @@ pub fn quantize(
 }
 
 /// All tensors under Hugging Face names; every linear layer has its matrix.
-fn plan<'a>(checkpoint: &'a Checkpoint, config: &LlamaConfig, scheme: Scheme) -> Result<Vec<Planned<'a>>> {
-    let mut linears: BTreeMap<String, (usize, usize)> =
-        config.linears().into_iter().map(|(path, dims)| (format!("{path}.weight"), dims)).collect();
+fn plan<'a>(checkpoint: &'a Checkpoint, outline: &'a Outline, scheme: Scheme) -> Result<Vec<Planned<'a>>> {
+    let matrix =
+        |linear: &'a LinearOutline| (outline.name_in(checkpoint, &format!("{}.weight", linear.path)), linear);
+    let mut linears: BTreeMap<String, &LinearOutline> =
+        outline.linears.iter().filter(|l| !l.head).map(matrix).collect();
+    let is_gguf = checkpoint.gguf().is_some();
     let mut plan = Vec::new();
     for view in checkpoint.tensors() {
-        let name = match checkpoint.gguf() {
+        let name = match is_gguf {
             // what has no name there stands for settings, which are in the configuration
-            Some(_) => gguf_names::to_hf(&view.name),
-            None => Some(view.name.clone()),
+            true => outline.hf_name(&view.name),
+            false => Some(view.name.clone()),
         };
         let Some(name) = name else { continue };
         if let Some(found) = bitsandbytes::find(checkpoint, &name)? {
@@ -110,13 +107,13 @@ fn plan<'a>(checkpoint: &'a Checkpoint, config: &LlamaConfig, scheme: Scheme) ->
                 storage: found.scheme().to_string(),
             });
         }
-        let linear = linears.remove(&name);
-        plan.push(Planned { name, view, linear });
+        let linear = linears.remove(&view.name);
+        let stored = if is_gguf { outline.stored(&name) } else { Stored::AsIs };
+        plan.push(Planned { name, view, linear, stored });
     }
     if let Some((missing, _)) = linears.pop_first() {
-        let name = if checkpoint.gguf().is_some() { gguf_names::from_hf(&missing) } else { None };
         // the error names those that are near
-        checkpoint.get(&name.unwrap_or(missing))?;
+        checkpoint.get(&missing)?;
     }
     if let Some(none) = plan.iter().find(|p| p.linear.is_none() && matches!(p.view.dtype, Dtype::Other(_))) {
         none.view.storage()?;
@@ -127,18 +124,22 @@ fn plan<'a>(checkpoint: &'a Checkpoint, config: &LlamaConfig, scheme: Scheme) ->
 
 impl Planned<'_> {
     fn announced(&self, scheme: Scheme) -> Result<Vec<Announced>> {
-        if let Some(dims) = self.linear {
-            return Ok(announce(&self.name, scheme, dims, self.view.storage()?));
+        if let Some(linear) = self.linear {
+            return Ok(announce(&self.name, scheme, (linear.rows, linear.cols), self.view.storage()?));
         }
         Ok(vec![(self.name.clone(), self.kept_dtype(), self.view.shape.clone())])
     }
 
-    /// Type of a tensor that is not quantized: its own, but for GGUF blocks, which safetensors does not know.
+    /// True if its values are written in f32: GGUF blocks, which safetensors does not know, and what is kept in
+    /// another form.
+    fn is_widened(&self) -> bool {
+        let blocks = matches!(&self.view.dtype, Dtype::Storage(storage) if storage.is_quantized());
+        blocks || self.stored != Stored::AsIs
+    }
+
+    /// Type of a tensor that is not quantized.
     fn kept_dtype(&self) -> Dtype {
-        match &self.view.dtype {
-            Dtype::Storage(storage) if storage.is_quantized() => Dtype::Storage(StorageType::F32),
-            other => other.clone(),
-        }
+        if self.is_widened() { Dtype::Storage(StorageType::F32) } else { self.view.dtype.clone() }
     }
 
     /// What is written, in the order in which it was announced.
@@ -148,18 +149,22 @@ impl Planned<'_> {
         weights: &Weights<'_>,
         scheme: Scheme,
     ) -> Result<Vec<(String, Vec<u8>)>> {
-        if let Some((rows, cols)) = self.linear {
-            let quantized = weights.quantized(checkpoint, &self.name, (rows, cols), scheme)?;
+        if let Some(linear) = self.linear {
+            let layout = match linear.transposed && checkpoint.gguf().is_none() {
+                true => Layout::Columns,
+                false => Layout::Rows,
+            };
+            let dims = (linear.rows, linear.cols);
+            let quantized = weights.quantized(checkpoint, &self.name, dims, scheme, layout)?;
             return Ok(bitsandbytes::tensors(&self.name, quantized, self.view.storage()?));
         }
-        let bytes = match &self.view.dtype {
-            Dtype::Storage(storage) if storage.is_quantized() => {
-                let mut floats = vec![0f32; self.view.elements()];
-                codec::decode_parallel(*storage, self.view.bytes(), &mut floats);
-                floats.iter().flat_map(|x| x.to_le_bytes()).collect()
-            }
-            _ => self.view.bytes().to_vec(),
-        };
-        Ok(vec![(self.name.clone(), bytes)])
+        if !self.is_widened() {
+            return Ok(vec![(self.name.clone(), self.view.bytes().to_vec())]);
+        }
+        let mut floats = vec![0f32; self.view.elements()];
+        codec::decode_parallel(self.view.storage()?, self.view.bytes(), &mut floats);
+        let rows = self.view.shape.first().copied().unwrap_or(1);
+        let floats = self.stored.values_from_gguf(&floats, rows);
+        Ok(vec![(self.name.clone(), floats.iter().flat_map(|x| x.to_le_bytes()).collect())])
     }
 }

@@ -1,7 +1,8 @@
 //! The encoder-decoders, by name.
 
+use crate::registry::check_quantization;
 use crate::t5::{T5, T5Config};
-use crate::{Error, LoadOptions, Result, Weights, check_quantization};
+use crate::{Error, LoadOptions, Result, Weights};
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::hf_config::HfConfig;
 use engobe_nn::Seq2Seq;
@@ -17,6 +18,10 @@ pub fn load_seq2seq(path: &Path, options: &LoadOptions) -> Result<Box<dyn Seq2Se
             let weights = Weights::hugging_face(&checkpoint, options)?;
             Ok(Box::new(T5::load(&T5Config::from_hf(&config)?, &weights)?))
         }
-        other => Err(Error::Architecture { path: config.path().to_path_buf(), found: other.to_string() }),
+        other => Err(Error::Architecture {
+            path: config.path().to_path_buf(),
+            found: other.to_string(),
+            known: "t5".to_string(),
+        }),
     }
 }

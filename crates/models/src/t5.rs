@@ -17,8 +17,8 @@ use engobe_autograd::{Result as OpResult, Tape, Var};
 use engobe_kernels::attention::{AttentionShape, RelativeBias, Segment};
 use engobe_nn::decoder::{Attention, CacheSlot, Context, Mlp, Projection, Up};
 use engobe_nn::{
-    Embedding, EncoderStates, KvCache, Linear, ModelInfo, ModuleMut, ModuleTree, RmsNorm, Seq2Seq,
-    Seq2SeqCache, TokenBatch, linear_group,
+    Embedding, EncoderStates, KvCache, KvPrefix, Linear, ModelInfo, ModuleMut, ModuleTree, RmsNorm, Seq2Seq,
+    Seq2SeqCache, SiteMut, SubLayer, SubLayerKind, TokenBatch, linear_group,
 };
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -50,6 +50,10 @@ struct Block {
     cross: Option<Cross>,
     mlp: Mlp,
     mlp_norm: RmsNorm,
+    /// nothing attaches here yet: biases by distance do not count rows before a sequence
+    prefix: KvPrefix,
+    attention_end: SubLayer,
+    mlp_end: SubLayer,
 }
 
 /// Attention to the encoder's states.
@@ -61,6 +65,7 @@ struct Cross {
     o: Linear,
     norm: RmsNorm,
     shape: AttentionShape,
+    end: SubLayer,
 }
 
 /// Where a decoder's block finds the sources.
@@ -174,6 +179,7 @@ impl Block {
         let (d, all) = (c.d_model, c.width());
         let shape = |causal| AttentionShape::new(c.num_heads, c.num_heads, c.d_kv, 1.0, causal);
         let norm = |i: usize| scope.rms_norm(&format!("layer.{i}.layer_norm"), d, c.eps);
+        let end = |name: &str| scope.path(name);
         let attention = scope.within("layer.0.SelfAttention");
         let cross = |scope: &Scope<'_>| -> Result<Cross> {
             Ok(Cross {
@@ -183,6 +189,7 @@ impl Block {
                 o: scope.linear("o", d, all, false)?,
                 norm: norm(1)?,
                 shape: shape(false),
+                end: SubLayer::new(end("layer.1.EncDecAttention"), SubLayerKind::CrossAttention, d),
             })
         };
         let last = if decoder { 2 } else { 1 };
@@ -213,6 +220,13 @@ impl Block {
                 down: mlp.linear("wo", d, c.d_ff, false)?,
             },
             mlp_norm: norm(last)?,
+            prefix: KvPrefix::new(end("layer.0.SelfAttention"), c.num_heads, c.d_kv),
+            attention_end: SubLayer::new(end("layer.0.SelfAttention"), SubLayerKind::Attention, d),
+            mlp_end: SubLayer::new(
+                end(&format!("layer.{last}.DenseReluDense")),
+                SubLayerKind::FeedForward,
+                d,
+            ),
         })
     }
 
@@ -225,9 +239,9 @@ impl Block {
         sources: Option<(Sources<'_>, Arc<[Segment]>)>,
     ) -> OpResult<Var> {
         let normed = self.attention_norm.forward(tape, x)?;
-        let attended = self.attention.attend(tape, &normed, context, cache)?;
+        let attended = self.attention.attend(tape, &normed, context, &self.prefix, cache)?;
         drop(normed);
-        let mut x = self.attention.output.forward_residual(tape, &attended, x)?;
+        let mut x = self.attention_end.close(tape, &self.attention.output, &attended, x)?;
         drop(attended);
         if let (Some(cross), Some((sources, segments))) = (&self.cross, sources) {
             let normed = cross.norm.forward(tape, &x)?;
@@ -238,19 +252,19 @@ impl Block {
                 Sources::KeyValues((k, v)) => [Var::constant(k.clone()), Var::constant(v.clone())],
             };
             let attended = ops::attention(tape, &q, &k, &v, cross.shape, segments)?;
-            x = cross.o.forward_residual(tape, &attended, &x)?;
+            x = cross.end.close(tape, &cross.o, &attended, &x)?;
         }
         let normed = self.mlp_norm.forward(tape, &x)?;
         let inner = self.mlp.inner(tape, &normed)?;
         drop(normed);
-        self.mlp.down.forward_residual_last(tape, &inner, &x)
+        self.mlp_end.close_block(tape, &self.mlp.down, &inner, &x)
     }
 }
 
 /// What attention needs to know of the tokens at hand.
 fn context(batch: &TokenBatch, table: &Var, zero: usize) -> Context {
     let bias = Some(ScoreBias { table: table.clone(), zero });
-    Context { ropes: Arc::from([]), segments: batch.segments.clone(), bias }
+    Context { ropes: Arc::from([]), batch: batch.clone(), bias }
 }
 
 impl ModuleTree for T5 {
@@ -259,6 +273,16 @@ impl ModuleTree for T5 {
         self.encoder.visit(f);
         self.decoder.visit(f);
         f(ModuleMut::Linear(&mut self.lm_head));
+    }
+
+    fn visit_sites(&mut self, f: &mut dyn FnMut(SiteMut<'_>)) {
+        for block in self.encoder.blocks.iter_mut().chain(&mut self.decoder.blocks) {
+            f(SiteMut::SubLayer(&mut block.attention_end));
+            if let Some(cross) = &mut block.cross {
+                f(SiteMut::SubLayer(&mut cross.end));
+            }
+            f(SiteMut::SubLayer(&mut block.mlp_end));
+        }
     }
 
     fn output_heads(&self) -> Vec<String> {
@@ -338,7 +362,7 @@ impl Seq2Seq for T5 {
         let bias = self.decoder.bias(tape, &self.config, &batch.segments, &self.device)?;
         for (layer, block) in self.decoder.blocks.iter().enumerate() {
             let sources = Some((Sources::KeyValues(&cache.sources[layer]), cross.clone()));
-            let slot = CacheSlot { kv: &mut cache.own, layer, batch };
+            let slot = CacheSlot { kv: &mut cache.own, layer };
             let context = context(batch, &bias.table, bias.zero);
             x = block.forward(tape, &x, &context, Some(slot), sources)?;
         }

@@ -1,7 +1,8 @@
 //! From a checkpoint's tensors to frozen weights: names, storage, shape and sanity.
 
-use crate::gguf_names;
-use crate::outline::Blank;
+use crate::blank::Blank;
+use crate::registry::Described;
+use crate::stored::Stored;
 use crate::{Error, LoadOptions, Result};
 use candle_core::{Device, Tensor};
 use engobe_autograd::{Error as OpError, FrozenWeight, HostBytes, HostScales, tensor_of};
@@ -45,8 +46,17 @@ pub struct Weights<'a> {
     dtype: WeightDtype,
     quantize: Option<Scheme>,
     device: Device,
-    /// heads and key/value heads of a GGUF file whose q and k rows are permuted
-    gguf_heads: Option<(usize, usize)>,
+    /// what a GGUF file calls its tensors, and how it keeps them
+    gguf: Option<&'a Described>,
+}
+
+/// How a matrix lies in its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// `[out, in]`
+    Rows,
+    /// `[in, out]` in Hugging Face's files (transformers' `Conv1D`), `[out, in]` in GGUF's and quantized
+    Columns,
 }
 
 #[derive(Clone, Copy)]
@@ -59,24 +69,35 @@ enum Source<'a> {
 impl<'a> Weights<'a> {
     /// Tensors that are never read: sizes are all that is wanted.
     pub(crate) fn blank(
+        described: &'a Described,
         checkpoint: Option<&'a Checkpoint>,
         options: &LoadOptions,
-        gguf_heads: Option<(usize, usize)>,
         blank: &'a Blank,
     ) -> Result<Self> {
-        let source = Source::Blank(blank, checkpoint);
-        Ok(Self { gguf_heads, ..Self::new(source, options)? })
+        Self::new(Some(described), Source::Blank(blank, checkpoint), options)
     }
 
-    /// Tensors of a Hugging Face directory.
+    /// Tensors of a decoder, in a Hugging Face directory or a GGUF file.
+    ///
+    /// # Errors
+    /// Options that contradict each other.
+    pub(crate) fn of(
+        described: &'a Described,
+        checkpoint: &'a Checkpoint,
+        options: &LoadOptions,
+    ) -> Result<Self> {
+        Self::new(Some(described), Source::Checkpoint(checkpoint), options)
+    }
+
+    /// Tensors of a Hugging Face directory, whatever it holds.
     ///
     /// # Errors
     /// Options that contradict each other.
     pub fn hugging_face(checkpoint: &'a Checkpoint, options: &LoadOptions) -> Result<Self> {
-        Self::new(Source::Checkpoint(checkpoint), options)
+        Self::new(None, Source::Checkpoint(checkpoint), options)
     }
 
-    fn new(source: Source<'a>, options: &LoadOptions) -> Result<Self> {
+    fn new(described: Option<&'a Described>, source: Source<'a>, options: &LoadOptions) -> Result<Self> {
         if options.quantize.is_some() && options.dtype != WeightDtype::Stored {
             let why = "quantized weights are kept in their own type, not in another one";
             return Err(Error::Options(why));
@@ -85,21 +106,8 @@ impl<'a> Weights<'a> {
             return Err(Error::Options("quantized weights live in the memory of the CPU"));
         }
         let LoadOptions { dtype, quantize, device } = options.clone();
-        Ok(Self { source, dtype, quantize, device, gguf_heads: None })
-    }
-
-    /// Tensors of a GGUF file of architecture `llama`, whose q and k rows were permuted by the converter
-    /// for `heads` and `kv_heads` heads.
-    ///
-    /// # Errors
-    /// Options that contradict each other.
-    pub fn gguf_llama(
-        checkpoint: &'a Checkpoint,
-        options: &LoadOptions,
-        heads: usize,
-        kv_heads: usize,
-    ) -> Result<Self> {
-        Ok(Self { gguf_heads: Some((heads, kv_heads)), ..Self::hugging_face(checkpoint, options)? })
+        let gguf = described.filter(|d| d.is_gguf);
+        Ok(Self { source, dtype, quantize, device, gguf })
     }
 
     /// Where the weights shall live.
@@ -109,15 +117,18 @@ impl<'a> Weights<'a> {
 
     /// Name of a tensor in the checkpoint.
     fn name(&self, name: &str) -> String {
-        match self.gguf_heads {
-            Some(_) => gguf_names::from_hf(name).unwrap_or_else(|| name.to_string()),
-            None => name.to_string(),
+        match (self.gguf.and_then(Described::gguf), self.source) {
+            (Some(form), _) => form.names.from_hf(name).unwrap_or_else(|| name.to_string()),
+            (None, Source::Checkpoint(checkpoint) | Source::Blank(_, Some(checkpoint))) => {
+                hf_name_in(checkpoint, name).to_string()
+            }
+            (None, Source::Blank(_, None)) => name.to_string(),
         }
     }
 
-    /// Heads of a tensor whose rows the converter permuted: weights and biases of q and k in a GGUF file.
-    fn permuted_heads(&self, name: &str) -> Option<usize> {
-        self.gguf_heads.and_then(|(heads, kv_heads)| gguf_names::permuted_heads(name, heads, kv_heads))
+    /// How the file keeps a tensor.
+    fn stored(&self, name: &str) -> Stored {
+        self.gguf.map_or(Stored::AsIs, |described| described.family.stored(name))
     }
 
     /// True if the checkpoint has a tensor of this name; without a checkpoint, every name is there.
@@ -132,27 +143,33 @@ impl<'a> Weights<'a> {
 
     /// A matrix `[rows, cols]` that stays as precise as it is stored: an embedding, an output head.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
-        self.load(name, rows, cols, None, false)
+        self.load(name, (rows, cols), None, false, Layout::Rows)
     }
 
     /// The matrix `[rows, cols]` of a linear layer: quantized while it is read, if that was asked for.
     pub fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
-        self.load(name, rows, cols, self.quantize, true)
+        self.load(name, (rows, cols), self.quantize, true, Layout::Rows)
+    }
+
+    /// The matrix `[rows, cols]` of a linear layer that Hugging Face's files hold as `[cols, rows]`.
+    pub fn transposed(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
+        let layout = if self.gguf.is_some() { Layout::Rows } else { Layout::Columns };
+        self.load(name, (rows, cols), self.quantize, true, layout)
     }
 
     fn load(
         &self,
         name: &str,
-        rows: usize,
-        cols: usize,
+        (rows, cols): (usize, usize),
         quantize: Option<Scheme>,
         linear: bool,
+        layout: Layout,
     ) -> Result<FrozenWeight> {
         let checkpoint = match self.source {
             Source::Checkpoint(checkpoint) => checkpoint,
             Source::Blank(blank, checkpoint) => {
                 let names = (name, &*self.name(name));
-                let reordered = self.permuted_heads(name).is_some();
+                let reordered = self.stored(name).reorders();
                 return blank.matrix(
                     checkpoint,
                     names,
@@ -161,6 +178,7 @@ impl<'a> Weights<'a> {
                     quantize,
                     reordered,
                     linear,
+                    layout,
                 );
             }
         };
@@ -174,10 +192,14 @@ impl<'a> Weights<'a> {
             }
             Some(found) => self.codes(checkpoint, name, (rows, cols), &found)?,
             None => match quantize {
-                Some(scheme) => {
-                    FrozenWeight::quantized(self.quantized(checkpoint, name, (rows, cols), scheme)?)?
-                }
-                None => self.blocks(checkpoint, name, (rows, cols))?,
+                Some(scheme) => FrozenWeight::quantized(self.quantized(
+                    checkpoint,
+                    name,
+                    (rows, cols),
+                    scheme,
+                    layout,
+                )?)?,
+                None => self.blocks(checkpoint, name, (rows, cols), layout)?,
             },
         };
         if self.device.is_cpu() { Ok(weight) } else { self.to_device(&weight) }
@@ -230,12 +252,11 @@ impl<'a> Weights<'a> {
         checkpoint: &Checkpoint,
         name: &str,
         (rows, cols): (usize, usize),
+        layout: Layout,
     ) -> Result<FrozenWeight> {
         let view = checkpoint.get(&self.name(name))?;
-        check_shape(view, &[rows, cols])?;
         let storage = view.storage()?;
-        let permuted = self.permuted_heads(name);
-        let owned = permuted.map(|heads| unpermute_rows(view.bytes(), rows, heads));
+        let owned = self.in_order(view, name, (rows, cols), layout)?;
         check_finite(view, storage)?;
         if self.quantize.is_some() {
             // what the check has read need not stay in memory
@@ -253,6 +274,35 @@ impl<'a> Weights<'a> {
         Ok(FrozenWeight::host(wanted, rows, cols, host)?)
     }
 
+    /// The bytes of a matrix whose rows or elements lie in another order than `[rows, cols]`; `None` where they do not.
+    fn in_order(
+        &self,
+        view: &TensorView,
+        name: &str,
+        (rows, cols): (usize, usize),
+        layout: Layout,
+    ) -> Result<Option<Vec<u8>>> {
+        let storage = view.storage()?;
+        if layout == Layout::Columns {
+            check_shape(view, &[cols, rows])?;
+            if storage.is_quantized() {
+                let what = format!("{storage} cannot be transposed: only f32, bf16 and f16 can");
+                return Err(Error::Unfit {
+                    path: view.file.path().to_path_buf(),
+                    tensor: view.name.clone(),
+                    what,
+                });
+            }
+            return Ok(Some(match storage.block_bytes() {
+                2 => transpose::<2>(view.bytes(), cols, rows),
+                _ => transpose::<4>(view.bytes(), cols, rows),
+            }));
+        }
+        check_shape(view, &[rows, cols])?;
+        let stored = self.stored(name);
+        Ok(stored.reorders().then(|| stored.rows_from_gguf(view.bytes(), rows)))
+    }
+
     /// The matrix `[rows, cols]` of a linear layer, quantized; the file's pages are let go of behind the work.
     ///
     /// # Errors
@@ -263,19 +313,21 @@ impl<'a> Weights<'a> {
         name: &str,
         (rows, cols): (usize, usize),
         scheme: Scheme,
+        layout: Layout,
     ) -> Result<QuantizedWeight> {
         let view = checkpoint.get(&self.name(name))?;
-        check_shape(view, &[rows, cols])?;
         let storage = view.storage()?;
-        let made = match self.permuted_heads(name) {
-            Some(heads) if !storage.is_quantized() => {
-                let reordered = unpermute_rows(view.bytes(), rows, heads);
+        let made = match self.in_order(view, name, (rows, cols), layout)? {
+            Some(ordered) if !storage.is_quantized() => {
                 view.release(0..view.bytes().len());
-                QuantizedWeight::new(scheme, storage, rows, cols, &reordered, &|_| ())
+                QuantizedWeight::new(scheme, storage, rows, cols, &ordered, &|_| ())
             }
             _ => {
                 let done = |range| view.release(range);
-                QuantizedWeight::new(scheme, storage, rows, cols, view.bytes(), &done)
+                let made = QuantizedWeight::new(scheme, storage, rows, cols, view.bytes(), &done);
+                // a fault brings in the pages around it, those too that another piece has let go of
+                view.release(0..view.bytes().len());
+                made
             }
         };
         let (path, tensor) = (view.file.path().to_path_buf(), view.name.clone());
@@ -303,21 +355,8 @@ impl<'a> Weights<'a> {
         check_finite(view, storage)?;
         let mut out = vec![0f32; len];
         codec::decode(storage, view.bytes(), &mut out);
-        if let Some(heads) = self.permuted_heads(name) {
-            out = unpermute_rows(&out, len, heads);
-        }
+        out = self.stored(name).values_from_gguf(&out, len);
         Ok(tensor_of(out, len)?.to_device(&self.device).map_err(engobe_autograd::Error::from)?)
-    }
-
-    /// A vector that may be missing.
-    pub fn optional_vector(&self, name: &str) -> Result<Option<Vec<f32>>> {
-        let checkpoint = match self.source {
-            Source::Checkpoint(checkpoint) if checkpoint.contains(name) => checkpoint,
-            _ => return Ok(None),
-        };
-        let view = checkpoint.get(name)?;
-        let len = view.shape.iter().product();
-        Ok(Some(self.vector(name, len)?.to_vec1().map_err(engobe_autograd::Error::from)?))
     }
 }
 
@@ -404,32 +443,31 @@ fn all_finite(storage: StorageType, bytes: &[u8]) -> bool {
     }
 }
 
-/// Undoes the converter's reordering of q and k rows (`permute` in llama.cpp's `convert_hf_to_gguf.py`),
-/// which turns Hugging Face's pairs (i, i + half) of each head into neighbours (2i, 2i + 1). `data` is `rows` rows
-/// of equal length.
-///
-/// Row `h·d + 2i + s` of the file is row `h·d + s·d/2 + i` in Hugging Face's order, d being the head's size.
-pub fn unpermute_rows<T: Copy>(data: &[T], rows: usize, heads: usize) -> Vec<T> {
-    reorder(data, rows, heads, |within, half| 2 * (within % half) + within / half)
-}
-
-/// The converter's reordering of q and k rows: what [`unpermute_rows`] undoes.
-pub fn permute_rows<T: Copy>(data: &[T], rows: usize, heads: usize) -> Vec<T> {
-    reorder(data, rows, heads, |within, half| within / 2 + within % 2 * half)
-}
-
-/// Rows in another order: row i of a head is row `from(i, half)` of the same head, half of a head's rows being
-/// `half`. What is no whole number of heads stays as it is.
-fn reorder<T: Copy>(data: &[T], rows: usize, heads: usize, from: impl Fn(usize, usize) -> usize) -> Vec<T> {
-    let head = rows / heads.max(1);
-    if head < 2 || !head.is_multiple_of(2) || head * heads != rows || !data.len().is_multiple_of(rows) {
-        return data.to_vec();
+/// The name under which a Hugging Face checkpoint holds the tensor `name`: some were saved from the model without its
+/// head, whose names lack the first part (GPT-2's `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`).
+pub(crate) fn hf_name_in<'n>(checkpoint: &Checkpoint, name: &'n str) -> &'n str {
+    match name.split_once('.') {
+        Some((_, short)) if !checkpoint.contains(name) && checkpoint.contains(short) => short,
+        _ => name,
     }
-    let width = data.len() / rows;
-    let mut out = Vec::with_capacity(data.len());
-    for i in 0..rows {
-        let row = i / head * head + from(i % head, head / 2);
-        out.extend_from_slice(&data[row * width..][..width]);
+}
+
+/// A matrix `[rows, cols]` of elements of N bytes as `[cols, rows]`, in parallel.
+fn transpose<const N: usize>(bytes: &[u8], rows: usize, cols: usize) -> Vec<u8> {
+    /// columns of a task: a cache line of 4-byte elements
+    const WIDTH: usize = 16;
+    let (elements, _) = bytes.as_chunks::<N>();
+    let mut out = vec![0u8; bytes.len()];
+    let (to, _) = out.as_chunks_mut::<N>();
+    if rows > 0 {
+        to.par_chunks_mut(WIDTH * rows).enumerate().for_each(|(task, to)| {
+            let first = task * WIDTH;
+            for (i, row) in elements.chunks_exact(cols).enumerate() {
+                for (j, column) in to.chunks_exact_mut(rows).enumerate() {
+                    column[i] = row[first + j];
+                }
+            }
+        });
     }
     out
 }
@@ -463,15 +501,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unpermute_is_the_inverse_of_the_converter() {
-        // one byte a row; two heads of four: the converter stores (0,2,1,3) of each head
-        let stored = [0u8, 2, 1, 3, 4, 6, 5, 7];
-        assert_eq!(unpermute_rows(&stored, 8, 2), [0, 1, 2, 3, 4, 5, 6, 7]);
-        assert_eq!(permute_rows(&[0u8, 1, 2, 3, 4, 5, 6, 7], 8, 2), stored);
-        let wide: Vec<u16> = (0..72).collect();
-        assert_eq!(unpermute_rows(&permute_rows(&wide, 24, 4), 24, 4), wide);
-        // what is no whole number of heads is left alone
-        assert_eq!(permute_rows(&[1u8, 2, 3], 3, 2), [1, 2, 3]);
+    fn a_matrix_is_transposed() {
+        for (rows, cols) in [(1, 1), (3, 40), (40, 3), (17, 33)] {
+            let wide: Vec<u8> = (0..rows * cols).flat_map(|i| (i as u16).to_le_bytes()).collect();
+            let turned = transpose::<2>(&wide, rows, cols);
+            for (i, j) in (0..rows).flat_map(|i| (0..cols).map(move |j| (i, j))) {
+                assert_eq!(turned[2 * (j * rows + i)..][..2], wide[2 * (i * cols + j)..][..2]);
+            }
+            assert_eq!(transpose::<2>(&turned, cols, rows), wide);
+        }
     }
 
     #[test]

@@ -68,7 +68,7 @@ fn convert(dir: &Path, to: &Path) {
             Some(heads) => permute(view.bytes(), view.shape[0], heads),
             None => view.bytes().to_vec(),
         };
-        let name = gguf_names::from_hf(&view.name).unwrap();
+        let name = gguf_names::LLAMA.from_hf(&view.name).unwrap();
         tensors.push((name, view.storage().unwrap(), view.shape.clone(), bytes));
     }
     write_gguf(to, &metadata, &tensors).unwrap();

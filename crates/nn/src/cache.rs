@@ -11,13 +11,15 @@ use std::ops::Range;
 /// Rotated keys and values of one or more sequences, per layer.
 ///
 /// A layer's buffer holds `capacity` rows for each slot. Sequences grow independently; when one outgrows its
-/// slot, all slots are widened.
+/// slot, all slots are widened. A sequence's tokens may come after rows that the model puts before them (the lead:
+/// trained prompts and prefixes); these are written with its first tokens, and lengths do not count them.
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<Layer>,
     width: usize,
     capacity: usize,
     lens: Vec<usize>,
+    lead: usize,
     dtype: DType,
     device: Device,
 }
@@ -43,7 +45,28 @@ impl KvCache {
         let buffer = || buffer(slots * capacity, width, dtype, device);
         let layers =
             (0..layers).map(|_| Ok(Layer { keys: buffer()?, values: buffer()? })).collect::<Result<_>>()?;
-        Ok(Self { layers, width, capacity, lens: vec![0; slots], dtype, device: device.clone() })
+        Ok(Self { layers, width, capacity, lens: vec![0; slots], lead: 0, dtype, device: device.clone() })
+    }
+
+    /// The cache, empty, of a model that puts `lead` rows before each sequence.
+    pub fn with_lead(mut self, lead: usize) -> Self {
+        self.lead = lead;
+        self
+    }
+
+    /// Keys and values of a sequence in one layer, its lead included: `[lead + len, width]` each.
+    pub fn rows(&self, layer: usize, slot: usize) -> Result<[Tensor; 2]> {
+        let at = &self.layers[layer];
+        let rows = |buffer: &Tensor| buffer.narrow(0, slot * self.capacity, self.filled(slot))?.contiguous();
+        Ok([rows(&at.keys)?, rows(&at.values)?])
+    }
+
+    /// Rows of a slot that are written.
+    fn filled(&self, slot: usize) -> usize {
+        match self.lens[slot] {
+            0 => 0,
+            len => self.lead + len,
+        }
     }
 
     /// Tokens of a sequence in the cache.
@@ -63,24 +86,32 @@ impl KvCache {
 
     /// The batch that continues each sequence `(slot, new tokens)`; makes room for it.
     pub fn batch(&mut self, rows: &[(usize, &[u32])]) -> Result<TokenBatch> {
-        let needed = rows.iter().map(|(slot, new)| self.lens[*slot] + new.len()).max().unwrap_or(0);
+        let needed = rows.iter().map(|(slot, new)| self.lead + self.lens[*slot] + new.len());
+        let needed = needed.max().unwrap_or(0);
         if needed > self.capacity {
             self.widen(needed.next_power_of_two())?;
         }
         let (mut ids, mut positions, mut segments, mut slots) = (vec![], vec![], vec![], vec![]);
+        let (mut starts, mut incoming) = (vec![], vec![]);
         for (slot, new) in rows {
             let (seen, start) = (self.lens[*slot], slot * self.capacity);
             let q = ids.len()..ids.len() + new.len();
             ids.extend_from_slice(new);
             positions.extend(seen as u32..(seen + new.len()) as u32);
-            segments.push(Segment { q, kv: start..start + seen + new.len() });
+            incoming.push(q.clone());
+            segments.push(Segment { q, kv: start..start + self.lead + seen + new.len() });
             slots.push(*slot);
+            starts.push(seen == 0);
         }
         Ok(TokenBatch {
             ids: ids.into(),
             positions: positions.into(),
             segments: segments.into(),
             slots,
+            starts: starts.into(),
+            incoming: incoming.into(),
+            lead: self.lead,
+            inserted: 0,
             token_types: None,
         })
     }
@@ -90,8 +121,9 @@ impl KvCache {
         for layer in &mut self.layers {
             for buffer in [&mut layer.keys, &mut layer.values] {
                 let wide = self::buffer(self.lens.len() * capacity, self.width, self.dtype, &self.device)?;
-                for (slot, len) in self.lens.iter().enumerate().filter(|(_, len)| **len > 0) {
-                    let rows = buffer.narrow(0, slot * old, *len)?.contiguous()?;
+                let filled = self.lens.iter().map(|len| if *len > 0 { self.lead + len } else { 0 });
+                for (slot, len) in filled.enumerate().filter(|(_, len)| *len > 0) {
+                    let rows = buffer.narrow(0, slot * old, len)?.contiguous()?;
                     wide.slice_set(&rows, 0, slot * capacity)?;
                 }
                 *buffer = wide;
@@ -100,8 +132,8 @@ impl KvCache {
         Ok(())
     }
 
-    /// Writes the new tokens' keys and values of one layer behind those of their sequences, and returns the
-    /// layer's buffers, which the batch's segments point into. The tokens count once [`KvCache::advance`] is
+    /// Writes the new tokens' keys and values of one layer (laid out as `batch.incoming` says) behind those of their
+    /// sequences, and returns the layer's buffers, which the batch's segments point into. The tokens count once [`KvCache::advance`] is
     /// called, after the last layer.
     pub fn append(
         &mut self,
@@ -119,20 +151,20 @@ impl KvCache {
             );
             return Err(Error::shape("kv cache", what));
         }
-        let at = &mut self.layers[layer];
-        for (segment, slot) in batch.segments.iter().zip(&batch.slots) {
-            let to = slot * self.capacity + self.lens[*slot];
+        let at = &self.layers[layer];
+        for (from, slot) in batch.incoming.iter().zip(&batch.slots) {
+            let to = slot * self.capacity + self.filled(*slot);
             for (buffer, rows) in [(&at.keys, keys), (&at.values, values)] {
-                put(buffer, rows, segment.q.clone(), to)?;
+                put(buffer, rows, from.clone(), to)?;
             }
         }
         Ok((at.keys.clone(), at.values.clone()))
     }
 
-    /// Counts the batch's tokens as seen.
+    /// Counts the batch's tokens as seen; it may be the batch that [`Entry::enter`](crate::Entry::enter) returned.
     pub fn advance(&mut self, batch: &TokenBatch) {
-        for (segment, slot) in batch.segments.iter().zip(&batch.slots) {
-            self.lens[*slot] += segment.q.len();
+        for ((segment, slot), starts) in batch.segments.iter().zip(&batch.slots).zip(batch.starts.iter()) {
+            self.lens[*slot] += segment.q.len() - if *starts { batch.inserted } else { 0 };
         }
     }
 }

@@ -20,6 +20,14 @@ pub struct TokenBatch {
     pub segments: Arc<[Segment]>,
     /// slot of each segment in a [`KvCache`]; empty without a cache
     pub slots: Vec<usize>,
+    /// segments that begin a sequence: all, unless a cache holds what comes before
+    pub starts: Arc<[bool]>,
+    /// rows of each segment in the keys and values that a layer computes for this batch
+    pub incoming: Arc<[Range<usize>]>,
+    /// rows before a sequence's first token in the cache
+    pub lead: usize,
+    /// rows that [`Entry`](crate::Entry) put before each segment that begins a sequence
+    pub inserted: usize,
     /// which text of a pair each token belongs to (BERT's `token_type_ids`); `None`: all to the first
     pub token_types: Option<Arc<[u32]>>,
 }
@@ -29,7 +37,17 @@ impl TokenBatch {
     pub fn packed(ids: &[u32], ranges: &[Range<usize>]) -> Self {
         let positions = ranges.iter().flat_map(|r| 0..r.len() as u32).collect();
         let segments = ranges.iter().map(|r| Segment { q: r.clone(), kv: r.clone() }).collect();
-        Self { ids: ids.into(), positions, segments, slots: Vec::new(), token_types: None }
+        Self {
+            ids: ids.into(),
+            positions,
+            segments,
+            slots: Vec::new(),
+            starts: vec![true; ranges.len()].into(),
+            incoming: ranges.into(),
+            lead: 0,
+            inserted: 0,
+            token_types: None,
+        }
     }
 
     /// The same tokens with a type each.
@@ -85,6 +103,11 @@ pub trait CausalLm: ModuleTree + Send + Sync {
     /// Where its weights are.
     fn device(&self) -> &Device;
 
+    /// Rows before a sequence's first token in every layer's keys and values: [`Entry::lead`](crate::Entry::lead).
+    fn lead(&self) -> usize {
+        0
+    }
+
     /// Hidden states of all tokens after the last block, before the final norm: `[n, d]`.
     fn hidden_states<'m>(
         &'m self,
@@ -105,6 +128,8 @@ pub trait CausalLm: ModuleTree + Send + Sync {
         let (info, device) = (self.info(), self.device());
         let rounded = info.blocks && activations == Activations::Rounded && device.is_cpu();
         let dtype = if rounded { DType::F16 } else { DType::F32 };
-        KvCache::new(info.num_layers, info.kv_width, slots, capacity, dtype, device)
+        let lead = self.lead();
+        let cache = KvCache::new(info.num_layers, info.kv_width, slots, capacity + lead, dtype, device)?;
+        Ok(cache.with_lead(lead))
     }
 }

@@ -21,6 +21,9 @@ pub struct Linear {
     weight: Weight,
     bias: Option<Vector>,
     adapters: Vec<Arc<dyn LinearAdapter>>,
+    /// the base's own matrix and bias, while others are trained in their place
+    base_weight: Option<Weight>,
+    base_bias: Option<Vector>,
     file_transposed: bool,
 }
 
@@ -32,6 +35,8 @@ impl Linear {
             weight: Weight::Frozen(weight),
             bias: bias.map(Vector::Frozen),
             adapters: Vec::new(),
+            base_weight: None,
+            base_bias: None,
             file_transposed: false,
         }
     }
@@ -74,12 +79,25 @@ impl Linear {
 
     /// Trains the whole matrix: `param` has its shape.
     pub fn train_weight(&mut self, param: Param) {
-        self.weight = Weight::Trained(param);
+        let base = std::mem::replace(&mut self.weight, Weight::Trained(param));
+        self.base_weight.get_or_insert(base);
     }
 
     /// Trains the bias: `param` has its shape.
     pub fn train_bias(&mut self, param: Param) {
-        self.bias = Some(Vector::Trained(param));
+        let base = self.bias.replace(Vector::Trained(param));
+        self.base_bias = self.base_bias.take().or(base);
+    }
+
+    /// Takes away what was attached, and what was trained in the base's place.
+    pub fn detach(&mut self) {
+        self.adapters.clear();
+        if let Some(base) = self.base_weight.take() {
+            self.weight = base;
+        }
+        if let Some(base) = self.base_bias.take() {
+            self.bias = Some(base);
+        }
     }
 
     /// Attaches an adapter; several add up.

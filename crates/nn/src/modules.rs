@@ -1,6 +1,9 @@
 //! Embedding, norm, and how a model shows its modules.
 
+use crate::entry::Entry;
 use crate::linear::Linear;
+use crate::prefix::KvPrefix;
+use crate::sub_layer::SubLayer;
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, Matrix};
 use engobe_autograd::{FrozenWeight, Param, Result, Tape, Var};
@@ -81,12 +84,14 @@ impl Vector {
 pub struct Embedding {
     path: String,
     weight: Weight,
+    /// the base's own matrix, while another is trained in its place
+    base: Option<Weight>,
 }
 
 impl Embedding {
     /// An embedding at a module path.
     pub fn new(path: impl Into<String>, weight: FrozenWeight) -> Self {
-        Self { path: path.into(), weight: Weight::Frozen(weight) }
+        Self { path: path.into(), weight: Weight::Frozen(weight), base: None }
     }
 
     /// Module path.
@@ -101,7 +106,15 @@ impl Embedding {
 
     /// Trains the whole matrix: `param` has its shape.
     pub fn train_weight(&mut self, param: Param) {
-        self.weight = Weight::Trained(param);
+        let base = std::mem::replace(&mut self.weight, Weight::Trained(param));
+        self.base.get_or_insert(base);
+    }
+
+    /// Takes away what was trained in the base's place.
+    pub fn detach(&mut self) {
+        if let Some(base) = self.base.take() {
+            self.weight = base;
+        }
     }
 
     /// Rows `ids`: `[n, d]`.
@@ -119,12 +132,14 @@ pub struct RmsNorm {
     /// 1 + the frozen weight, and ones, where the factor is 1 + weight
     plus_one: Option<[Tensor; 2]>,
     eps: f32,
+    /// the base's own weight, while another is trained in its place
+    base: Option<Vector>,
 }
 
 impl RmsNorm {
     /// A norm at a module path.
     pub fn new(path: impl Into<String>, weight: Tensor, eps: f32) -> Self {
-        Self { path: path.into(), weight: Vector::Frozen(weight), plus_one: None, eps }
+        Self { path: path.into(), weight: Vector::Frozen(weight), plus_one: None, eps, base: None }
     }
 
     /// A norm whose factor is 1 + weight (Gemma).
@@ -145,7 +160,15 @@ impl RmsNorm {
 
     /// Trains the weight: `param` has its shape.
     pub fn train_weight(&mut self, param: Param) {
-        self.weight = Vector::Trained(param);
+        let base = std::mem::replace(&mut self.weight, Vector::Trained(param));
+        self.base.get_or_insert(base);
+    }
+
+    /// Takes away what was trained in the base's place.
+    pub fn detach(&mut self) {
+        if let Some(base) = self.base.take() {
+            self.weight = base;
+        }
     }
 
     /// True if the weight is trained, and so no longer the base's own.
@@ -174,13 +197,16 @@ pub struct LayerNorm {
     weight: Vector,
     bias: Option<Vector>,
     eps: f32,
+    /// the base's own weight and bias, while others are trained in their place
+    base_weight: Option<Vector>,
+    base_bias: Option<Vector>,
 }
 
 impl LayerNorm {
     /// A norm at a module path.
     pub fn new(path: impl Into<String>, weight: Tensor, bias: Option<Tensor>, eps: f32) -> Self {
         let (weight, bias) = (Vector::Frozen(weight), bias.map(Vector::Frozen));
-        Self { path: path.into(), weight, bias, eps }
+        Self { path: path.into(), weight, bias, eps, base_weight: None, base_bias: None }
     }
 
     /// Module path.
@@ -200,12 +226,24 @@ impl LayerNorm {
 
     /// Trains the weight: `param` has its shape.
     pub fn train_weight(&mut self, param: Param) {
-        self.weight = Vector::Trained(param);
+        let base = std::mem::replace(&mut self.weight, Vector::Trained(param));
+        self.base_weight.get_or_insert(base);
     }
 
     /// Trains the bias: `param` has its shape.
     pub fn train_bias(&mut self, param: Param) {
-        self.bias = Some(Vector::Trained(param));
+        let base = self.bias.replace(Vector::Trained(param));
+        self.base_bias = self.base_bias.take().or(base);
+    }
+
+    /// Takes away what was trained in the base's place.
+    pub fn detach(&mut self) {
+        if let Some(base) = self.base_weight.take() {
+            self.weight = base;
+        }
+        if let Some(base) = self.base_bias.take() {
+            self.bias = Some(base);
+        }
     }
 
     /// True if the weight is trained, and so no longer the base's own.
@@ -266,6 +304,16 @@ pub enum ModuleMut<'a> {
 }
 
 impl ModuleMut<'_> {
+    /// Takes away what was attached to the module or trained in its place.
+    pub fn detach(&mut self) {
+        match self {
+            Self::Linear(m) => m.detach(),
+            Self::Embedding(m) => m.detach(),
+            Self::RmsNorm(m) => m.detach(),
+            Self::LayerNorm(m) => m.detach(),
+        }
+    }
+
     /// Module path.
     pub fn path(&self) -> &str {
         match self {
@@ -277,10 +325,40 @@ impl ModuleMut<'_> {
     }
 }
 
+/// A place of a model that holds no weights of its own, at which adapters attach.
+pub enum SiteMut<'a> {
+    /// where embedded tokens enter the blocks: seam 2
+    Entry(&'a mut Entry),
+    /// before the keys and values of an attention module: seam 3
+    KvPrefix(&'a mut KvPrefix),
+    /// the end of a sub-layer: seam 4
+    SubLayer(&'a mut SubLayer),
+}
+
+impl SiteMut<'_> {
+    /// Takes away what was attached to the site.
+    pub fn detach(&mut self) {
+        match self {
+            Self::Entry(m) => m.detach(),
+            Self::KvPrefix(m) => m.detach(),
+            Self::SubLayer(m) => m.detach(),
+        }
+    }
+}
+
 /// A model as adapters see it.
 pub trait ModuleTree {
     /// Calls `f` on every module that holds weights, in the order of Hugging Face's `named_modules`.
     fn visit_modules(&mut self, f: &mut dyn FnMut(ModuleMut<'_>));
+
+    /// Calls `f` on every site, block by block from the first to the last.
+    fn visit_sites(&mut self, _f: &mut dyn FnMut(SiteMut<'_>)) {}
+
+    /// Takes away all that adapters attached or trained: the model is its base again, to the bit.
+    fn detach_all(&mut self) {
+        self.visit_modules(&mut |mut module| module.detach());
+        self.visit_sites(&mut |mut site| site.detach());
+    }
 
     /// Paths of the output heads, which `all-linear` leaves out.
     fn output_heads(&self) -> Vec<String>;

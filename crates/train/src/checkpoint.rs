@@ -5,6 +5,7 @@
 //! name, every file is fsynced, and then it is renamed: what carries the final name is whole, whatever
 //! moment the process was killed at.
 
+use crate::metrics::StepMetrics;
 use crate::optimizer::StateTensor;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -47,6 +48,9 @@ pub struct RunState {
     pub label_tokens: u64,
     /// seconds spent in steps
     pub seconds: f64,
+    /// the last step's line, if its evaluation was due and could not be done: it is not in `metrics.jsonl` yet
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unevaluated: Option<StepMetrics>,
 }
 
 /// A checkpoint read back.
@@ -160,7 +164,7 @@ fn sync_dir(dir: &Path) -> Result<()> {
     fs::File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io(dir))
 }
 
-fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+pub(crate) fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     let on_host = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.contiguous();
     let tensors = tensors.iter().map(|(name, t)| Ok((name, on_host(t)?))).collect::<Result<Vec<_>>>()?;
     let mut rows = Vec::with_capacity(tensors.len());

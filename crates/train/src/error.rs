@@ -53,6 +53,18 @@ pub enum Error {
         /// what was seen
         cause: crate::memory::guard::OverLimit,
     },
+    /// The limit on memory would be passed by an evaluation.
+    #[error(
+        "the evaluation after step {step}: {cause}; the step is saved in {}: go on with --resume and more memory", saved.display()
+    )]
+    EvalOverLimit {
+        /// step that was done and saved, from 1
+        step: usize,
+        /// the checkpoint
+        saved: PathBuf,
+        /// what was seen
+        cause: crate::memory::guard::OverLimit,
+    },
     /// No label in the data.
     #[error("no row has a label to learn from")]
     NoLabels,

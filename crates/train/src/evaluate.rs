@@ -1,5 +1,6 @@
 //! Loss over a set of rows.
 
+use crate::memory::guard::Guard;
 use crate::step::{self, LossSums};
 use crate::{Error, Result};
 use engobe_data::MicroBatch;
@@ -18,15 +19,23 @@ pub struct Evaluation {
     pub label_tokens: usize,
 }
 
-/// Evaluates `batches`; `progress` sees the number of batches done.
+/// Evaluates `batches` while `guard` watches over the memory; `progress` sees the number of batches done.
+///
+/// # Errors
+/// No labels, a loss that is no number, or memory beyond the guard's limit.
 pub fn evaluate(
     model: &dyn CausalLm,
     batches: &[MicroBatch],
+    mut guard: Option<&mut Guard>,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Evaluation> {
     let mut sums = LossSums::default();
     for (i, batch) in batches.iter().enumerate() {
-        sums.add(step::evaluate(model, batch)?);
+        let tokens = batch.tokens.len();
+        sums.add(step::evaluate(model, batch, guard.as_ref().map(|guard| guard.watch_evaluation(tokens)))?);
+        if let Some(guard) = &mut guard {
+            guard.evaluated(tokens);
+        }
         progress(i + 1);
     }
     if sums.label_tokens == 0 {

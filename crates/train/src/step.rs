@@ -44,9 +44,9 @@ pub struct Differentiate {
     pub watch: Option<Watch>,
 }
 
-/// Loss of a micro-batch without gradients.
-pub fn evaluate(model: &dyn CausalLm, batch: &MicroBatch) -> Result<LossSums> {
-    forward(model, Tape::inference(), batch, None)
+/// Loss of a micro-batch without gradients; `watch` looks on and may end the pass.
+pub fn evaluate(model: &dyn CausalLm, batch: &MicroBatch, watch: Option<Watch>) -> Result<LossSums> {
+    forward(model, Tape::inference().watch(watch), batch, None)
 }
 
 /// Loss of a micro-batch; its gradients are added to `grads`.

@@ -12,10 +12,15 @@ use crate::{Error, Result};
 use engobe_adapters::Adapter;
 use engobe_autograd::{Gradients, Param};
 use engobe_data::{Loader, MicroBatch};
+use engobe_formats::peft::PeftAdapter;
+use engobe_formats::safetensors_file::SafetensorsFile;
 use engobe_kernels::dropout::mix;
 use engobe_nn::CausalLm;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+
+/// What is trained at the best evaluation, where the adapter's own file does not hold all of it.
+const BEST_STATE: &str = "state.safetensors";
 
 /// Watches a run.
 pub trait Observer {
@@ -159,18 +164,29 @@ impl<'a> Trainer<'a> {
 
     /// Trains to the end, or until the observer asks to stop, and writes the adapter.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Outcome> {
-        let mut metrics = MetricsFile::open(&self.out, self.state.step)?;
+        let mut unevaluated = self.state.unevaluated.take();
+        let written = self.state.step - usize::from(unevaluated.is_some());
+        let mut metrics = MetricsFile::open(&self.out, written)?;
         let params: Vec<Param> = self.adapter.params().into_iter().cloned().collect();
         let params: Vec<&Param> = params.iter().collect();
         let mut interrupted = false;
-        while self.state.step < self.total_steps && !self.state.stopped_early {
-            let mut line = match self.optimizer_step(&params) {
-                Ok(line) => line,
-                Err(error) => return Err(self.over_limit(error, observer)),
+        while unevaluated.is_some() || self.state.step < self.total_steps && !self.state.stopped_early {
+            let mut line = match unevaluated.take() {
+                Some(line) => line,
+                None => match self.optimizer_step(&params) {
+                    Ok(line) => line,
+                    Err(error) => return Err(self.over_limit(error, observer)),
+                },
             };
-            let last = self.state.step == self.total_steps;
+            let last = self.state.step >= self.total_steps;
             if due(self.state.step, self.plan.upkeep.eval_steps) || last {
-                line.eval_loss = self.evaluate(observer)?;
+                line.eval_loss = match self.evaluate(observer) {
+                    Ok(loss) => loss,
+                    Err(error) => {
+                        self.state.unevaluated = Some(line);
+                        return Err(self.over_limit(error, observer));
+                    }
+                };
             }
             metrics.push(&line)?;
             observer.step(&line, self.total_steps);
@@ -191,7 +207,8 @@ impl<'a> Trainer<'a> {
         Ok(self.outcome(interrupted))
     }
 
-    /// Saves the last whole step if it was the guard that ended this one: parameters and optimizer are untouched.
+    /// Saves the last whole step if it was the guard that ended this one, or the evaluation after it: parameters and
+    /// optimizer are untouched.
     fn over_limit(&mut self, error: Error, observer: &mut dyn Observer) -> Error {
         let cause = match &error {
             Error::Op(engobe_autograd::Error::Stopped(cause)) => cause.downcast_ref::<OverLimit>().copied(),
@@ -200,7 +217,10 @@ impl<'a> Trainer<'a> {
         match cause.map(|cause| (cause, self.save(observer))) {
             None => error,
             Some((_, Err(error))) => error,
-            Some((cause, Ok(saved))) => Error::OverLimit { step: self.state.step + 1, saved, cause },
+            Some((cause, Ok(saved))) => match self.state.unevaluated.is_some() {
+                true => Error::EvalOverLimit { step: self.state.step, saved, cause },
+                false => Error::OverLimit { step: self.state.step + 1, saved, cause },
+            },
         }
     }
 
@@ -233,11 +253,11 @@ impl<'a> Trainer<'a> {
                 checkpointing: self.plan.compute.activation_checkpointing,
                 dropout_seed: mix(step_seed, i as u64),
                 scale: 1.0 / label_tokens.max(1) as f32,
-                watch: self.guard.as_ref().map(|guard| guard.watch(batch.tokens.len())),
+                watch: self.guard.as_ref().map(|guard| guard.watch_step(batch.tokens.len())),
             };
             sums.add(step::differentiate(self.model, batch, how, &mut grads)?);
             if let Some(guard) = &mut self.guard {
-                guard.passed(batch.tokens.len());
+                guard.stepped(batch.tokens.len());
             }
         }
         let loss = sums.mean();
@@ -283,7 +303,7 @@ impl<'a> Trainer<'a> {
             return Ok(None);
         }
         let upkeep = &self.plan.upkeep;
-        let evaluation = evaluate(self.model, &self.eval, &mut |_| ())?;
+        let evaluation = evaluate(self.model, &self.eval, self.guard.as_mut(), &mut |_| ())?;
         let best_dir = self.best_dir();
         let state = &mut self.state;
         let threshold = upkeep.early_stopping_threshold;
@@ -294,6 +314,9 @@ impl<'a> Trainer<'a> {
             state.evals_without_gain = 0;
             if upkeep.load_best {
                 self.adapter.save(&best_dir)?;
+                if !self.adapter.file_is_whole() {
+                    checkpoint::write_tensors(&best_dir.join(BEST_STATE), &self.adapter.state()?)?;
+                }
             }
         } else {
             state.evals_without_gain += 1;
@@ -320,8 +343,15 @@ impl<'a> Trainer<'a> {
     fn finish(&mut self) -> Result<()> {
         let best = self.best_dir();
         if self.plan.upkeep.load_best && self.state.best_step.is_some() && best.exists() {
-            let file = engobe_formats::peft::PeftAdapter::load(&best)?;
-            self.adapter.fill(&best, &file.tensors)?;
+            let state = best.join(BEST_STATE);
+            match state.exists() {
+                true => {
+                    let file = SafetensorsFile::open(&state)?;
+                    let tensors = file.tensors().map(|t| (t.name.clone(), t.clone())).collect();
+                    self.adapter.restore(&state, &tensors)?;
+                }
+                false => self.adapter.fill(&best, &PeftAdapter::load(&best)?.tensors)?,
+            }
         }
         Ok(self.adapter.save(&self.out)?)
     }

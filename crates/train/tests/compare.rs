@@ -27,7 +27,7 @@ fn a_model_is_no_distance_from_itself_and_some_from_others() {
     assert!(same.mean_kl < 1e-12 && same.top1_agreement == 1.0, "{same:?}");
     assert_eq!(same.tokens, batches.iter().map(|b| b.label_tokens).sum::<usize>());
     // the perplexities are those of evaluation
-    let alone = evaluate(plain.as_ref(), &batches, &mut |_| ()).unwrap();
+    let alone = evaluate(plain.as_ref(), &batches, None, &mut |_| ()).unwrap();
     assert_relative(same.reference_perplexity, alone.perplexity, 1e-5, "perplexity");
     // rounding to 16 bits is a small distance, another model a large one
     let rounded = model("plain", WeightDtype::Bf16);

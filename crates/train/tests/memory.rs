@@ -55,7 +55,6 @@ fn run<'a>(outline: &'a Outline, adapter: &'a AdapterSizes, plan: &'a Plan) -> R
         tensors: &outline.tensors,
         adapter,
         plan,
-        dropout: false,
         tokenizer: false,
         eval_tokens: 0,
         threads: 2,

@@ -30,13 +30,14 @@ fn options() -> EncodeOptions {
 
 fn curve(name: &str, expected: &Expected, checkpointing: bool) -> Vec<metrics::StepMetrics> {
     let (base, start) = (format!("llama/{}", expected.base), format!("peft/{name}"));
-    train(&base, &start, expected.accumulation, checkpointing, Some(expected.trainable_parameters))
+    train(&base, &start, 20, expected.accumulation, checkpointing, Some(expected.trainable_parameters))
 }
 
-/// Twenty steps over the model at `base` from the adapter at `start`, in `golden/`.
+/// Steps over the model at `base` from the adapter at `start`, in `golden/`.
 fn train(
     base: &str,
     start: &str,
+    steps: usize,
     accumulation: usize,
     checkpointing: bool,
     parameters: Option<usize>,
@@ -48,7 +49,7 @@ fn train(
         assert_eq!(adapter.num_parameters(), parameters, "{start}");
     }
     let mut plan = Plan::default();
-    plan.schedule.max_steps = Some(20);
+    plan.schedule.max_steps = Some(steps);
     plan.schedule.batch_size = 2;
     plan.schedule.gradient_accumulation = accumulation;
     plan.optimization.learning_rate = 1e-3;
@@ -94,11 +95,31 @@ fn curves_over_nf4_are_those_of_peft_and_bitsandbytes() {
     assert_eq!(names, ["all_linear", "default"]);
     for name in names {
         let expected: Curve = golden_json(format!("qlora/{name}/expected.json"));
-        let found = train("bitsandbytes/nf4_dq", &format!("qlora/{name}"), 1, false, None);
+        let found = train("bitsandbytes/nf4_dq", &format!("qlora/{name}"), 20, 1, false, None);
         assert_eq!(found.len(), expected.losses.len());
         for (line, (loss, norm)) in found.iter().zip(expected.losses.iter().zip(&expected.grad_norms)) {
             assert_relative(line.loss, *loss, LOSS, &format!("{name}: loss of step {}", line.step));
             assert_relative(line.grad_norm, *norm, NORM, &format!("{name}: norm of step {}", line.step));
+        }
+    }
+}
+
+/// Every family's decoder, LoRA on all of its linear layers.
+#[test]
+fn curves_over_every_family_are_those_of_peft() {
+    let trained = |name: &String| golden(format!("decoders/{name}/lora")).exists();
+    let names: Vec<String> = cases("decoders").into_iter().filter(trained).collect();
+    assert!(names.len() >= 9, "{names:?}");
+    for name in names {
+        let (base, start) = (format!("decoders/{name}"), format!("decoders/{name}/lora"));
+        let expected: Curve = golden_json(format!("{start}/expected.json"));
+        for checkpointing in [false, true] {
+            let found = train(&base, &start, 10, 1, checkpointing, None);
+            assert_eq!(found.len(), expected.losses.len());
+            for (line, (loss, norm)) in found.iter().zip(expected.losses.iter().zip(&expected.grad_norms)) {
+                assert_relative(line.loss, *loss, LOSS, &format!("{name}: loss of step {}", line.step));
+                assert_relative(line.grad_norm, *norm, NORM, &format!("{name}: norm of step {}", line.step));
+            }
         }
     }
 }

@@ -152,6 +152,50 @@ fn a_limit_ends_the_run_before_it_is_passed_and_loses_no_step() {
     }
 }
 
+/// A guard that finds all well for `looks` looks and too much held from then on, and the looks so far.
+fn after(looks: u64) -> (Guard, Arc<AtomicU64>) {
+    let count = Arc::new(AtomicU64::new(0));
+    let seen = count.clone();
+    let held = move || Some(if seen.fetch_add(1, Ordering::Relaxed) < looks { 0 } else { 101 });
+    (Guard::over(100, 0.0, Arc::new(held)), count)
+}
+
+#[test]
+fn a_limit_is_kept_in_evaluations_too_and_they_are_made_up_for() {
+    let mut plain = plan();
+    plain.upkeep.eval_steps = 0;
+    let (guard, looks) = after(u64::MAX);
+    guarded(tempfile::tempdir().unwrap().path(), &plain, 4, "f", Some(guard)).unwrap();
+    let looks = looks.load(Ordering::Relaxed);
+    // the evaluation at the run's end must not be lost either
+    for last in [false, true] {
+        let mut plan = plan();
+        if last {
+            plan.schedule.max_steps = Some(4);
+        }
+        let whole = tempfile::tempdir().unwrap();
+        part(whole.path(), &plan, 99, "f").unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let lines = out.path().join("metrics.jsonl");
+        // the next look is the first one of the evaluation after step 4
+        let error = guarded(out.path(), &plan, 99, "f", Some(after(looks).0)).unwrap_err();
+        let Error::EvalOverLimit { step: 4, saved, .. } = &error else { panic!("{error}") };
+        assert!(saved.ends_with("checkpoints/step-00000004"), "{error}");
+        assert_eq!(metrics::read(&lines).unwrap().len(), 3);
+        // twice: what is saved after the evaluation does not replace the checkpoint
+        for steps in [1, 99] {
+            part(out.path(), &plan, steps, "f").unwrap();
+        }
+        assert_eq!(files(whole.path()), files(out.path()));
+        let losses = |out: &Path| {
+            let lines = metrics::read(&out.join("metrics.jsonl")).unwrap();
+            lines.iter().map(|m| m.eval_loss.map(f64::to_bits)).collect::<Vec<_>>()
+        };
+        assert_eq!(losses(whole.path()), losses(out.path()));
+        assert!(losses(out.path())[3].is_some());
+    }
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_process_that_is_over_the_limit_already_does_no_step() {

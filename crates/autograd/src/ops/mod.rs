@@ -8,8 +8,10 @@ mod embedding;
 mod gated;
 mod generation;
 mod head_loss;
+mod insert;
 mod layer_norm;
 mod linear;
+mod lstm;
 mod norm;
 mod rope;
 mod rows;
@@ -23,10 +25,12 @@ pub use dropout::dropout as drop_out;
 pub use embedding::embedding;
 pub use gated::{activate, gated};
 pub use head_loss::{Head, HeadLoss, head_loss};
+pub use insert::insert_rows;
 pub use layer_norm::layer_norm;
 pub use linear::{
     LinearSpec, LowRank, Matrix, OutputScale, linear, linear_group, linear_residual, linear_residual_last,
 };
+pub use lstm::lstm;
 pub use norm::rms_norm;
 pub use rope::{RopeSpec, rope};
 pub use rows::select_rows;

@@ -7,7 +7,7 @@ use crate::{Error, Mapped, Result};
 use engobe_formats::mlx::{MlxAdapter, MlxConfig};
 use engobe_formats::tensor::TensorView;
 use engobe_kernels::storage::StorageType;
-use engobe_models::Blueprint;
+use engobe_models::Outline;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -64,13 +64,18 @@ fn used_rank(a: &[f32], b: &[f32], width: usize, rank: usize, out: usize) -> usi
 pub(super) fn write(
     lora: &Lora,
     dir: &Path,
-    blueprint: Option<&Blueprint>,
+    outline: Option<&Outline>,
     base: Option<&str>,
 ) -> Result<Vec<Mapped>> {
-    refuse_tied_head(lora, blueprint)?;
+    refuse_tied_head(lora, outline)?;
+    let usual = |path: &str| path.starts_with("model.layers.") || path == "lm_head";
+    if let (Some(outline), Some(pair)) = (outline, lora.pairs.iter().find(|p| !usual(&p.path))) {
+        let why = format!("mlx-lm has other names for the layers of {} models", outline.model_type());
+        return Err(lora.cannot(&pair.path, &why));
+    }
     let rank = lora.pairs.iter().map(|p| p.rank).max().unwrap_or(1);
     let scale = lora.most_common(Pair::scale).unwrap_or(1.0);
-    let (num_layers, keys) = keys(lora, blueprint);
+    let (num_layers, keys) = keys(lora, outline);
     let config = MlxConfig {
         model: base.map(str::to_string).or_else(|| lora.base.clone()),
         num_layers,
@@ -96,14 +101,14 @@ pub(super) fn write(
 }
 
 /// A tied head is no module of its own in mlx-lm, which would pass its tensors over in silence.
-fn refuse_tied_head(lora: &Lora, blueprint: Option<&Blueprint>) -> Result<()> {
-    let is_head = |path: &str| match blueprint {
-        Some(o) => o.tied_head && o.linear(path).is_some_and(|l| l.head),
+fn refuse_tied_head(lora: &Lora, outline: Option<&Outline>) -> Result<()> {
+    let is_head = |path: &str| match outline {
+        Some(o) => o.sizes.tied_head && o.linear(path).is_some_and(|l| l.head),
         None => path == "lm_head",
     };
     match lora.pairs.iter().find(|p| is_head(&p.path)) {
         None => Ok(()),
-        Some(pair) if blueprint.is_none() => {
+        Some(pair) if outline.is_none() => {
             Err(lora
                 .cannot(&pair.path, "whether the head is tied to the embedding is not known; give --model"))
         }
@@ -116,7 +121,7 @@ fn refuse_tied_head(lora: &Lora, blueprint: Option<&Blueprint>) -> Result<()> {
 
 /// How many blocks from the last one on are wrapped, and which modules: by path within a block where all of these
 /// blocks are adapted alike, by whole path elsewhere.
-fn keys(lora: &Lora, blueprint: Option<&Blueprint>) -> (i64, Vec<String>) {
+fn keys(lora: &Lora, outline: Option<&Outline>) -> (i64, Vec<String>) {
     let mut outside: BTreeSet<&str> = BTreeSet::new();
     let mut blocks: BTreeMap<usize, BTreeSet<&str>> = BTreeMap::new();
     for pair in &lora.pairs {
@@ -131,10 +136,10 @@ fn keys(lora: &Lora, blueprint: Option<&Blueprint>) -> (i64, Vec<String>) {
         }
     }
     let whole = || (-1, lora.pairs.iter().map(|p| p.path.clone()).collect());
-    let Some(blueprint) = blueprint else { return whole() };
+    let Some(outline) = outline else { return whole() };
     let Some(names) = blocks.values().next() else { return whole() };
-    let first = blueprint.layers - blocks.len().min(blueprint.layers);
-    let tail = blocks.keys().copied().eq(first..blueprint.layers);
+    let first = outline.sizes.layers - blocks.len().min(outline.sizes.layers);
+    let tail = blocks.keys().copied().eq(first..outline.sizes.layers);
     if !tail || blocks.values().any(|b| b != names) {
         return whole();
     }

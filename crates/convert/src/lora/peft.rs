@@ -8,7 +8,7 @@ use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::peft::{BiasMode, LoraConfig, PeftAdapter, TargetModules};
 use engobe_formats::tensor::TensorView;
 use engobe_kernels::storage::StorageType;
-use engobe_models::Blueprint;
+use engobe_models::Outline;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -16,8 +16,9 @@ const PREFIX: &str = "base_model.model.";
 /// The other way to take a whole adapter along.
 const MERGE: &str = "`engobe convert --to gguf` or `engobe merge` bakes the whole adapter into the model";
 
-pub(super) fn read(dir: &Path, blueprint: Option<&Blueprint>, base: Option<&Path>) -> Result<Lora> {
+pub(super) fn read(dir: &Path, outline: Option<&Outline>, base: Option<&Path>) -> Result<Lora> {
     let PeftAdapter { config, tensors } = PeftAdapter::load(dir)?;
+    let config = LoraConfig::read(&config)?;
     refuse_more_than_pairs(dir, &config)?;
     let targets = Targets::new(&config)?;
     let mut halves: BTreeMap<String, [Option<TensorView>; 2]> = BTreeMap::new();
@@ -34,7 +35,7 @@ pub(super) fn read(dir: &Path, blueprint: Option<&Blueprint>, base: Option<&Path
                     "it adapts an embedding; only linear layers can be converted",
                 ));
             }
-            _ => check_copy(dir, inner, &view, blueprint, base)?,
+            _ => check_copy(dir, inner, &view, outline, base)?,
         }
     }
     let mut problems = Vec::new();
@@ -49,7 +50,7 @@ pub(super) fn read(dir: &Path, blueprint: Option<&Blueprint>, base: Option<&Path
             Err(problem) => problems.push(problem),
         }
     }
-    for linear in blueprint.into_iter().flat_map(|o| &o.linears) {
+    for linear in outline.into_iter().flat_map(|o| &o.linears) {
         if targets.adapts(&linear.path, !linear.head) && !halves.contains_key(&linear.path) {
             problems.push(format!("{} is a target and has no tensors", linear.path));
         }
@@ -120,24 +121,22 @@ fn check_copy(
     dir: &Path,
     name: &str,
     view: &TensorView,
-    blueprint: Option<&Blueprint>,
+    outline: Option<&Outline>,
     base: Option<&Path>,
 ) -> Result<()> {
     let weight = name.replace(".base_layer.weight", ".weight");
     if !weight.ends_with(".weight") || weight.contains(".lora_") {
         return Err(cannot(dir, &view.name, "it is no lora_A or lora_B of a linear layer"));
     }
-    let (Some(blueprint), Some(base)) = (blueprint, base) else {
+    let (Some(outline), Some(base)) = (outline, base) else {
         let why = "it seems to be a copy of the base's own weight; --model lets it be compared";
         return Err(cannot(dir, &view.name, why));
     };
     let checkpoint = Checkpoint::open(base)?;
-    let gguf = checkpoint.gguf().is_some();
-    let stored = |name: &str| if gguf { blueprint.gguf_name(name) } else { Some(name.to_string()) };
-    let is_head = blueprint.linears.iter().any(|l| l.head && format!("{}.weight", l.path) == weight);
-    let tied = (blueprint.tied_head && is_head).then(|| blueprint.hf_name("token_embd.weight")).flatten();
-    let name = stored(&tied.unwrap_or(weight));
-    let Some(original) = name.filter(|n| checkpoint.contains(n)) else {
+    let is_head = outline.linears.iter().any(|l| l.head && format!("{}.weight", l.path) == weight);
+    let tied = (outline.sizes.tied_head && is_head).then(|| outline.hf_name("token_embd.weight")).flatten();
+    let name = outline.name_in(&checkpoint, &tied.unwrap_or(weight));
+    let Some(original) = Some(name).filter(|n| checkpoint.contains(n)) else {
         return Err(cannot(dir, &view.name, "it is neither a LoRA pair nor a weight of the base"));
     };
     let original = checkpoint.get(&original)?;
@@ -159,7 +158,7 @@ fn check_copy(
 pub(super) fn write(
     lora: &Lora,
     dir: &Path,
-    blueprint: Option<&Blueprint>,
+    outline: Option<&Outline>,
     base: Option<&str>,
 ) -> Result<Vec<Mapped>> {
     let default = LoraConfig::default();
@@ -171,7 +170,7 @@ pub(super) fn write(
         r,
         lora_alpha,
         lora_dropout: lora.dropout,
-        target_modules: Some(TargetModules::List(target_names(lora, blueprint))),
+        target_modules: Some(TargetModules::List(target_names(lora, outline))),
         rank_pattern: lora.pairs.iter().filter(|p| p.rank != r).map(|p| (pattern(p), p.rank)).collect(),
         alpha_pattern: lora
             .pairs
@@ -179,6 +178,8 @@ pub(super) fn write(
             .filter(|p| p.alpha != lora_alpha)
             .map(|p| (pattern(p), p.alpha))
             .collect(),
+        // PEFT says of layers whose files hold `[in, out]` (Conv1D) that they are so
+        fan_in_fan_out: outline.is_some_and(|o| adapted_transposed(lora, o)),
         base_model_name_or_path: base.map(str::to_string).or_else(|| lora.base.clone()),
         ..default
     };
@@ -197,12 +198,17 @@ pub(super) fn write(
     Ok(report)
 }
 
+/// True if an adapted layer's matrix is `[in, out]` in files.
+fn adapted_transposed(lora: &Lora, outline: &Outline) -> bool {
+    lora.pairs.iter().any(|p| outline.linear(&p.path).is_some_and(|l| l.transposed))
+}
+
 /// The last names of the adapted modules, if in this model they name those and no others; else whole paths.
-fn target_names(lora: &Lora, blueprint: Option<&Blueprint>) -> Vec<String> {
+fn target_names(lora: &Lora, outline: Option<&Outline>) -> Vec<String> {
     let last = |path: &str| path.rsplit('.').next().unwrap_or_default().to_string();
     let adapted: BTreeSet<&str> = lora.pairs.iter().map(|p| p.path.as_str()).collect();
     let names: BTreeSet<String> = adapted.iter().map(|p| last(p)).collect();
-    let exact = blueprint.is_some_and(|o| {
+    let exact = outline.is_some_and(|o| {
         o.linears.iter().all(|l| adapted.contains(l.path.as_str()) == names.contains(&last(&l.path)))
     });
     match exact {

@@ -12,7 +12,7 @@ use engobe_convert::{AdapterFormat, GgufType, Lora, Mapped};
 use engobe_formats::mlx::MlxAdapter;
 use engobe_formats::peft::PeftAdapter;
 use engobe_kernels::storage::StorageType;
-use engobe_models::{Blueprint, LoadOptions};
+use engobe_models::{LoadOptions, Outline};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -81,24 +81,24 @@ fn adapter(args: &ConvertArgs, note: &mut Note) -> Result<Done> {
     };
     let format = AdapterFormat::of(from)?;
     let base = base(args, from, format, note)?;
-    let blueprint = base.as_deref().map(Blueprint::read).transpose()?;
-    let lora = Lora::read(from, blueprint.as_ref(), base.as_deref())?;
+    let outline = base.as_deref().map(|path| Outline::read(path, &LoadOptions::default())).transpose()?;
+    let lora = Lora::read(from, outline.as_ref(), base.as_deref())?;
     // what the user typed means more to the next reader than where it was found
     let name = args.model.as_deref();
     let place = match args.to.as_str() {
         "gguf-lora" => Beside::file(&args.out)?,
         _ => Beside::dir(&args.out)?,
     };
-    let mapped = match (args.to.as_str(), &blueprint) {
-        ("gguf-lora", Some(blueprint)) => lora.write_gguf(place.path(), blueprint, storage)?,
+    let mapped = match (args.to.as_str(), &outline) {
+        ("gguf-lora", Some(outline)) => lora.write_gguf(place.path(), outline, storage)?,
         ("gguf-lora", None) => {
             let hint = "the base model decides names and order of rows";
             bail!(Usage(format!(
                 "--to gguf-lora needs --model: {hint}, and the adapter names none that is here"
             )))
         }
-        ("mlx", blueprint) => lora.write_mlx(place.path(), blueprint.as_ref(), name)?,
-        (_, blueprint) => lora.write_peft(place.path(), blueprint.as_ref(), name)?,
+        ("mlx", outline) => lora.write_mlx(place.path(), outline.as_ref(), name)?,
+        (_, outline) => lora.write_peft(place.path(), outline.as_ref(), name)?,
     };
     place.keep()?;
     Ok(Done { mapped, remarks: String::new(), verdict: None })
@@ -115,7 +115,9 @@ fn base(
         return workbench::resolve(model, &args.common, note).map(Some);
     }
     let named = match format {
-        AdapterFormat::Peft => PeftAdapter::load(adapter)?.config.base_model_name_or_path,
+        AdapterFormat::Peft => {
+            PeftAdapter::load(adapter)?.config.text("base_model_name_or_path").map(str::to_string)
+        }
         AdapterFormat::Mlx => MlxAdapter::load(adapter)?.config.model,
         AdapterFormat::Gguf => None,
     };

@@ -24,7 +24,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let rows = dataset::load(&args.rows.data, &encoder, &mut note)?;
     let batches = scoring::eval_batches(&rows.samples);
     let mut progress = Progress::new("batches", batches.len(), 0, &note);
-    let found = evaluate(bench.model.as_ref(), &batches, &mut |done| {
+    let found = evaluate(bench.model.as_ref(), &batches, None, &mut |done| {
         progress.update(done, || "measuring the loss".to_string())
     })?;
     drop(progress);

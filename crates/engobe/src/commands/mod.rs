@@ -1,5 +1,6 @@
 //! The commands: each turns its flags into work of the library crates, and tells what came out.
 
+pub mod compare;
 pub mod convert;
 pub mod demo;
 pub mod eval;

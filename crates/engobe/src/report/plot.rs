@@ -51,6 +51,58 @@ fn draw(svg: &mut String, history: &[StepMetrics]) -> Result<(), Box<dyn std::er
     Ok(())
 }
 
+/// One method's losses for [`compare_svg`].
+pub struct Curve<'a> {
+    /// the method
+    pub name: &'a str,
+    /// its steps
+    pub history: &'a [StepMetrics],
+}
+
+/// The losses of several runs in one picture: running means in training, and points where rows were validated on.
+pub fn compare_svg(curves: &[Curve<'_>]) -> Result<String> {
+    let mut svg = String::new();
+    draw_curves(&mut svg, curves).map_err(|e| anyhow!("drawing the losses: {e}"))?;
+    Ok(svg)
+}
+
+fn draw_curves(svg: &mut String, curves: &[Curve<'_>]) -> Result<(), Box<dyn std::error::Error>> {
+    let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    root.fill(&WHITE)?;
+    let calmed: Vec<Vec<(f64, f64)>> = curves
+        .iter()
+        .map(|c| calm(&c.history.iter().map(|m| (m.step as f64, m.loss)).collect::<Vec<_>>()))
+        .collect();
+    let evals = |c: &Curve<'_>| -> Vec<(f64, f64)> {
+        c.history.iter().filter_map(|m| Some((m.step as f64, m.eval_loss?))).collect()
+    };
+    let all = calmed.iter().flatten().map(|p| p.1).chain(curves.iter().flat_map(evals).map(|p| p.1));
+    let (low, high) = range(all);
+    let last = calmed.iter().flatten().map(|p| p.0).fold(2.0, f64::max);
+    let mut chart = ChartBuilder::on(&root)
+        .margin(12)
+        .x_label_area_size(40)
+        .y_label_area_size(56)
+        .build_cartesian_2d(1.0..last, low..high)?;
+    chart
+        .configure_mesh()
+        .light_line_style(WHITE)
+        .x_desc("step")
+        .y_desc("loss: line in training (running mean), point on validation rows")
+        .draw()?;
+    for (i, (curve, points)) in curves.iter().zip(&calmed).enumerate() {
+        let colour = Palette99::pick(i).to_rgba();
+        chart
+            .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))?
+            .label(curve.name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+        chart.draw_series(evals(curve).into_iter().map(|p| Circle::new(p, 4, colour.filled())))?;
+    }
+    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK.mix(0.2)).draw()?;
+    root.present()?;
+    Ok(())
+}
+
 /// Exponential running mean over about a twentieth of the run.
 fn calm(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let keep = 1.0 - 1.0 / (points.len() as f64 / 20.0).max(1.0);
@@ -80,6 +132,15 @@ mod tests {
     fn step(step: usize, loss: f64, eval_loss: Option<f64>) -> StepMetrics {
         let (lr, grad_norm, seconds, epoch) = (0.0, 0.0, 0.0, 0.0);
         StepMetrics { step, loss, lr, grad_norm, tokens: 1, label_tokens: 1, seconds, epoch, eval_loss }
+    }
+
+    #[test]
+    fn several_runs_share_a_picture() {
+        let runs = [vec![step(1, 2.0, None), step(2, 1.0, Some(1.5))], vec![]];
+        let curves =
+            runs.iter().zip(["lora", "prefix-tuning"]).map(|(history, name)| Curve { name, history });
+        let svg = compare_svg(&curves.collect::<Vec<_>>()).unwrap();
+        assert!(svg.contains("lora") && svg.contains("prefix-tuning") && svg.contains("circle"));
     }
 
     #[test]

@@ -1,12 +1,9 @@
 //! `adapter_config.json` of LoRA adapters: PEFT 0.21's `LoraConfig`.
 
-use crate::{Error, Result, nearest};
+use super::raw::{KnownKeys, PeftConfig, list_json, modules_json, number_json};
+use crate::Result;
 use serde_json::{Map, Value, json};
-use std::fs;
-use std::path::{Path, PathBuf};
-
-/// Version of PEFT whose format we write.
-const PEFT_VERSION: &str = "0.21.2";
+use std::path::Path;
 
 /// Which modules a setting names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +67,8 @@ pub struct LoraConfig {
     pub modules_to_save: Vec<String>,
     /// start
     pub init_lora_weights: InitLoraWeights,
+    /// adapted matrices lie as `[in, out]` in the base's files (GPT-2's `Conv1D`), which PEFT must know to merge
+    pub fan_in_fan_out: bool,
     /// the base model's name or path, as a note
     pub base_model_name_or_path: Option<String>,
     /// kind of task, as a note
@@ -93,31 +92,23 @@ impl Default for LoraConfig {
             bias: BiasMode::None,
             modules_to_save: Vec::new(),
             init_lora_weights: InitLoraWeights::Kaiming,
+            fan_in_fan_out: false,
             base_model_name_or_path: None,
             task_type: Some("CAUSAL_LM".to_string()),
         }
     }
 }
 
-/// Keys that change nothing that we compute.
-const NOTES: [&str; 7] = [
-    "auto_mapping",
-    "inference_mode",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-];
+/// Keys that users do not set, beside those of every method.
+const NOTES: [&str; 3] = ["fan_in_fan_out", "megatron_core", "qalora_group_size"];
 
 /// Keys of features that engobe does not have. They may only be off.
-const NOT_YET: [&str; 21] = [
+const NOT_YET: [&str; 19] = [
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
     "loftq_config",
@@ -132,21 +123,7 @@ const NOT_YET: [&str; 21] = [
     "use_qalora",
     "velora_config",
     "convert_mode",
-    "peft_task_config",
 ];
-
-/// Keys beside [`LoraConfig::SETTINGS`].
-const LABELS: [&str; 3] = ["base_model_name_or_path", "task_type", "peft_type"];
-
-/// True for values that mean "not used".
-fn is_off(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Array(a) => a.is_empty(),
-        Value::Object(o) => o.is_empty(),
-        _ => false,
-    }
-}
 
 impl LoraConfig {
     /// Keys that say what the adapter is, as users set them.
@@ -168,21 +145,25 @@ impl LoraConfig {
 
     /// Reads a file.
     pub fn load(path: &Path) -> Result<Self> {
-        let bytes = fs::read(path).map_err(Error::io(path))?;
-        Self::parse(path, &bytes)
+        Self::read(&PeftConfig::load(path)?)
     }
 
     /// Reads JSON; `path` is for errors.
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
-        let map = match serde_json::from_slice(bytes) {
-            Ok(Value::Object(map)) => map,
-            Ok(_) => return Err(Error::corrupt(path, "is not a JSON object")),
-            Err(e) => return Err(Error::corrupt(path, format!("is not valid JSON: {e}"))),
-        };
-        let reader = Reader { path: path.to_path_buf(), map };
-        reader.check_keys()?;
-        let this = reader.config()?;
-        this.check().map_err(|(key, found, expected)| reader.bad(key, &found, expected))?;
+        Self::read(&PeftConfig::parse(path, bytes)?)
+    }
+
+    /// Reads a configuration whole.
+    ///
+    /// # Errors
+    /// Another method, an unknown key, a value that cannot be.
+    pub fn read(raw: &PeftConfig) -> Result<Self> {
+        if raw.peft_type() != "LORA" {
+            return Err(raw.bad("peft_type", &format!("{:?}", raw.peft_type()), "\"LORA\" here"));
+        }
+        raw.check_keys(KnownKeys { settings: &Self::SETTINGS, notes: &NOTES, not_yet: &NOT_YET })?;
+        let this = Self::from_raw(raw)?;
+        this.check().map_err(|(key, found, expected)| raw.bad(key, &found, expected))?;
         Ok(this)
     }
 
@@ -214,226 +195,93 @@ impl LoraConfig {
 
     /// The file's text: keys sorted, two spaces of indent.
     pub fn to_json(&self) -> String {
-        let targets = |t: &Option<TargetModules>| match t {
-            None => Value::Null,
-            Some(TargetModules::AllLinear) => json!("all-linear"),
-            Some(TargetModules::Regex(pattern)) => json!(pattern),
-            Some(TargetModules::List(names)) => {
-                let mut names = names.clone();
-                names.sort();
-                json!(names)
-            }
-        };
-        let list = |l: &[String]| if l.is_empty() { Value::Null } else { json!(l) };
-        let number = |v: f64| if v.fract() == 0.0 && v.abs() < 1e15 { json!(v as i64) } else { json!(v) };
-        let alphas: Map<String, Value> =
-            self.alpha_pattern.iter().map(|(p, a)| (p.clone(), number(*a))).collect();
-        let ranks: Map<String, Value> =
-            self.rank_pattern.iter().map(|(p, r)| (p.clone(), json!(r))).collect();
-        let value = json!({
-            "alora_invocation_tokens": null,
-            "alpha_pattern": alphas,
-            "arrow_config": null,
-            "auto_mapping": null,
-            "base_model_name_or_path": self.base_model_name_or_path,
-            "bias": match self.bias { BiasMode::None => "none", BiasMode::All => "all", BiasMode::LoraOnly => "lora_only" },
-            "corda_config": null,
-            "ensure_weight_tying": false,
-            "eva_config": null,
-            "exclude_modules": targets(&self.exclude_modules),
-            "fan_in_fan_out": false,
-            "inference_mode": true,
-            "init_lora_weights": match self.init_lora_weights {
-                InitLoraWeights::Kaiming => json!(true),
-                InitLoraWeights::Gaussian => json!("gaussian"),
-                InitLoraWeights::Random => json!(false),
-            },
-            "layer_replication": null,
-            "layers_pattern": list(&self.layers_pattern),
-            "layers_to_transform": self.layers_to_transform,
-            "loftq_config": {},
-            "lora_alpha": number(self.lora_alpha),
-            "lora_bias": false,
-            "lora_dropout": self.lora_dropout,
-            "megatron_config": null,
-            "megatron_core": "megatron.core",
-            "modules_to_save": list(&self.modules_to_save),
-            "peft_type": "LORA",
-            "peft_version": PEFT_VERSION,
-            "r": self.r,
-            "rank_pattern": ranks,
-            "revision": null,
-            "target_modules": targets(&self.target_modules),
-            "target_parameters": null,
-            "task_type": self.task_type,
-            "trainable_token_indices": null,
-            "use_dora": false,
-            "use_rslora": self.use_rslora,
-        });
-        serde_json::to_string_pretty(&value).unwrap_or_default()
-    }
-}
-
-/// A parsed file on its way to a configuration.
-struct Reader {
-    path: PathBuf,
-    map: Map<String, Value>,
-}
-
-impl Reader {
-    fn bad(&self, key: &str, found: &str, expected: &str) -> Error {
-        Error::BadValue {
-            path: self.path.clone(),
-            key: key.to_string(),
-            found: found.to_string(),
-            expected: expected.to_string(),
-        }
+        PeftConfig::from(self).to_json()
     }
 
-    fn get(&self, key: &str) -> Option<&Value> {
-        self.map.get(key).filter(|v| !v.is_null())
-    }
-
-    /// Refuses other methods, features that we lack, and keys that we do not know and that are on: an adapter
-    /// that is read as something else would silently compute something else.
-    fn check_keys(&self) -> Result<()> {
-        match self.get("peft_type") {
-            Some(Value::String(t)) if t == "LORA" => {}
-            other => {
-                let found = other.map_or("missing".to_string(), Value::to_string);
-                return Err(self.bad("peft_type", &found, "\"LORA\", the one method supported so far"));
-            }
-        }
-        for (key, value) in &self.map {
-            let key = key.as_str();
-            if LoraConfig::SETTINGS.contains(&key)
-                || LABELS.contains(&key)
-                || NOTES.contains(&key)
-                || is_off(value)
-            {
-                continue;
-            }
-            if NOT_YET.contains(&key) {
-                return Err(self.bad(
-                    key,
-                    &value.to_string(),
-                    "this feature to be off: engobe does not have it yet",
-                ));
-            }
-            let near = nearest(key, LoraConfig::SETTINGS.into_iter().chain(LABELS));
-            return Err(self.bad(key, &value.to_string(), &format!("only known keys to be set{near}")));
-        }
-        Ok(())
-    }
-
-    fn config(&self) -> Result<LoraConfig> {
-        let default = LoraConfig::default();
-        let text = |key: &str| self.get(key).and_then(Value::as_str).map(str::to_string);
-        Ok(LoraConfig {
-            r: self.whole("r")?.unwrap_or(default.r),
-            lora_alpha: self.number("lora_alpha")?.unwrap_or(default.lora_alpha),
-            lora_dropout: self.number("lora_dropout")?.unwrap_or(0.0),
-            use_rslora: self.flag("use_rslora")?,
-            target_modules: self.modules("target_modules")?,
-            exclude_modules: self.modules("exclude_modules")?,
-            layers_to_transform: self.layers()?,
-            layers_pattern: self.names("layers_pattern")?,
-            rank_pattern: self.pattern("rank_pattern", "a whole number above 0", |v| {
+    fn from_raw(raw: &PeftConfig) -> Result<Self> {
+        let default = Self::default();
+        let text = |key: &str| raw.text(key).map(str::to_string);
+        Ok(Self {
+            r: raw.whole("r")?.unwrap_or(default.r),
+            lora_alpha: raw.number("lora_alpha")?.unwrap_or(default.lora_alpha),
+            lora_dropout: raw.number("lora_dropout")?.unwrap_or(0.0),
+            use_rslora: raw.flag("use_rslora")?,
+            target_modules: raw.modules("target_modules")?,
+            exclude_modules: raw.modules("exclude_modules")?,
+            layers_to_transform: raw.layers("layers_to_transform")?,
+            layers_pattern: raw.names("layers_pattern")?,
+            rank_pattern: raw.pattern("rank_pattern", "a whole number above 0", |v| {
                 v.as_u64().and_then(|r| usize::try_from(r).ok())
             })?,
-            alpha_pattern: self.pattern("alpha_pattern", "a number above 0", Value::as_f64)?,
-            bias: match self.get("bias").map(|v| v.as_str().unwrap_or_default()) {
-                None | Some("none") => BiasMode::None,
-                Some("all") => BiasMode::All,
-                Some("lora_only") => BiasMode::LoraOnly,
-                Some(other) => return Err(self.bad("bias", other, "none, all or lora_only")),
-            },
-            modules_to_save: self.names("modules_to_save")?,
-            init_lora_weights: match self.get("init_lora_weights") {
+            alpha_pattern: raw.pattern("alpha_pattern", "a number above 0", Value::as_f64)?,
+            bias: raw.choice(
+                "bias",
+                &[("none", BiasMode::None), ("all", BiasMode::All), ("lora_only", BiasMode::LoraOnly)],
+                BiasMode::None,
+            )?,
+            modules_to_save: raw.names("modules_to_save")?,
+            init_lora_weights: match raw.get("init_lora_weights") {
                 None | Some(Value::Bool(true)) => InitLoraWeights::Kaiming,
                 Some(Value::Bool(false)) => InitLoraWeights::Random,
                 Some(Value::String(s)) if s.eq_ignore_ascii_case("gaussian") => InitLoraWeights::Gaussian,
                 Some(other) => {
                     let right = "true, false or \"gaussian\" (others change the base weights or are not supported yet)";
-                    return Err(self.bad("init_lora_weights", &other.to_string(), right));
+                    return Err(raw.bad("init_lora_weights", &other.to_string(), right));
                 }
             },
+            fan_in_fan_out: raw.flag("fan_in_fan_out")?,
             base_model_name_or_path: text("base_model_name_or_path"),
             task_type: text("task_type"),
         })
     }
+}
 
-    fn whole(&self, key: &str) -> Result<Option<usize>> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        let number = value.as_u64().and_then(|n| usize::try_from(n).ok());
-        number.map(Some).ok_or_else(|| self.bad(key, &value.to_string(), "a whole number above 0"))
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_f64().map(Some).ok_or_else(|| self.bad(key, &value.to_string(), "a number"))
-    }
-
-    fn flag(&self, key: &str) -> Result<bool> {
-        let Some(value) = self.get(key) else { return Ok(false) };
-        value.as_bool().ok_or_else(|| self.bad(key, &value.to_string(), "true or false"))
-    }
-
-    fn modules(&self, key: &str) -> Result<Option<TargetModules>> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(Value::String(s)) if s.eq_ignore_ascii_case("all-linear") => {
-                Ok(Some(TargetModules::AllLinear))
-            }
-            Some(Value::String(s)) => Ok(Some(TargetModules::Regex(s.clone()))),
-            Some(_) => Ok(Some(TargetModules::List(self.names(key)?))),
+impl From<&LoraConfig> for PeftConfig {
+    fn from(c: &LoraConfig) -> Self {
+        let mut raw = Self::new("LORA");
+        for off in
+            ["alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "layer_replication"]
+        {
+            raw.set(off, Value::Null);
         }
-    }
-
-    /// A string or a list of strings.
-    fn names(&self, key: &str) -> Result<Vec<String>> {
-        let names = match self.get(key) {
-            None => return Ok(Vec::new()),
-            Some(Value::String(s)) => Some(vec![s.clone()]),
-            Some(Value::Array(a)) => a.iter().map(|v| v.as_str().map(str::to_string)).collect(),
-            Some(_) => None,
-        };
-        let found = || self.get(key).map(Value::to_string).unwrap_or_default();
-        names.ok_or_else(|| self.bad(key, &found(), "a string or a list of strings"))
-    }
-
-    fn layers(&self) -> Result<Option<Vec<usize>>> {
-        let index = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok());
-        let found = match self.get("layers_to_transform") {
-            None => return Ok(None),
-            Some(Value::Array(a)) => a.iter().map(index).collect(),
-            Some(one) => index(one).map(|i| vec![i]),
-        };
-        let shown = || self.get("layers_to_transform").map(Value::to_string).unwrap_or_default();
-        found
-            .map(Some)
-            .ok_or_else(|| self.bad("layers_to_transform", &shown(), "a layer's number or a list of them"))
-    }
-
-    fn pattern<T>(
-        &self,
-        key: &str,
-        right: &str,
-        as_type: impl Fn(&Value) -> Option<T>,
-    ) -> Result<Vec<(String, T)>> {
-        match self.get(key) {
-            None => Ok(Vec::new()),
-            Some(Value::Object(map)) => map
-                .iter()
-                .map(|(p, v)| {
-                    let value = as_type(v);
-                    value
-                        .map(|v| (p.clone(), v))
-                        .ok_or_else(|| self.bad(&format!("{key}[{p:?}]"), &v.to_string(), right))
-                })
-                .collect(),
-            Some(other) => Err(self.bad(key, &other.to_string(), "an object of patterns and numbers")),
+        for off in ["megatron_config", "target_parameters", "trainable_token_indices"] {
+            raw.set(off, Value::Null);
         }
+        for off in ["ensure_weight_tying", "lora_bias", "use_dora"] {
+            raw.set(off, false);
+        }
+        raw.set("loftq_config", json!({}));
+        raw.set("megatron_core", "megatron.core");
+        let alphas: Map<String, Value> =
+            c.alpha_pattern.iter().map(|(p, a)| (p.clone(), number_json(*a))).collect();
+        let ranks: Map<String, Value> = c.rank_pattern.iter().map(|(p, r)| (p.clone(), json!(r))).collect();
+        let bias = match c.bias {
+            BiasMode::None => "none",
+            BiasMode::All => "all",
+            BiasMode::LoraOnly => "lora_only",
+        };
+        let init = match c.init_lora_weights {
+            InitLoraWeights::Kaiming => json!(true),
+            InitLoraWeights::Gaussian => json!("gaussian"),
+            InitLoraWeights::Random => json!(false),
+        };
+        raw.set("alpha_pattern", alphas);
+        raw.set("base_model_name_or_path", c.base_model_name_or_path.clone());
+        raw.set("bias", bias);
+        raw.set("fan_in_fan_out", c.fan_in_fan_out);
+        raw.set("exclude_modules", modules_json(&c.exclude_modules));
+        raw.set("init_lora_weights", init);
+        raw.set("layers_pattern", list_json(&c.layers_pattern));
+        raw.set("layers_to_transform", json!(c.layers_to_transform));
+        raw.set("lora_alpha", number_json(c.lora_alpha));
+        raw.set("lora_dropout", c.lora_dropout);
+        raw.set("modules_to_save", list_json(&c.modules_to_save));
+        raw.set("r", c.r);
+        raw.set("rank_pattern", ranks);
+        raw.set("target_modules", modules_json(&c.target_modules));
+        raw.set("task_type", c.task_type.clone());
+        raw.set("use_rslora", c.use_rslora);
+        raw
     }
 }
 

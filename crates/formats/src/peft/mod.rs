@@ -1,8 +1,10 @@
 //! Adapters in PEFT's format: a directory with `adapter_config.json` and `adapter_model.safetensors`.
 
 mod config;
+mod raw;
 
 pub use config::{BiasMode, InitLoraWeights, LoraConfig, TargetModules};
+pub use raw::{KnownKeys, PeftConfig, list_json, modules_json, number_json};
 
 use crate::atomic::write_atomic;
 use crate::safetensors_file::{SafetensorsFile, write_safetensors};
@@ -19,7 +21,7 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 #[derive(Debug)]
 pub struct PeftAdapter {
     /// its configuration
-    pub config: LoraConfig,
+    pub config: PeftConfig,
     /// its tensors by name (`base_model.model.….lora_A.weight`)
     pub tensors: BTreeMap<String, TensorView>,
 }
@@ -27,7 +29,7 @@ pub struct PeftAdapter {
 impl PeftAdapter {
     /// Reads a directory.
     pub fn load(dir: &Path) -> Result<Self> {
-        let config = LoraConfig::load(&dir.join(CONFIG))?;
+        let config = PeftConfig::load(&dir.join(CONFIG))?;
         let path = dir.join(WEIGHTS);
         if !path.exists() && dir.join("adapter_model.bin").exists() {
             let what = "has its weights in adapter_model.bin only, which can run code when read; save it again with safe_serialization=True";
@@ -47,13 +49,13 @@ impl PeftAdapter {
     /// configuration, which no reader takes for an adapter.
     pub fn save<B: AsRef<[u8]>>(
         dir: &Path,
-        config: &LoraConfig,
+        config: impl Into<PeftConfig>,
         tensors: &[(String, Vec<usize>, B)],
     ) -> Result<()> {
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
         write_safetensors(&dir.join(WEIGHTS), tensors, &metadata)?;
-        write_atomic(&dir.join(CONFIG), config.to_json().as_bytes())
+        write_atomic(&dir.join(CONFIG), config.into().to_json().as_bytes())
     }
 }
 
@@ -76,7 +78,7 @@ mod tests {
         let back = PeftAdapter::load(dir.path()).unwrap();
         assert_eq!(back.tensors["base_model.model.a.lora_A.weight"].shape, [1, 2]);
         assert_eq!(
-            back.config,
+            LoraConfig::read(&back.config).unwrap(),
             LoraConfig {
                 target_modules: Some(TargetModules::List(vec!["q_proj".into(), "v_proj".into()])),
                 ..config()

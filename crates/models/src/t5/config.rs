@@ -1,6 +1,6 @@
 //! T5's settings, and the buckets of its distances.
 
-use crate::encoders::{activation_named, bad};
+use crate::settings::{PLAIN, activation_named, bad};
 use crate::{Error, Result};
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
@@ -96,8 +96,8 @@ fn feed_forward(config: &HfConfig) -> Result<(bool, Activation)> {
     let found = config.opt_str(key)?.unwrap_or("relu");
     match found.strip_prefix("gated-") {
         Some("gelu") => Ok((true, Activation::GeluTanh)),
-        Some(name) => Ok((true, activation_named(config, key, name)?)),
-        None => Ok((false, activation_named(config, key, found)?)),
+        Some(name) => Ok((true, activation_named(config, key, name, PLAIN)?)),
+        None => Ok((false, activation_named(config, key, found, PLAIN)?)),
     }
 }
 

@@ -2,7 +2,7 @@
 //! output projection.
 
 use super::{CacheSlot, Context};
-use crate::{Linear, ModuleMut, Result, RmsNorm, linear_group};
+use crate::{KvPrefix, Linear, ModuleMut, Result, RmsNorm, linear_group};
 use engobe_autograd::{Tape, Var, ops};
 use engobe_kernels::attention::AttentionShape;
 
@@ -34,12 +34,14 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// What the heads gather for `x` `[n, d]`, before the output projection: `[n, heads·head_dim]`.
+    /// What the heads gather for `x` `[n, d]`, before the output projection: `[n, heads·head_dim]`. `prefix` may put
+    /// keys and values before each sequence.
     pub fn attend<'m>(
         &'m self,
         tape: &mut Tape<'m>,
         x: &Var,
         context: &Context,
+        prefix: &'m KvPrefix,
         cache: Option<CacheSlot<'_>>,
     ) -> Result<Var> {
         let [mut q, mut k, mut v] = self.project(tape, x)?;
@@ -53,11 +55,12 @@ impl Attention {
             q = ops::rope(tape, &q, rope, hd)?;
             k = ops::rope(tape, &k, rope, hd)?;
         }
+        (k, v) = prefix.extend(tape, k, v, &context.batch)?;
         if let Some(cache) = cache {
-            let (keys, values) = cache.kv.append(cache.layer, cache.batch, k.tensor(), v.tensor())?;
+            let (keys, values) = cache.kv.append(cache.layer, &context.batch, k.tensor(), v.tensor())?;
             (k, v) = (Var::constant(keys), Var::constant(values));
         }
-        let (segments, bias) = (context.segments.clone(), context.bias.as_ref());
+        let (segments, bias) = (context.batch.segments.clone(), context.bias.as_ref());
         ops::biased_attention(tape, &q, &k, &v, self.shape, segments, bias)
     }
 

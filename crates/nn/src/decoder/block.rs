@@ -1,7 +1,7 @@
 //! One block of a decoder: attention and feed-forward, and where their norms and residuals stand.
 
 use super::{Attention, CacheSlot, Context, Mlp};
-use crate::{ModuleMut, Norm, Result};
+use crate::{KvPrefix, ModuleMut, Norm, Result, SiteMut, SubLayer, SubLayerKind};
 use engobe_autograd::{Tape, Var, ops};
 
 /// Where a block's norms stand; A is attention, F the feed-forward.
@@ -20,7 +20,7 @@ pub enum Norms {
     PreMlp(Norm),
 }
 
-/// A decoder block.
+/// A block of a decoder or an encoder.
 #[derive(Debug)]
 pub struct Block {
     /// attention
@@ -29,9 +29,30 @@ pub struct Block {
     pub mlp: Mlp,
     /// norms and residuals
     pub norms: Norms,
+    /// where adapters put keys and values
+    prefix: KvPrefix,
+    /// where the sub-layers' outputs meet the residual
+    ends: [SubLayer; 2],
 }
 
 impl Block {
+    /// The block of these parts. Its sites have the paths of the modules that hold the sub-layers' last layers.
+    pub fn new(attention: Attention, mlp: Mlp, norms: Norms) -> Self {
+        let parent = |path: &str| path.rsplit_once('.').map_or(path, |(parent, _)| parent).to_string();
+        let (attention_path, mlp_path) = (parent(attention.output.path()), parent(mlp.down.path()));
+        let (shape, width) = (attention.shape, mlp.down.out_features());
+        Self {
+            prefix: KvPrefix::new(attention_path.clone(), shape.kv_heads, shape.head_dim),
+            ends: [
+                SubLayer::new(attention_path, SubLayerKind::Attention, width),
+                SubLayer::new(mlp_path, SubLayerKind::FeedForward, width),
+            ],
+            attention,
+            mlp,
+            norms,
+        }
+    }
+
     /// Hidden states `x` `[n, d]` one block further.
     pub fn forward<'m>(
         &'m self,
@@ -40,7 +61,8 @@ impl Block {
         context: &Context,
         cache: Option<CacheSlot<'_>>,
     ) -> Result<Var> {
-        let (attention, mlp) = (&self.attention, &self.mlp);
+        let (attention, mlp, prefix) = (&self.attention, &self.mlp, &self.prefix);
+        let [attention_end, mlp_end] = &self.ends;
         match &self.norms {
             Norms::Pre([before_attention, before_mlp]) => {
                 let normed = before_attention.forward(tape, x)?;
@@ -48,38 +70,37 @@ impl Block {
             }
             Norms::PreMlp(before_mlp) => self.pre(tape, x, x.clone(), before_mlp, context, cache),
             Norms::Post([after_attention, after_mlp]) => {
-                let attended = attention.attend(tape, x, context, cache)?;
-                let sum = attention.output.forward_residual(tape, &attended, x)?;
-                let x = after_attention.forward(tape, &sum)?;
+                let attended = attention.attend(tape, x, context, prefix, cache)?;
+                let norm = |tape: &mut Tape<'m>, sum: &Var| after_attention.forward(tape, sum);
+                let x = attention_end.close_normed(tape, &attention.output, &attended, x, &norm)?;
                 let inner = mlp.inner(tape, &x)?;
-                let sum = mlp.down.forward_residual(tape, &inner, &x)?;
-                after_mlp.forward(tape, &sum)
+                let norm = |tape: &mut Tape<'m>, sum: &Var| after_mlp.forward(tape, sum);
+                mlp_end.close_normed(tape, &mlp.down, &inner, &x, &norm)
             }
             Norms::Sandwich([before_attention, after_attention, before_mlp, after_mlp]) => {
                 let normed = before_attention.forward(tape, x)?;
-                let attended = attention.attend(tape, &normed, context, cache)?;
+                let attended = attention.attend(tape, &normed, context, prefix, cache)?;
                 drop(normed);
                 let out = attention.output.forward(tape, &attended)?;
                 let normed = after_attention.forward(tape, &out)?;
-                let x = ops::add(tape, x, &normed)?;
-                drop(normed);
+                let x = attention_end.add(tape, normed, x)?;
                 let normed = before_mlp.forward(tape, &x)?;
                 let inner = mlp.inner(tape, &normed)?;
                 drop(normed);
                 let out = mlp.down.forward(tape, &inner)?;
                 let normed = after_mlp.forward(tape, &out)?;
-                ops::add(tape, &x, &normed)
+                mlp_end.add(tape, normed, &x)
             }
             Norms::Parallel([before_attention, before_mlp]) => {
                 let normed = before_attention.forward(tape, x)?;
-                let attended = attention.attend(tape, &normed, context, cache)?;
+                let attended = attention.attend(tape, &normed, context, prefix, cache)?;
                 drop(normed);
-                let sum = attention.output.forward_residual(tape, &attended, x)?;
+                let sum = attention_end.close(tape, &attention.output, &attended, x)?;
                 drop(attended);
                 let normed = before_mlp.forward(tape, x)?;
                 let inner = mlp.inner(tape, &normed)?;
                 drop(normed);
-                mlp.down.forward_residual_last(tape, &inner, &sum)
+                mlp_end.close_block(tape, &mlp.down, &inner, &sum)
             }
         }
     }
@@ -94,14 +115,15 @@ impl Block {
         context: &Context,
         cache: Option<CacheSlot<'_>>,
     ) -> Result<Var> {
-        let attended = self.attention.attend(tape, &input, context, cache)?;
+        let [attention_end, mlp_end] = &self.ends;
+        let attended = self.attention.attend(tape, &input, context, &self.prefix, cache)?;
         drop(input);
-        let x = self.attention.output.forward_residual(tape, &attended, x)?;
+        let x = attention_end.close(tape, &self.attention.output, &attended, x)?;
         drop(attended);
         let normed = before_mlp.forward(tape, &x)?;
         let inner = self.mlp.inner(tape, &normed)?;
         drop(normed);
-        self.mlp.down.forward_residual_last(tape, &inner, &x)
+        mlp_end.close_block(tape, &self.mlp.down, &inner, &x)
     }
 
     /// Calls `f` on every module.
@@ -114,5 +136,11 @@ impl Block {
             Norms::PreMlp(norm) => std::slice::from_mut(norm),
         };
         norms.iter_mut().for_each(|norm| f(norm.module()));
+    }
+
+    /// Calls `f` on every site.
+    pub fn visit_sites(&mut self, f: &mut dyn FnMut(SiteMut<'_>)) {
+        f(SiteMut::KvPrefix(&mut self.prefix));
+        self.ends.iter_mut().for_each(|end| f(SiteMut::SubLayer(end)));
     }
 }

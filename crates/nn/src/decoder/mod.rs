@@ -13,12 +13,12 @@ pub use mlp::{Mlp, Up};
 
 use crate::rope::Rope;
 use crate::{
-    CausalLm, Embedding, Error, KvCache, Linear, ModelInfo, ModuleMut, ModuleTree, Norm, Result, TokenBatch,
+    CausalLm, Embedding, Entry, Error, KvCache, Linear, ModelInfo, ModuleMut, ModuleTree, Norm, Result,
+    SiteMut, TokenBatch,
 };
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, Head, HeadLoss, RopeSpec, ScoreBias};
 use engobe_autograd::{Tape, Var};
-use engobe_kernels::attention::Segment;
 use std::sync::Arc;
 
 /// What every block needs to know of the tokens at hand.
@@ -26,8 +26,8 @@ use std::sync::Arc;
 pub struct Context {
     /// the angles of each of the model's rotary embeddings
     pub ropes: Arc<[RopeSpec]>,
-    /// rows that do not see each other
-    pub segments: Arc<[Segment]>,
+    /// the tokens, with what adapters put before them
+    pub batch: TokenBatch,
     /// what is added to attention's scores
     pub bias: Option<ScoreBias>,
 }
@@ -38,8 +38,6 @@ pub struct CacheSlot<'a> {
     pub kv: &'a mut KvCache,
     /// number of the block
     pub layer: usize,
-    /// the tokens at hand
-    pub batch: &'a TokenBatch,
 }
 
 /// Positions that are embedded and added to the tokens (GPT-2, OPT).
@@ -75,6 +73,8 @@ pub struct Decoder {
     pub info: ModelInfo,
     /// tokens
     pub embed_tokens: Embedding,
+    /// where adapters put rows before each sequence
+    pub entry: Entry,
     /// factor on the embedded tokens
     pub embed_scale: Option<f32>,
     /// from the embedding's width to the blocks', where they differ (OPT-350m)
@@ -98,22 +98,21 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// The hidden states that the first block takes: `[n, d]`.
-    fn embed<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<Var> {
+    /// The hidden states that the first block takes, and the batch with what adapters put before each sequence.
+    fn embed<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<(Var, TokenBatch)> {
         let mut x = self.embed_tokens.forward(tape, batch.ids.clone(), &self.device)?;
         if let Some(factor) = self.embed_scale {
             x = ops::scale(tape, &x, factor)?;
         }
+        let (mut x, batch) = self.entry.enter(tape, x, batch)?;
         if let Some(project) = &self.project_in {
             x = project.forward(tape, &x)?;
         }
-        match &self.positions {
-            None => Ok(x),
-            Some(positions) => {
-                let embedded = positions.forward(tape, batch, &self.device)?;
-                ops::add(tape, &x, &embedded)
-            }
+        if let Some(positions) = &self.positions {
+            let embedded = positions.forward(tape, &batch, &self.device)?;
+            x = ops::add(tape, &x, &embedded)?;
         }
+        Ok((x, batch))
     }
 
     /// What the head takes of the last block's output.
@@ -145,6 +144,11 @@ impl ModuleTree for Decoder {
         f(ModuleMut::Linear(&mut self.lm_head));
     }
 
+    fn visit_sites(&mut self, f: &mut dyn FnMut(SiteMut<'_>)) {
+        f(SiteMut::Entry(&mut self.entry));
+        self.blocks.iter_mut().for_each(|block| block.visit_sites(f));
+    }
+
     fn output_heads(&self) -> Vec<String> {
         vec![self.lm_head.path().to_string()]
     }
@@ -159,21 +163,24 @@ impl CausalLm for Decoder {
         &self.device
     }
 
+    fn lead(&self) -> usize {
+        self.entry.lead()
+    }
+
     fn hidden_states<'m>(
         &'m self,
         tape: &mut Tape<'m>,
         batch: &TokenBatch,
         mut cache: Option<&mut KvCache>,
     ) -> Result<Var> {
+        let (mut x, batch) = self.embed(tape, batch)?;
         let longest = batch.positions.iter().max().map_or(0, |p| *p as usize + 1);
         let angles =
             |rope: &Rope| RopeSpec { table: rope.table(longest), positions: batch.positions.clone() };
-        let ropes = self.ropes.iter().map(angles).collect();
-        let context = Context { ropes, segments: batch.segments.clone(), bias: None };
-        let mut x = self.embed(tape, batch)?;
+        let context = Context { ropes: self.ropes.iter().map(angles).collect(), batch, bias: None };
         for (layer, block) in self.blocks.iter().enumerate() {
             x = match cache.as_deref_mut() {
-                Some(kv) => block.forward(tape, &x, &context, Some(CacheSlot { kv, layer, batch }))?,
+                Some(kv) => block.forward(tape, &x, &context, Some(CacheSlot { kv, layer }))?,
                 None => {
                     let context = context.clone();
                     tape.block(&[x], move |tape, xs| block.forward(tape, &xs[0], &context, None))?
@@ -181,9 +188,9 @@ impl CausalLm for Decoder {
             };
         }
         if let Some(cache) = cache {
-            cache.advance(batch);
+            cache.advance(&context.batch);
         }
-        Ok(x)
+        self.entry.leave(tape, x, &context.batch)
     }
 
     fn head_loss<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var, targets: Arc<[u32]>) -> Result<HeadLoss> {

@@ -14,7 +14,8 @@
 //! output head         n·4d + parts of dH + logits of a block of the vocabulary
 //! ```
 //!
-//! Norms, gated products and masked inputs are not kept: they are made again. Without checkpointing, all adapted blocks
+//! Blocks of other kinds keep `extra` floats more for each token (norms of heads, norms after sub-layers); a plain MLP
+//! keeps less than a gated one, for which it is taken. Norms, gated products and masked inputs are not kept: they are made again. Without checkpointing, all adapted blocks
 //! are kept when the head or the last block's backward is at work. With it, each block keeps its input (n·d), and one
 //! block at a time is kept in full. Gradients of the adapter grow while activations go; with accumulation they are there
 //! from the second micro-batch on. The sums are linear in the block that the walk back has reached, so the fullest
@@ -55,6 +56,8 @@ pub struct StepSizes {
     pub head_dim: usize,
     /// width of the MLP
     pub f: usize,
+    /// floats that a block keeps for each token beside those of a gated, pre-normed one
+    pub extra: usize,
     /// rows of the head
     pub vocab: usize,
     /// the head's matrix is not f32: tiles of it are decoded
@@ -81,7 +84,7 @@ impl StepSizes {
     pub(super) fn new(run: &Run<'_>) -> Self {
         let (s, schedule) = (&run.sizes, &run.plan.schedule);
         let mut by_block: BTreeMap<usize, usize> = BTreeMap::new();
-        let mut trained_head = run.adapter.layers.is_empty();
+        let mut trained_head = false;
         for layer in &run.adapter.layers {
             match block_of(&layer.path) {
                 Some(block) => *by_block.entry(block).or_default() += layer.rank,
@@ -89,24 +92,25 @@ impl StepSizes {
             }
         }
         // a bias or module that is trained in full may lie in any block
-        let lowest = match run.adapter.full.is_empty() {
+        // and what comes before a sequence reaches all of them
+        let lowest = match run.adapter.full.is_empty() && run.adapter.other.is_empty() {
             true => by_block.keys().next().copied().unwrap_or(s.layers),
             false => 0,
         };
-        let head = run.tensors.iter().find(|t| t.name.starts_with("lm_head"));
-        let head = head.or_else(|| run.tensors.iter().find(|t| t.name.contains("embed_tokens")));
         Self {
             rows: schedule.batch_size,
-            len: schedule.max_seq_len,
+            len: schedule.max_seq_len + run.adapter.lead,
             d: s.hidden,
             heads: s.heads,
             kv_heads: s.kv_heads,
             head_dim: s.head_dim,
             f: s.mlp,
+            extra: s.extra_kept,
             vocab: s.vocab,
-            decoded_head: head.is_some_and(|t| t.storage != "F32"),
+            // (the embedding has as many rows as the head, if it is not the head itself)
+            decoded_head: run.tensors.iter().any(|t| t.rows == s.vocab && t.storage != "F32"),
             ranks: (lowest..s.layers).map(|i| by_block.get(&i).copied().unwrap_or(0)).collect(),
-            dropout: run.dropout,
+            dropout: run.adapter.dropout,
             trained_head,
             checkpointing: run.plan.compute.activation_checkpointing,
             accumulates: schedule.gradient_accumulation > 1,
@@ -127,7 +131,8 @@ impl StepSizes {
     /// What block `i` of the adapted ones keeps for its backward.
     fn kept(&self, i: usize) -> usize {
         let (a, kv) = self.widths();
-        F * self.n() * (2 * self.d + 2 * a + 2 * kv + 2 * self.f + self.heads + 2 + self.ranks[i])
+        F * self.n()
+            * (2 * self.d + 2 * a + 2 * kv + 2 * self.f + self.heads + 2 + self.extra + self.ranks[i])
     }
 
     /// What the backward of a block holds on top of what was kept.

@@ -1,9 +1,9 @@
 //! A limit on memory that is kept: a run is stopped before it passes it.
 //!
-//! The process' resident memory is looked at before each step and, within a step, before each block and each op of the
+//! The process' resident memory is looked at before each block, forward and in evaluations too, and before each op of the
 //! backward. What may be added until the next look is the margin. Pages that a step has used stay with the process, so a
 //! micro-batch no larger than one that went through adds nothing, and a larger one adds in proportion to what it is
-//! larger by.
+//! larger by. An evaluation takes no more than a step of as many tokens; a step may take more than an evaluation.
 
 use super::resident;
 use engobe_autograd::Watch;
@@ -19,8 +19,10 @@ pub struct Guard {
     /// bytes that one token may add between two looks
     margin_per_token: f64,
     resident: Resident,
-    /// tokens of the largest micro-batch that went through
-    done: usize,
+    /// tokens of the largest micro-batch that went through forward and backward
+    trained: usize,
+    /// tokens of the largest one that went through forward
+    evaluated: usize,
 }
 
 impl fmt::Debug for Guard {
@@ -54,13 +56,23 @@ impl Guard {
 
     /// A guard over whatever `resident` measures.
     pub fn over(limit: u64, margin_per_token: f64, resident: Resident) -> Self {
-        Self { limit, margin_per_token, resident, done: 0 }
+        Self { limit, margin_per_token, resident, trained: 0, evaluated: 0 }
     }
 
-    /// What looks after a micro-batch of `tokens` tokens.
-    pub(crate) fn watch(&self, tokens: usize) -> Watch {
+    /// What looks after a step over `tokens` tokens.
+    pub(crate) fn watch_step(&self, tokens: usize) -> Watch {
+        self.watch(tokens, self.trained)
+    }
+
+    /// What looks after an evaluation of `tokens` tokens.
+    pub(crate) fn watch_evaluation(&self, tokens: usize) -> Watch {
+        self.watch(tokens, self.evaluated)
+    }
+
+    /// `done` tokens have gone through in this way before.
+    fn watch(&self, tokens: usize, done: usize) -> Watch {
         let (limit, resident) = (self.limit, self.resident.clone());
-        let margin = (self.margin_per_token * tokens.saturating_sub(self.done) as f64) as u64;
+        let margin = (self.margin_per_token * tokens.saturating_sub(done) as f64) as u64;
         Arc::new(move || match resident() {
             Some(held) if held.saturating_add(margin) > limit => {
                 Err(Box::new(OverLimit { held, margin, limit, tokens }))
@@ -69,8 +81,14 @@ impl Guard {
         })
     }
 
-    /// A micro-batch of `tokens` tokens went through.
-    pub(crate) fn passed(&mut self, tokens: usize) {
-        self.done = self.done.max(tokens);
+    /// A step over `tokens` tokens went through.
+    pub(crate) fn stepped(&mut self, tokens: usize) {
+        self.trained = self.trained.max(tokens);
+        self.evaluated = self.evaluated.max(tokens);
+    }
+
+    /// An evaluation of `tokens` tokens went through.
+    pub(crate) fn evaluated(&mut self, tokens: usize) {
+        self.evaluated = self.evaluated.max(tokens);
     }
 }

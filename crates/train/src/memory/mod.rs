@@ -36,8 +36,6 @@ pub struct Run<'a> {
     pub adapter: &'a AdapterSizes,
     /// how it is trained
     pub plan: &'a Plan,
-    /// dropout on the adapter's input
-    pub dropout: bool,
     /// a tokenizer will be loaded
     pub tokenizer: bool,
     /// tokens of the longest batch that is evaluated; 0: none

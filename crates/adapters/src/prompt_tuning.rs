@@ -1,0 +1,179 @@
+//! Soft prompts (Lester et al. 2021): trained rows before the embedded tokens of each sequence, and nothing else.
+
+use crate::Result;
+use crate::method::{Attached, Attaching, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
+use crate::random::{gaussian, generator};
+use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR, repeated};
+use engobe_autograd::{Param, Tape, Var, tensor_of};
+use engobe_formats::peft::PeftConfig;
+use engobe_nn::{InputRows, ModuleTree, SiteMut};
+use rand::Rng;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// Soft prompts.
+#[derive(Debug)]
+pub(crate) struct PromptTuning;
+
+/// How a prompt starts (`prompt_tuning_init`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Init {
+    /// normal numbers
+    Random,
+    /// embedded tokens drawn from the vocabulary
+    Vocabulary,
+    /// the embedded tokens of a text, again from its start if it is too short
+    Text,
+}
+
+const INIT: &str = "prompt_tuning_init";
+const INIT_TEXT: &str = "prompt_tuning_init_text";
+const TOKENIZER: &str = "tokenizer_name_or_path";
+const NAMES: [(&str, Init); 3] =
+    [("RANDOM", Init::Random), ("SAMPLE_VOCAB", Init::Vocabulary), ("TEXT", Init::Text)];
+
+const SETTINGS: [Setting; 3] = [
+    COUNT,
+    Setting {
+        decides: Decides::Start,
+        ..setting(INIT, Kind::Text, "how a prompt starts: random, sample_vocab, text [sample_vocab]")
+    },
+    Setting {
+        decides: Decides::Start,
+        ..setting(INIT_TEXT, Kind::Text, "the text it starts from, with prompt_tuning_init text")
+    },
+];
+
+impl PromptTuning {
+    fn init(config: &PeftConfig) -> Result<Init> {
+        Ok(config.choice(INIT, &NAMES, Init::Random)?)
+    }
+}
+
+impl Method for PromptTuning {
+    fn name(&self) -> &'static str {
+        "prompt-tuning"
+    }
+
+    fn about(&self) -> &'static str {
+        "trained rows before the embedded tokens"
+    }
+
+    fn peft_type(&self) -> &'static str {
+        "PROMPT_TUNING"
+    }
+
+    fn settings(&self) -> &'static [Setting] {
+        &SETTINGS
+    }
+
+    fn defaults(&self) -> Vec<(&'static str, Value)> {
+        vec![(COUNT.name, json!(DEFAULT_COUNT)), (INIT, json!("SAMPLE_VOCAB"))]
+    }
+
+    fn learning_rate(&self) -> Option<f64> {
+        Some(0.03)
+    }
+
+    fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
+        let keys = [INIT, INIT_TEXT, TOKENIZER, "tokenizer_kwargs"];
+        let count = virtual_tokens::read(config, &keys, &[])?;
+        let init = Self::init(config)?;
+        let mut config = config.clone();
+        if init == Init::Text {
+            if config.text(INIT_TEXT).is_none_or(|text| text.trim().is_empty()) {
+                return Err(config.bad(INIT_TEXT, "missing", "a text, as prompt_tuning_init is TEXT").into());
+            }
+            if config.text(TOKENIZER).is_none() {
+                // PEFT does not read such a file without it
+                let base = config.text("base_model_name_or_path").unwrap_or_default().to_string();
+                config.set(TOKENIZER, base);
+            }
+        }
+        let name = NAMES.iter().find(|(_, i)| *i == init).map_or("RANDOM", |(name, _)| name);
+        config.set(INIT, name);
+        config.set(COUNT.name, count);
+        Ok(config)
+    }
+
+    fn needs_text(&self, config: &PeftConfig) -> Option<NeedsText> {
+        let text = config.text(INIT_TEXT)?.to_string();
+        (Self::init(config).ok()? == Init::Text).then_some(NeedsText { text, key_values: false })
+    }
+
+    fn attach(
+        &self,
+        model: &mut dyn ModuleTree,
+        config: &PeftConfig,
+        at: &Attaching<'_>,
+    ) -> Result<Box<dyn Attached>> {
+        let sites = Sites::find(model, self.name())?;
+        let count = config.whole(COUNT.name)?.unwrap_or(DEFAULT_COUNT);
+        let mut rng = generator(at.start.seed, TENSOR);
+        let init = if at.purpose == Purpose::Start { Self::init(config)? } else { Init::Random };
+        let rows = match init {
+            Init::Random => tensor_of(gaussian(&mut rng, count * sites.width, 1.0), (count, sites.width))?,
+            Init::Vocabulary => {
+                let vocab = sites.embedding.rows() as u32;
+                let ids: Vec<u32> = (0..count).map(|_| rng.random_range(0..vocab)).collect();
+                sites.embedded(&ids)?
+            }
+            Init::Text => {
+                let ids = repeated(&at.text.ids, count);
+                if ids.len() != count {
+                    return Err(config.bad(INIT_TEXT, "a text of no tokens", "at least one token").into());
+                }
+                sites.embedded(&ids)?
+            }
+        };
+        let prompt = Param::new(TENSOR, &rows.to_device(at.device)?)?;
+        let rows = Arc::new(Prompt(prompt));
+        model.visit_sites(&mut |site| {
+            if let SiteMut::Entry(entry) = site {
+                entry.attach(rows.clone());
+            }
+        });
+        let mut config = config.clone();
+        let heads = sites.key_values.first().map_or(1, |(heads, _)| *heads);
+        virtual_tokens::write_model(&mut config, sites.width, heads, sites.key_values.len());
+        Ok(Box::new(Attachment { config, rows }))
+    }
+}
+
+/// The prompt, `[count, d]`.
+#[derive(Debug)]
+struct Prompt(Param);
+
+impl InputRows for Prompt {
+    fn count(&self) -> usize {
+        self.0.tensor().dims()[0]
+    }
+
+    fn rows(&self, tape: &mut Tape<'_>) -> engobe_autograd::Result<Var> {
+        Ok(tape.param(&self.0))
+    }
+}
+
+#[derive(Debug)]
+struct Attachment {
+    config: PeftConfig,
+    rows: Arc<Prompt>,
+}
+
+impl Attached for Attachment {
+    fn config(&self) -> PeftConfig {
+        self.config.clone()
+    }
+
+    fn params(&self) -> Vec<&Param> {
+        vec![&self.rows.0]
+    }
+
+    fn lead(&self) -> usize {
+        self.rows.count()
+    }
+
+    fn merge_refusal(&self) -> Option<&'static str> {
+        Some("a prompt is input, and no change of weights")
+    }
+}

@@ -1,0 +1,83 @@
+//! What soft prompts, their encoders and prefixes share: PEFT's `PromptLearningConfig` and the sites of a model.
+
+use crate::method::{Kind, Setting, setting};
+use crate::{Error, Result};
+use candle_core::Tensor;
+use engobe_formats::peft::{KnownKeys, PeftConfig};
+use engobe_nn::{FrozenWeight, ModuleMut, ModuleTree, SiteMut, Weight};
+
+/// The tensor in a file.
+pub(crate) const TENSOR: &str = "prompt_embeddings";
+
+/// The setting of all of them.
+pub(crate) const COUNT: Setting =
+    setting("num_virtual_tokens", Kind::Whole, "rows before each sequence [20]");
+
+/// Keys in files that say what the model was; the model itself says so to us.
+const OF_MODEL: [&str; 4] = ["num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"];
+
+/// Virtual tokens engobe has by default; PEFT has no default.
+pub(crate) const DEFAULT_COUNT: usize = 20;
+
+/// Checks the keys of a configuration, and gives the number of virtual tokens.
+pub(crate) fn read(config: &PeftConfig, settings: &[&str], notes: &[&str]) -> Result<usize> {
+    let settings: Vec<&str> = settings.iter().copied().chain([COUNT.name]).collect();
+    let notes: Vec<&str> = notes.iter().copied().chain(OF_MODEL).collect();
+    config.check_keys(KnownKeys { settings: &settings, notes: &notes, not_yet: &["modules_to_save"] })?;
+    Ok(config.whole(COUNT.name)?.unwrap_or(DEFAULT_COUNT))
+}
+
+/// What PEFT's files say of the model, of width `token_dim` in each of `heads` heads together.
+pub(crate) fn write_model(config: &mut PeftConfig, token_dim: usize, heads: usize, layers: usize) {
+    config.set("token_dim", token_dim);
+    config.set("num_attention_heads", heads);
+    config.set("num_layers", layers);
+    config.set("num_transformer_submodules", 1);
+}
+
+/// What methods of virtual tokens need to know of a model.
+pub(crate) struct Sites {
+    /// the token embedding, and its width
+    pub embedding: FrozenWeight,
+    /// width of an embedded token
+    pub width: usize,
+    /// heads and width of the keys of each attention module
+    pub key_values: Vec<(usize, usize)>,
+}
+
+impl Sites {
+    /// Looks for them.
+    pub fn find(model: &mut dyn ModuleTree, method: &'static str) -> Result<Self> {
+        let (mut entry, mut key_values) = (None, Vec::new());
+        model.visit_sites(&mut |site| match site {
+            SiteMut::Entry(e) => entry = Some((e.path().to_string(), e.width())),
+            SiteMut::KvPrefix(site) => key_values.push((site.kv_heads(), site.width())),
+            SiteMut::SubLayer(_) => {}
+        });
+        let missing = || Error::NoSite { method, needs: "a place for rows before its embedded tokens" };
+        let (path, width) = entry.ok_or_else(missing)?;
+        let mut embedding = None;
+        model.visit_modules(&mut |module| {
+            if let ModuleMut::Embedding(m) = module
+                && m.path() == path
+                && let Weight::Frozen(weight) = m.weight()
+            {
+                embedding = Some(weight.clone());
+            }
+        });
+        Ok(Self { embedding: embedding.ok_or_else(missing)?, width, key_values })
+    }
+
+    /// Embedded tokens `ids`: `[ids, d]`.
+    pub fn embedded(&self, ids: &[u32]) -> Result<Tensor> {
+        use engobe_autograd::{Tape, ops};
+        let matrix = ops::Matrix::Frozen(self.embedding.clone());
+        let mut tape = Tape::inference();
+        Ok(ops::embedding(&mut tape, &matrix, ids.into(), &candle_core::Device::Cpu)?.into_tensor())
+    }
+}
+
+/// `count` of the ids, from the first again after the last.
+pub(crate) fn repeated(ids: &[u32], count: usize) -> Vec<u32> {
+    ids.iter().copied().cycle().take(if ids.is_empty() { 0 } else { count }).collect()
+}

@@ -1,0 +1,132 @@
+//! LoRA on every family's decoder: merged into its model, it says what it says beside it.
+
+use candle_core::Device;
+use engobe_adapters::merge::{MergeOptions, merge};
+use engobe_adapters::{Adapter, Start};
+use engobe_autograd::{Activations, Tape, Var, host};
+use engobe_formats::peft::{LoraConfig, PeftConfig};
+use engobe_kernels::storage::StorageType;
+use engobe_models::{LoadOptions, load_causal_lm};
+use engobe_nn::{CausalLm, TokenBatch};
+use engobe_testkit::{assert_close, cases, golden};
+use std::path::Path;
+
+fn load(path: &Path) -> Box<dyn CausalLm> {
+    load_causal_lm(path, &LoadOptions::default()).unwrap()
+}
+
+fn logits(model: &dyn CausalLm) -> Vec<f32> {
+    let ids: Vec<u32> = (0..20).map(|i| i * 13 % 40).collect();
+    let batch = TokenBatch::packed(&ids, std::slice::from_ref(&(0..20)));
+    let mut tape = Tape::inference();
+    let hidden = model.hidden_states(&mut tape, &batch, None).unwrap().into_tensor();
+    host(&model.logits(&mut tape, &Var::constant(hidden)).unwrap()).unwrap().to_vec()
+}
+
+#[test]
+fn a_merged_model_says_what_its_adapter_said() {
+    let mut transposed = Vec::new();
+    for name in cases("decoders") {
+        let base = golden(format!("decoders/{name}"));
+        if !base.join("lora").exists() {
+            continue;
+        }
+        let mut model = load(&base);
+        let plain = logits(model.as_ref());
+        let adapter = Adapter::load(model.as_mut(), &base.join("lora"), &Device::Cpu).unwrap();
+        let adapted = logits(model.as_ref());
+        assert_ne!(plain, adapted, "{name}");
+        if adapter.config().flag("fan_in_fan_out").unwrap() {
+            transposed.push(name.clone());
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let options = MergeOptions {
+            storage: &|_| StorageType::F32,
+            max_shard_bytes: 1 << 30,
+            tied_head: model.info().tied_head,
+        };
+        let merged = merge(model.as_mut(), &adapter, dir.path(), &options, &mut |_, _| ()).unwrap();
+        assert!(merged.changed >= 8, "{name}");
+        std::fs::copy(base.join("config.json"), dir.path().join("config.json")).unwrap();
+        let expected: Vec<f64> = adapted.iter().map(|x| f64::from(*x)).collect();
+        // W + sBA is rounded to f32 once: some 1e-7 of the largest logit a layer
+        assert_close(&logits(load(dir.path()).as_ref()), &expected, 5e-6, &name);
+    }
+    assert_eq!(transposed, ["gpt2"], "PEFT is told of Conv1D");
+}
+
+#[test]
+fn a_conv1d_is_not_trained_in_full() {
+    let mut model = load(&golden("decoders/gpt2"));
+    let config = LoraConfig {
+        target_modules: Some(engobe_formats::peft::TargetModules::List(vec!["c_fc".to_string()])),
+        modules_to_save: vec!["c_attn".to_string()],
+        ..Default::default()
+    };
+    let start = Start { seed: 1 };
+    let error = Adapter::attach(model.as_mut(), &config, start, &Device::Cpu).unwrap_err().to_string();
+    assert!(error.contains("transformer.h.0.attn.c_attn is a Conv1D"), "{error}");
+}
+
+/// Norms and embeddings are trained in full by the names that PEFT gives them, Gemma's 1 + w and LayerNorm's bias too.
+#[test]
+fn norms_and_embeddings_are_trained_in_full() {
+    for (name, module, expected) in [
+        ("gemma3", "model.norm", vec!["model.norm.weight"]),
+        ("gpt2", "ln_f", vec!["transformer.ln_f.weight", "transformer.ln_f.bias"]),
+        ("gpt2", "wpe", vec!["transformer.wpe.weight"]),
+        ("gpt_neox", "embed_out", vec!["embed_out.weight"]),
+    ] {
+        let mut model = load(&golden(format!("decoders/{name}")));
+        let plain = logits(model.as_ref());
+        let config = LoraConfig {
+            target_modules: Some(engobe_formats::peft::TargetModules::AllLinear),
+            modules_to_save: vec![module.to_string()],
+            ..Default::default()
+        };
+        let start = Start { seed: 1 };
+        let adapter = Adapter::attach(model.as_mut(), &config, start, &Device::Cpu).unwrap();
+        let params = adapter.params();
+        let names: Vec<&str> = params.iter().map(|p| p.name()).filter(|n| !n.contains(".lora_")).collect();
+        let expected: Vec<String> = expected.iter().map(|n| format!("base_model.model.{n}")).collect();
+        assert_eq!(names, expected, "{name}");
+        // B is zero and the copies are the base's own values
+        let plain: Vec<f64> = plain.iter().map(|x| f64::from(*x)).collect();
+        assert_close(&logits(model.as_ref()), &plain, 1e-6, name);
+    }
+}
+
+/// Prompts and prefixes before every family's tokens: one row at once, and the same tokens over a cache.
+#[test]
+fn prompts_and_prefixes_are_the_same_over_a_cache() {
+    for name in cases("decoders") {
+        let path = golden(format!("decoders/{name}"));
+        // OPT-350m's embedding is narrower than its blocks, and rope that depends on the length is not cached
+        if name == "opt_post_norm" || name == "phi3_longrope" {
+            continue;
+        }
+        for method in ["PROMPT_TUNING", "PREFIX_TUNING"] {
+            let mut model = load(&path);
+            let plain = logits(model.as_ref());
+            let mut config = PeftConfig::new(method);
+            config.set("num_virtual_tokens", 3);
+            Adapter::attach(model.as_mut(), config, Start { seed: 4 }, &Device::Cpu).unwrap();
+            let whole = logits(model.as_ref());
+            assert_ne!(whole, plain, "{name} {method}");
+            let ids: Vec<u32> = (0..20).map(|i| i * 13 % 40).collect();
+            let mut cache = model.new_cache(1, 8, Activations::Exact).unwrap();
+            let mut stepped = Vec::new();
+            for range in [0..11, 11..12, 12..20] {
+                let batch = cache.batch(&[(0, &ids[range])]).unwrap();
+                let mut tape = Tape::generation(Activations::Exact);
+                let hidden = model.hidden_states(&mut tape, &batch, Some(&mut cache)).unwrap();
+                stepped.extend(host(&model.logits(&mut tape, &hidden).unwrap()).unwrap().to_vec());
+            }
+            let expected: Vec<f64> = whole.iter().map(|x| f64::from(*x)).collect();
+            // sums in another order over a few layers: some 1e-6 of the largest
+            assert_close(&stepped, &expected, 1e-5, &format!("{name} {method}"));
+            model.detach_all();
+            assert_eq!(logits(model.as_ref()), plain, "{name} {method}: detached");
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Layers over the tensors of a checkpoint, by module path: what architectures' files are put together of.
+
+use crate::settings::DecoderSizes;
+use crate::{Result, Weights};
+use engobe_kernels::activation::Activation;
+use engobe_nn::decoder::{Block, Decoder, Mlp, Projection, Up};
+use engobe_nn::rope::Rope;
+use engobe_nn::{Embedding, Entry, LayerNorm, Linear, ModelInfo, Norm, RmsNorm};
+use rayon::prelude::*;
+
+impl Weights<'_> {
+    /// The linear layer at `path`.
+    pub(crate) fn linear_at(&self, path: &str, out: usize, width: usize, bias: bool) -> Result<Linear> {
+        let weight = self.linear(&format!("{path}.weight"), out, width)?;
+        let bias = bias.then(|| self.vector(&format!("{path}.bias"), out)).transpose()?;
+        Ok(Linear::new(path, weight, bias))
+    }
+
+    /// The layer at `path` that transformers calls `Conv1D`: linear, its matrix kept as `[in, out]`, with a bias.
+    pub(crate) fn conv1d_at(&self, path: &str, out: usize, width: usize) -> Result<Linear> {
+        let weight = self.transposed(&format!("{path}.weight"), out, width)?;
+        let bias = self.vector(&format!("{path}.bias"), out)?;
+        Ok(Linear::new(path, weight, Some(bias)).transposed_in_files())
+    }
+
+    /// Queries, keys and values of layers of their own, in `self_attn`.
+    pub(crate) fn separate_qkv(&self, path: &str, sizes: &DecoderSizes, bias: bool) -> Result<Projection> {
+        let linear = |name: &str, out| self.linear_at(&format!("{path}.{name}"), out, sizes.hidden, bias);
+        let (all, kv) = (sizes.width(), sizes.kv_width());
+        Ok(Projection::Separate([linear("q_proj", all)?, linear("k_proj", kv)?, linear("v_proj", kv)?]))
+    }
+
+    /// A gated MLP of layers of their own, in `mlp`.
+    pub(crate) fn gated_mlp(
+        &self,
+        path: &str,
+        sizes: &DecoderSizes,
+        activation: Activation,
+        bias: bool,
+    ) -> Result<Mlp> {
+        let (d, f) = (sizes.hidden, sizes.mlp);
+        let linear = |name: &str, out, width| self.linear_at(&format!("{path}.{name}"), out, width, bias);
+        let (gate, up) = (linear("gate_proj", f, d)?, linear("up_proj", f, d)?);
+        Ok(Mlp { up: Up::Gated { gate, up }, activation, down: linear("down_proj", d, f)? })
+    }
+
+    /// The root-mean-square norm at `path`.
+    pub(crate) fn rms_norm_at(&self, path: &str, d: usize, eps: f32) -> Result<RmsNorm> {
+        Ok(RmsNorm::new(path, self.vector(&format!("{path}.weight"), d)?, eps))
+    }
+
+    /// The layer norm at `path`.
+    pub(crate) fn layer_norm_at(&self, path: &str, d: usize, eps: f32) -> Result<LayerNorm> {
+        let [weight, bias] = ["weight", "bias"].map(|kind| self.vector(&format!("{path}.{kind}"), d));
+        Ok(LayerNorm::new(path, weight?, Some(bias?), eps))
+    }
+
+    /// The embedding at `path`.
+    pub(crate) fn embedding_at(&self, path: &str, rows: usize, d: usize) -> Result<Embedding> {
+        Ok(Embedding::new(path, self.matrix(&format!("{path}.weight"), rows, d)?))
+    }
+}
+
+/// What stands around a decoder's blocks.
+pub(crate) struct Frame {
+    /// Hugging Face's `model_type`
+    pub model_type: &'static str,
+    /// path of the embedding
+    pub embedding: &'static str,
+    /// its width
+    pub embedding_width: usize,
+    /// path of the output head
+    pub head: &'static str,
+    /// the norm before the head
+    pub norm: Option<Norm>,
+    /// rotary embeddings
+    pub ropes: Vec<Rope>,
+}
+
+impl Frame {
+    /// That of LLaMA and those after it.
+    pub(crate) fn usual(
+        model_type: &'static str,
+        sizes: &DecoderSizes,
+        norm: Norm,
+        ropes: Vec<Rope>,
+    ) -> Self {
+        Self {
+            model_type,
+            embedding: "model.embed_tokens",
+            embedding_width: sizes.hidden,
+            head: "lm_head",
+            norm: Some(norm),
+            ropes,
+        }
+    }
+
+    /// The decoder, its blocks made by `block`, in parallel.
+    pub(crate) fn decoder(
+        self,
+        weights: &Weights<'_>,
+        sizes: &DecoderSizes,
+        block: impl Fn(usize) -> Result<Block> + Sync + Send,
+    ) -> Result<Decoder> {
+        let (rows, width) = (sizes.vocab, self.embedding_width);
+        let embedding = weights.matrix(&format!("{}.weight", self.embedding), rows, width)?;
+        let head = match sizes.tied_head {
+            true => embedding.clone(),
+            false => weights.matrix(&format!("{}.weight", self.head), rows, width)?,
+        };
+        let blocks = (0..sizes.layers).into_par_iter().map(block).collect::<Result<Vec<_>>>()?;
+        Ok(Decoder {
+            info: ModelInfo {
+                model_type: self.model_type.to_string(),
+                vocab_size: sizes.vocab,
+                hidden_size: sizes.hidden,
+                num_layers: sizes.layers,
+                kv_width: sizes.kv_width(),
+                max_positions: sizes.max_positions,
+                tied_head: sizes.tied_head,
+                blocks: blocks.iter().any(|b| b.attention.output.weight().is_of_blocks()),
+            },
+            embed_tokens: Embedding::new(self.embedding, embedding),
+            entry: Entry::new(self.embedding, width),
+            embed_scale: None,
+            project_in: None,
+            positions: None,
+            blocks,
+            ropes: self.ropes,
+            norm: self.norm,
+            project_out: None,
+            lm_head: Linear::new(self.head, head, None),
+            soft_cap: None,
+            device: weights.device().clone(),
+        })
+    }
+}

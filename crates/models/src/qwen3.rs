@@ -1,0 +1,115 @@
+//! Qwen 3 decoders (Yang et al. 2025): LLaMA whose query and key heads are normed before they are turned.
+//!
+//! Module paths are those of transformers' `Qwen3ForCausalLM`.
+
+use crate::family::{Architecture, Family, GgufForm, Misfit};
+use crate::llama::rope_settings;
+use crate::parts::Frame;
+use crate::qwen2::no_windows;
+use crate::rope_settings::{Rotary, USUAL};
+use crate::settings::{DecoderSizes, SILU, activation, epsilon, exact, merged, upper_windows};
+use crate::{GgufSettings, Result, Weights, gguf_names};
+use engobe_formats::gguf::Gguf;
+use engobe_formats::hf_config::HfConfig;
+use engobe_kernels::activation::Activation;
+use engobe_nn::decoder::{Attention, Block, Norms};
+use engobe_nn::{CausalLm, Norm};
+use serde_json::{Value, json};
+
+pub static ARCHITECTURE: Architecture = Architecture {
+    model_type: "qwen3",
+    class: "Qwen3ForCausalLM",
+    from_hf: |config| Ok(Box::new(Qwen3::from_hf(config)?)),
+    gguf: Some(GgufForm {
+        name: "qwen3",
+        names: &gguf_names::LLAMA,
+        read: Some(|gguf| Ok(Box::new(Qwen3::from_gguf(gguf)?))),
+    }),
+};
+
+#[derive(Debug)]
+struct Qwen3 {
+    sizes: DecoderSizes,
+    eps: f32,
+    rotary: Rotary,
+    attention_bias: bool,
+    /// of each layer
+    windows: Vec<Option<usize>>,
+}
+
+impl Qwen3 {
+    fn from_hf(config: &HfConfig) -> Result<Self> {
+        activation(config, "hidden_act", "silu", SILU)?;
+        let mut sizes = DecoderSizes::from_hf(config, false)?;
+        if config.get("head_dim").is_none() {
+            sizes.head_dim = 128;
+        }
+        Ok(Self {
+            eps: epsilon(config, "rms_norm_eps", 1e-6)?,
+            rotary: Rotary::from_hf(config, &sizes, USUAL)?,
+            attention_bias: config.bool_or("attention_bias", false)?,
+            windows: upper_windows(config, sizes.layers)?,
+            sizes: with_head_norms(sizes),
+        })
+    }
+
+    fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let sizes = DecoderSizes::from_gguf(gguf, "qwen3")?;
+        Ok(Self {
+            eps: gguf.f32("qwen3.attention.layer_norm_rms_epsilon")?,
+            rotary: Rotary::from_gguf(gguf, "qwen3", &sizes)?,
+            attention_bias: gguf.contains("blk.0.attn_q.bias"),
+            windows: vec![None; sizes.layers],
+            sizes: with_head_norms(sizes),
+        })
+    }
+}
+
+/// The norms of heads keep queries and keys as they were before.
+pub(crate) fn with_head_norms(sizes: DecoderSizes) -> DecoderSizes {
+    DecoderSizes { extra_kept: sizes.extra_kept + sizes.width() + sizes.kv_width(), ..sizes }
+}
+
+impl Family for Qwen3 {
+    fn sizes(&self) -> &DecoderSizes {
+        &self.sizes
+    }
+
+    fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
+        let s = &self.sizes;
+        let norm = |path: &str| -> Result<Norm> { Ok(Norm::Rms(w.rms_norm_at(path, s.hidden, self.eps)?)) };
+        let frame = Frame::usual("qwen3", s, norm("model.norm")?, vec![self.rotary.rope()]);
+        let decoder = frame.decoder(w, s, |i| {
+            let at = |name: &str| format!("model.layers.{i}.{name}");
+            let head_norm = |name: &str| w.rms_norm_at(&at(name), s.head_dim, self.eps);
+            let o_proj = at("self_attn.o_proj");
+            Ok(Block::new(
+                Attention {
+                    projection: w.separate_qkv(&at("self_attn"), s, self.attention_bias)?,
+                    head_norms: Some([head_norm("self_attn.q_norm")?, head_norm("self_attn.k_norm")?]),
+                    output: w.linear_at(&o_proj, s.hidden, s.width(), self.attention_bias)?,
+                    shape: s.attention(s.scale(), self.windows[i]),
+                    rope: Some(0),
+                },
+                w.gated_mlp(&at("mlp"), s, Activation::Silu, false)?,
+                Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
+            ))
+        })?;
+        Ok(Box::new(decoder))
+    }
+
+    fn to_hf(&self) -> Value {
+        let extra = json!({
+            "hidden_act": "silu",
+            "rms_norm_eps": exact(self.eps),
+            "attention_bias": self.attention_bias,
+            "use_sliding_window": false,
+        });
+        merged(&self.sizes, extra, Some(&self.rotary))
+    }
+
+    fn to_gguf(&self) -> Result<GgufSettings, Misfit> {
+        no_windows(&self.windows)?;
+        rope_settings(&self.sizes, self.eps, &self.rotary)
+    }
+}

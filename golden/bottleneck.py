@@ -1,0 +1,70 @@
+"""Bottleneck adapters of AdapterHub's `adapters` on tiny models: logits, and curves of 20 steps.
+
+    pip install --target DIR --no-deps adapters==1.3.0 transformers==4.57.6 "tokenizers<0.23" "huggingface_hub<1"
+    PYTHONPATH=DIR python golden/bottleneck.py
+
+(the package wants an older transformers than the other scripts). Writes golden/bottleneck/NAME/: the adapter that
+training starts from, as the package saves it, and expected.json. The models are those of golden/llama.
+"""
+
+import shutil
+from pathlib import Path
+
+import adapters
+import torch
+from adapters import DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
+from curves import expect, read_rows
+from transformers import LlamaForCausalLM
+
+HERE = Path(__file__).resolve().parent
+CASES = {
+    "pfeiffer": ("gqa_tied", 1, SeqBnConfig(reduction_factor=4)),
+    "houlsby": ("gqa_tied", 4, DoubleSeqBnConfig(reduction_factor=8, leave_out=[0])),
+    "parallel": ("head_dim_bias", 1, ParBnConfig(reduction_factor={"0": 4, "default": 2}, scaling=2.0)),
+    "after_attention": (
+        "plain",
+        1,
+        SeqBnConfig(
+            mh_adapter=True,
+            output_adapter=False,
+            original_ln_before=False,
+            residual_before_ln=False,
+            non_linearity="tanh",
+            reduction_factor=5,
+        ),
+    ),
+    "late_residual": (
+        "gqa_tied",
+        4,
+        SeqBnConfig(residual_before_ln=False, original_ln_after=False, non_linearity="gelu", scaling=0.5),
+    ),
+}
+
+
+def main():
+    out = HERE / "bottleneck"
+    shutil.rmtree(out, ignore_errors=True)
+    rows = read_rows()
+    for seed, (name, (base, accumulation, config)) in enumerate(CASES.items()):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM.from_pretrained(HERE / "llama" / base, dtype=torch.float32)
+        adapters.init(model)
+        model.add_adapter("task", config=config)
+        model.train_adapter("task")  # which activates it, too
+        model.eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p) * 0.1)
+        (out / name).mkdir(parents=True)
+        model.save_adapter(str(out / name), "task", use_safetensors=True)
+        for extra in (out / name).iterdir():
+            if extra.name not in ("adapter_config.json", "adapter.safetensors"):
+                extra.unlink()
+        path = out / name / "adapter_config.json"
+        path.write_text(path.read_text().replace(f"{HERE.parent}/", ""))
+        expect(model, base, accumulation, rows, out / name / "expected.json")
+
+
+if __name__ == "__main__":
+    main()
