@@ -220,21 +220,6 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Adds the bias of a row's visible keys, if there is one.
-    fn add_bias(&self, task: &Task, row: usize, scores: &mut [f32]) {
-        if let Some((range, bias)) = self.bias_of(task, row) {
-            let values = &bias.head(task.head, self.shape.heads)[range];
-            scores.iter_mut().zip(values).for_each(|(s, b)| *s += b);
-        }
-    }
-
-    /// The bias, and where in its head's part the values of a row's visible keys lie.
-    fn bias_of(&self, task: &Task, row: usize) -> Option<(Range<usize>, RelativeBias<'a>)> {
-        let (bias, s) = (self.bias?, &self.segments[task.segment]);
-        let at = self.shape.place(s.q.len(), s.kv.len(), row);
-        Some((bias.range(at, &self.visible(task, row)), bias))
-    }
-
     /// Rows `rows` of the task's head in a buffer like q.
     fn queries<'b>(&self, data: &'b [f32], task: &Task, rows: &Range<usize>) -> MatRef<'b> {
         let first = self.segments[task.segment].q.start;
@@ -479,11 +464,7 @@ pub fn attention_backward(
         tasks.par_iter().with_max_len(1).map(|t| call.backward(t, call.of(&packed, t), &given, dq)).collect();
     if let Some(dbias) = dbias {
         assert!(bias.is_some_and(|b| b.table.len() == dbias.len()));
-        dbias.fill(0.0);
-        for (task, part) in tasks.iter().zip(&parts) {
-            let head = &mut dbias[task.head * part.dbias.len()..][..part.dbias.len()];
-            head.iter_mut().zip(&part.dbias).for_each(|(sum, part)| *sum += part);
-        }
+        bias::sum(&tasks, &parts, dbias);
     }
     dk.fill(0.0);
     dv.fill(0.0);

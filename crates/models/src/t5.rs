@@ -17,8 +17,8 @@ use engobe_autograd::{Result as OpResult, Tape, Var};
 use engobe_kernels::attention::{AttentionShape, RelativeBias, Segment};
 use engobe_nn::decoder::{Attention, CacheSlot, Context, Mlp, Projection, Up};
 use engobe_nn::{
-    Embedding, EncoderStates, KvCache, KvPrefix, Linear, ModelInfo, ModuleMut, ModuleTree, RmsNorm, Seq2Seq,
-    Seq2SeqCache, SiteMut, SubLayer, SubLayerKind, TokenBatch, linear_group,
+    Embedding, EncoderStates, Entry, KvCache, KvPrefix, Linear, ModelInfo, ModuleMut, ModuleTree, RmsNorm,
+    Seq2Seq, Seq2SeqCache, SiteMut, SubLayer, SubLayerKind, TokenBatch, linear_group,
 };
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -29,6 +29,8 @@ pub struct T5 {
     info: ModelInfo,
     config: T5Config,
     shared: Embedding,
+    /// where adapters put rows before each source
+    entry: Entry,
     encoder: Stack,
     decoder: Stack,
     lm_head: Linear,
@@ -106,6 +108,7 @@ impl T5 {
             },
             config: c.clone(),
             shared,
+            entry: Entry::new("shared", c.d_model),
             encoder,
             decoder,
             lm_head: Linear::new("lm_head", lm_head, None),
@@ -276,6 +279,7 @@ impl ModuleTree for T5 {
     }
 
     fn visit_sites(&mut self, f: &mut dyn FnMut(SiteMut<'_>)) {
+        f(SiteMut::Entry(&mut self.entry));
         for block in self.encoder.blocks.iter_mut().chain(&mut self.decoder.blocks) {
             f(SiteMut::SubLayer(&mut block.attention_end));
             if let Some(cross) = &mut block.cross {
@@ -304,7 +308,8 @@ impl Seq2Seq for T5 {
     }
 
     fn encode<'m>(&'m self, tape: &mut Tape<'m>, source: &TokenBatch) -> OpResult<EncoderStates> {
-        let mut x = self.embed(tape, source)?;
+        let x = self.embed(tape, source)?;
+        let (mut x, source) = self.entry.enter(tape, x, source)?;
         let bias = self.encoder.bias(tape, &self.config, &source.segments, &self.device)?;
         for block in &self.encoder.blocks {
             let (source, zero) = (source.clone(), bias.zero);
@@ -313,6 +318,7 @@ impl Seq2Seq for T5 {
             })?;
         }
         let hidden = self.encoder.final_norm.forward(tape, &x)?;
+        // the decoder sees the states of inserted rows too, as PEFT has it
         Ok(EncoderStates { hidden, rows: source.segments.iter().map(|s| s.q.clone()).collect() })
     }
 

@@ -4,7 +4,7 @@
 //! keys. A row of scores meets neighbouring distances, so its bias is a slice of the table. In the backward
 //! dt[j - i] = Σ P_ij·(dP_ij - D_i), which is what dS is before its factor s.
 
-use super::{AttentionShape, Segment};
+use super::{AttentionShape, Call, Segment, Share, Task};
 use std::ops::Range;
 
 /// A value for each head and distance.
@@ -46,5 +46,31 @@ impl<'a> RelativeBias<'a> {
     pub(super) fn head(&self, head: usize, heads: usize) -> &'a [f32] {
         let distances = self.table.len() / heads;
         &self.table[head * distances..][..distances]
+    }
+}
+
+impl<'a> Call<'a> {
+    /// Adds the bias of a row's visible keys, if there is one.
+    pub(super) fn add_bias(&self, task: &Task, row: usize, scores: &mut [f32]) {
+        if let Some((range, bias)) = self.bias_of(task, row) {
+            let values = &bias.head(task.head, self.shape.heads)[range];
+            scores.iter_mut().zip(values).for_each(|(s, b)| *s += b);
+        }
+    }
+
+    /// The bias, and where in its head's part the values of a row's visible keys lie.
+    pub(super) fn bias_of(&self, task: &Task, row: usize) -> Option<(Range<usize>, RelativeBias<'a>)> {
+        let (bias, s) = (self.bias?, &self.segments[task.segment]);
+        let at = self.shape.place(s.q.len(), s.kv.len(), row);
+        Some((bias.range(at, &self.visible(task, row)), bias))
+    }
+}
+
+/// The gradient of the table: what the tasks have for it, added up in their order.
+pub(super) fn sum(tasks: &[Task], parts: &[Share], dbias: &mut [f32]) {
+    dbias.fill(0.0);
+    for (task, part) in tasks.iter().zip(parts) {
+        let head = &mut dbias[task.head * part.dbias.len()..][..part.dbias.len()];
+        head.iter_mut().zip(&part.dbias).for_each(|(sum, part)| *sum += part);
     }
 }
