@@ -171,7 +171,6 @@ def data(work, rows):
     fails("text without a tokenizer", train(file("text.jsonl", '{"text": "hello"}')), "tokenizer")
     fails("all masked", train(file("mask.jsonl", '{"input_ids": [1, 2], "labels": [-100, -100]}')), "all-masked-rows")
     fails("unknown columns", train(file("cols.jsonl", '{"foo": 1}')), "foo")
-    chat = work / "raising.gguf"
     smol = Path(engobe("fetch", "smollm2-135m")["path"])
     row = file("roles.jsonl", json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}))
     merged = work / "raising"

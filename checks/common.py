@@ -20,7 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGOBE = os.environ.get("ENGOBE", str(ROOT / "target" / "release" / "engobe"))
-torch.set_num_threads(int(os.environ.get("THREADS", "2")))
+# of all programs; more than the machine has free make llama.cpp crawl
+THREADS = int(os.environ.get("THREADS", "2"))
+torch.set_num_threads(THREADS)
 
 
 def engobe(*args, ok=True, env=None):
@@ -128,6 +130,37 @@ def label_loss(model, rows):
 def greedy_logits(model, ids):
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].float()
+
+
+def llama_cpp(path, lora=None, flash_attention=True, exact_cache=False):
+    """Greedy continuations by llama.cpp of a GGUF file: with either of its two ways to compute attention, and keys and
+    values in f16 or, with `exact_cache`, in f32. Returns a function of a prompt (text or ids), a number of tokens and
+    tokens that must not come, which gives token ids, how many nats each lies above the second best, and their
+    log-probabilities."""
+    import xllamacpp as xlc
+
+    params = xlc.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
+    params.sampling.temp, params.sampling.top_k, params.sampling.seed = 0.0, 1, 1
+    if not flash_attention:
+        params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if exact_cache:
+        params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
+    if lora:
+        params.lora_adapters = [xlc.CommonAdapterLoraInfo(str(lora), 1.0)]
+    server = xlc.Server(params)
+
+    def complete(prompt, count, banned=()):
+        body = {"prompt": prompt, "n_predict": count, "temperature": 0.0, "n_probs": 2, "cache_prompt": False}
+        body["logit_bias"] = [[token, False] for token in banned]
+        done = server.handle_completions(body)
+        steps = done.get("completion_probabilities") or done["choices"][0]["logprobs"]["content"]
+        margins = [s["top_logprobs"][0]["logprob"] - s["top_logprobs"][1]["logprob"] for s in steps]
+        return [s["id"] for s in steps], margins, [s["logprob"] for s in steps]
+
+    return complete
 
 
 class Report:

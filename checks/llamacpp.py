@@ -15,14 +15,13 @@ must be small. Small means what the arithmetic allows: llama.cpp rounds activati
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
+import common
 import torch
 import transformers
-import xllamacpp as xlc
-from common import Report, engobe, make_model, randomize
+from common import THREADS, Report, engobe, make_model, randomize
 from gguf import GGUFReader
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -38,29 +37,8 @@ PLAIN = [
 
 
 def llama_cpp(path, lora=None):
-    """Greedy continuations by llama.cpp."""
-    params = xlc.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
-    params.cpuparams.n_threads = 2
-    params.sampling.temp, params.sampling.top_k, params.sampling.seed = 0.0, 1, 1
-    # attention in f32, so that only weights and activations are rounded
-    params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
-    if lora:
-        params.lora_adapters = [xlc.CommonAdapterLoraInfo(str(lora), 1.0)]
-    server = xlc.Server(params)
-
-    def complete(ids, count, banned=()):
-        """Token ids, how many nats each lies above the second best, and their log-probabilities."""
-        body = {"prompt": ids, "n_predict": count, "temperature": 0.0, "n_probs": 2, "cache_prompt": False}
-        body["logit_bias"] = [[token, False] for token in banned]
-        done = server.handle_completions(body)
-        steps = done.get("completion_probabilities") or done["choices"][0]["logprobs"]["content"]
-        margins = [s["top_logprobs"][0]["logprob"] - s["top_logprobs"][1]["logprob"] for s in steps]
-        return [s["id"] for s in steps], margins, [s["logprob"] for s in steps]
-
-    return complete
+    """llama.cpp with attention in f32, so that only weights and activations are rounded."""
+    return common.llama_cpp(path, lora, flash_attention=False, exact_cache=True)
 
 
 def partings(complete, args, ids, tokens):
@@ -69,7 +47,7 @@ def partings(complete, args, ids, tokens):
     found, at = [], 0
     while at < len(theirs):
         context = ",".join(map(str, ids + theirs[:at]))
-        mine = engobe("generate", *args, "--prompt-ids", context, "--max-new-tokens", len(theirs) - at)["token_ids"]
+        mine = engobe("generate", *args, "--prompt-ids", context, "--max-new-tokens", len(theirs) - at, "--threads", THREADS)["token_ids"]
         if len(theirs) < tokens and len(mine) == len(theirs) - at - 1:
             # both ended; llama.cpp's answer has the token that ends it
             mine.append(theirs[-1])
@@ -98,7 +76,7 @@ def demo_prompts(demo, hf):
     tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
     template = (hf / "chat_template.jinja").read_text()
     rows = [json.loads(l) for l in (demo / "test.jsonl").read_text().splitlines()]
-    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows]
+    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows[:16]]
     texts, _ = render_jinja_template(chats, chat_template=template, add_generation_prompt=True)
     ids = lambda texts: [tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
     return {"held-out prompts": ids(texts), "plain texts": ids(PLAIN)}
@@ -239,7 +217,8 @@ def configurations(report, work, demo):
 def families(report, work, demo):
     """A random model of every other family that llama.cpp has."""
     for i, (name, (kind, changes, limit)) in enumerate(FAMILIES.items()):
-        at = work / f"tiny-{name}"
+        # (in a model that is called after Phi-3, llama.cpp looks for tokens of its vocabulary)
+        at = work / f"family-{i}"
         torch.manual_seed(i)
         model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**changes)).eval()
         randomize(model, around=0.0 if "gemma" in name else 1.0)

@@ -13,7 +13,18 @@ from pathlib import Path
 
 import torch
 from common import CONFIGS, Report, engobe, greedy_logits, label_loss, make_model, make_rows
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    PeftConfig,
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftModel,
+    TrainableTokensConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.optimizers import create_loraplus_optimizer
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
@@ -68,7 +79,63 @@ LORAS = {
     "head": dict(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"]),
     "bias_all": dict(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], bias="all"),
     "bias_lora": dict(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], bias="lora_only"),
+    "dora": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_dora=True),
+    "bias_dora": dict(
+        r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True, use_dora=True, bias="lora_only",
+        rank_pattern={"down_proj": 2},
+    ),
+    "head_dora": dict(r=2, lora_alpha=8, target_modules=["o_proj", "lm_head"], use_dora=True),
+    "bias_b": dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], lora_bias=True),
+    "pissa": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa"),
+    "olora": dict(
+        r=3, lora_alpha=4, target_modules=["o_proj", "down_proj"], init_lora_weights="olora", rank_pattern={"o_proj": 2}
+    ),
+    "pissa_dora": dict(r=2, lora_alpha=4, target_modules=["up_proj"], init_lora_weights="pissa", use_dora=True),
+    "embed": dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "v_proj"]),
+    "tied_embed": dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"]),
+    "tokens": dict(r=4, lora_alpha=8, target_modules=["q_proj"], trainable_token_indices=[3, 17, 5]),
+    "tied_tokens": dict(r=4, lora_alpha=8, target_modules=["v_proj"], trainable_token_indices=[3, 17, 5]),
+    "loraplus": dict(r=4, lora_alpha=8, target_modules=["q_proj", "embed_tokens"], loraplus=(8.0, 5e-4)),
+    "bias_loraplus": dict(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], bias="lora_only", use_dora=True, loraplus=(4.0, 1e-6)
+    ),
+    "ia3": dict(peft_type="IA3", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "bias_ia3": dict(
+        peft_type="IA3", target_modules=r".*\.(q_proj|up_proj|o_proj)", feedforward_modules=r".*\.o_proj",
+        modules_to_save=["norm"],
+    ),
+    "vera": dict(peft_type="VERA", r=6, target_modules=["q_proj", "v_proj", "down_proj"]),
+    "tied_vera": dict(peft_type="VERA", r=4, target_modules="all-linear", d_initial=0.3, projection_prng_key=5),
+    "ln_tuning": dict(peft_type="LN_TUNING", target_modules=["input_layernorm", "norm"]),
+    "adalora": dict(
+        peft_type="ADALORA", init_r=4, target_r=2, tinit=3, tfinal=4, deltaT=2, total_step=20, lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+    ),
+    "bias_adalora": dict(
+        peft_type="ADALORA", init_r=3, target_r=1, tinit=1, tfinal=6, total_step=20, lora_alpha=4, beta1=0.7, beta2=0.9,
+        orth_reg_weight=0.1, target_modules="all-linear",
+    ),
+    "only_tokens": dict(peft_type="TRAINABLE_TOKENS", token_indices=[1, 9, 30]),
+    "tied_only_tokens": dict(peft_type="TRAINABLE_TOKENS", token_indices=[1, 9, 30]),
 }
+CONFIGS_OF = {
+    "LORA": LoraConfig, "ADALORA": AdaLoraConfig, "IA3": IA3Config, "VERA": VeraConfig, "LN_TUNING": LNTuningConfig,
+    "TRAINABLE_TOKENS": TrainableTokensConfig,
+}
+
+
+def peft_config(settings):
+    """PEFT's configuration of an entry of LORAS; what only trains is left out."""
+    settings = {k: v for k, v in settings.items() if k != "loraplus"}
+    kind = settings.pop("peft_type", "LORA")
+    return CONFIGS_OF[kind](task_type="CAUSAL_LM", **settings)
+
+# The model that a setting is tried on: biases where there are some to train, a head of its own or a tied one.
+KINDS = {"bias": "head_dim_bias", "default": "gqa_tied", "saved_embed": "gqa_tied", "tied": "gqa_tied"}
+
+
+def kind_of(name):
+    return next((kind for prefix, kind in KINDS.items() if name.startswith(prefix)), "plain")
 
 
 def perturb(model, seed):
@@ -80,14 +147,33 @@ def perturb(model, seed):
                 p.add_(torch.randn_like(p) * 0.03)
 
 
-def train_peft(model, rows, steps, batch, accumulation, lr=1e-3):
+def orthogonality(model):
+    """AdaLoRA's penalty, which PEFT adds to the loss that a model works out itself; None for other methods."""
+    if not hasattr(model.base_model, "update_and_allocate"):
+        return None
+    norms = []
+    for name, p in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = p @ p.T if "lora_A" in name else p.T @ p
+            norms.append(torch.norm(gram - torch.eye(len(gram)), p="fro"))
+    return model.peft_config["default"].orth_reg_weight * sum(norms) / len(norms)
+
+
+def train_peft(model, rows, steps, batch, accumulation, lr=1e-3, loraplus=None):
     """What engobe does: loss normalised by the labels of the window, AdamW, linear schedule, clipping."""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr)
+    if loraplus:
+        ratio, embedding = loraplus
+        optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, loraplus_lr_embedding=embedding,
+            loraplus_weight_decay=0.01,
+        )
+    rates = [group["lr"] for group in optimizer.param_groups]
     lines, at = [], 0
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (steps - step) / steps
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * (steps - step) / steps
         optimizer.zero_grad()
         window = []
         for _ in range(accumulation):
@@ -102,8 +188,14 @@ def train_peft(model, rows, steps, batch, accumulation, lr=1e-3):
             loss, _ = label_loss(model, b)
             (loss / labels).backward()
             total += loss.item()
+        penalty = orthogonality(model)
+        if penalty is not None:
+            penalty.backward()
+            total += penalty.item() * labels
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         optimizer.step()
+        if penalty is not None:
+            model.base_model.update_and_allocate(step)
         lines.append((total / labels, norm))
     return lines
 
@@ -111,26 +203,26 @@ def train_peft(model, rows, steps, batch, accumulation, lr=1e-3):
 def training(report, work, seed):
     """Points 3 and 4: curves from the same start, and both sides' files in the other."""
     for i, (name, lora) in enumerate(LORAS.items()):
-        kind = "head_dim_bias" if name.startswith("bias") else ("plain" if i % 2 else "gqa_tied")
-        if name in ("saved", "head"):
-            kind = "plain"
+        kind = kind_of(name)
         directory = work / f"base-{name}"
         base = make_model(directory, seed + 50 + i, **CONFIGS[kind])
         data = work / f"train-{name}.jsonl"
         accumulation = 4 if i % 2 else 1
         rows = make_rows(data, seed + i, 30, (4, 40))
-        theirs = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **lora))
+        theirs = get_peft_model(copy.deepcopy(base), peft_config(lora))
         perturb(theirs, seed + i)
         start = work / f"start-{name}"
         theirs.save_pretrained(start)
         out = work / f"out-{name}"
+        plus = lora.get("loraplus")
+        more = ["--loraplus-lr-ratio", plus[0], "--loraplus-lr-embedding", plus[1]] if plus else []
         engobe(
-            "train", "--model", directory, "--data", data, "--init-adapter", start, "--out", out, "--no-shuffle",
+            "train", "--model", directory, "--data", data, "--init-adapter", start, *more, "--out", out, "--no-shuffle",
             "--no-packing", "--max-steps", 20, "--batch-size", 2, "--gradient-accumulation", accumulation,
             "--learning-rate", 1e-3, "--lr-scheduler", "linear", "--allow", "eot-never-label",
         )
         mine = [json.loads(l) for l in (out / "metrics.jsonl").read_text().splitlines()]
-        curve = train_peft(theirs, rows, 20, 2, accumulation)
+        curve = train_peft(theirs, rows, 20, 2, accumulation, loraplus=lora.get("loraplus"))
         report.true(f"{name}: 20 steps", len(mine) == 20)
         report(f"{name}: losses", max(relative(m["loss"], c[0]) for m, c in zip(mine, curve)), 1e-3)
         report(f"{name}: norms", max(relative(m["grad_norm"], c[1]) for m, c in zip(mine, curve)), 1e-2)
@@ -140,8 +232,14 @@ def training(report, work, seed):
 def exchange(report, work, name, base, directory, out, theirs, rows):
     """engobe's adapter in PEFT, PEFT's in engobe, and the merged directory in transformers."""
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), out).eval()
-    keys = set_peft_model_state_dict(loaded, load_peft_weights(out, device="cpu"))
-    missing = [k for k in keys.missing_keys if any(p in k for p in ("lora_", "modules_to_save"))]
+    # what from_pretrained leaves out in silence; into a model of its own, as AdaLoRA's ranks are cut only once
+    fresh = get_peft_model(copy.deepcopy(base), PeftConfig.from_pretrained(out))
+    keys = set_peft_model_state_dict(fresh, load_peft_weights(out, device="cpu"))
+    state = fresh.state_dict(keep_vars=True)
+    held = {state[k].data_ptr() for k in state.keys() - set(keys.missing_keys)}
+    adapters = ("lora_", "modules_to_save", "ia3_l", "vera_", "ln_tuning_layers", "trainable_tokens_delta")
+    # (a tied head's tokens and VeRA's matrices are tensors that go by several names)
+    missing = [k for k in keys.missing_keys if any(p in k for p in adapters) and state[k].data_ptr() not in held]
     report.true(f"{name}: keys", not missing and not keys.unexpected_keys, f"{missing} {keys.unexpected_keys}")
     with torch.no_grad():
         total, count = label_loss(loaded, rows)

@@ -1,6 +1,6 @@
 """Quantized bases beside transformers, PEFT and bitsandbytes; GGUF trained in place; memory while quantizing.
 
-    python checks/quantized.py [--seed N] [--only exchange|blocks|curves|gguf|memory]
+    python checks/quantized.py [--seed N] [--only exchange|blocks|types|curves|gguf|memory]
 """
 
 import argparse
@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 
 import bitsandbytes.functional as F
+import gguf as ggml
+import numpy as np
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
 from common import CONFIGS, Report, engobe, label_loss, make_model, make_rows
@@ -222,6 +224,67 @@ def loads_there(report, name, found, meant, block):
     report(f"{name}: engobe's tensors in bitsandbytes", worst, limit)
 
 
+# GGUF's quantized types: where a block has its f16 scales, and the largest number that a scale meets
+TYPES = {
+    "Q4_0": ([0], 8), "Q4_1": ([0, 2], 15), "Q5_0": ([0], 16), "Q5_1": ([0, 2], 31), "Q8_0": ([0], 128), "Q2_K": ([80, 82], 45),
+    "Q3_K": ([108], 128), "Q4_K": ([0, 2], 945), "Q5_K": ([0, 2], 1953), "Q6_K": ([208], 4064),
+}
+
+
+def write_gguf(path, name, seed):
+    """A llama of random blocks: every byte of them but the scales is noise."""
+    rng, kind = np.random.default_rng(seed), ggml.GGMLQuantizationType[name]
+    d, ffn, kv, vocab = 256, 512, 128, 160
+    file = ggml.GGUFWriter(path, "llama")
+    for add, value in (
+        (file.add_context_length, 128), (file.add_embedding_length, d), (file.add_block_count, 2), (file.add_feed_forward_length, ffn),
+        (file.add_head_count, 4), (file.add_head_count_kv, 2), (file.add_layer_norm_rms_eps, 1e-5), (file.add_vocab_size, vocab),
+        (file.add_rope_dimension_count, 64), (file.add_tokenizer_model, "no_vocab"),
+    ):
+        add(value)
+    vector = lambda n: (1 + 0.3 * rng.normal(size=n)).astype(np.float32)
+    file.add_tensor("token_embd.weight", (0.1 * rng.normal(size=(vocab, d))).astype(np.float32))
+    file.add_tensor("output_norm.weight", vector(d))
+    length, size = ggml.GGML_QUANT_SIZES[kind]
+    places, largest = TYPES[name]
+    for i in range(2):
+        for part, rows, cols in (("attn_q", d, d), ("attn_k", kv, d), ("attn_v", kv, d), ("attn_output", d, d), ("ffn_gate", ffn, d), ("ffn_up", ffn, d), ("ffn_down", d, ffn)):
+            blocks = rng.integers(0, 256, (rows * cols // length, size), dtype=np.uint8)
+            for at in places:
+                scales = (rng.normal(size=len(blocks)) * 0.2 / largest).astype(np.float16)
+                blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+            file.add_tensor(f"blk.{i}.{part}.weight", blocks.reshape(rows, -1), raw_dtype=kind)
+        for part in ("attn_norm", "ffn_norm"):
+            file.add_tensor(f"blk.{i}.{part}.weight", vector(d))
+    for write in (file.write_header_to_file, file.write_kv_data_to_file, file.write_tensors_to_file, file.close):
+        write()
+
+
+def types(report, work, seed):
+    """Points 2 and 3: random blocks of every GGUF type mean what the gguf package says, and are trained over in place."""
+    rows = work / "types.jsonl"
+    make_rows(rows, seed, 6, (20, 60))
+    for k, name in enumerate(TYPES):
+        path, plain = work / f"{name}.gguf", work / f"{name}-f32.gguf"
+        write_gguf(path, name, seed + k)
+        engobe("convert", "--to", "gguf", "--model", path, "--type", "f32", "--out", plain)
+        ours = {t.name: t.data for t in ggml.GGUFReader(plain).tensors}
+        differ = 0
+        for t in ggml.GGUFReader(path).tensors:
+            expected = ggml.dequantize(t.data, t.tensor_type).astype(np.float32)
+            differ += int((expected.view(np.uint32).ravel() != ours[t.name].view(np.uint32).ravel()).sum())
+        report(f"{name}: elements that are not the gguf package's bit for bit", differ, 0)
+        losses = []
+        for base, dtype in ((path, "stored"), (path, "f32"), (plain, "stored")):
+            out = work / f"{name}-{len(losses)}"
+            engobe("train", "--model", base, "--dtype", dtype, "--data", rows, "--out", out, "--max-steps", 4, "--learning-rate", 1e-3, "--max-seq-len", 64)
+            shutil.rmtree(out / "checkpoints")
+            losses.append([json.loads(l)["loss"] for l in (out / "metrics.jsonl").read_text().splitlines()])
+        report.true(f"{name}: 4 steps that change something", len(losses[0]) == 4 and len(set(losses[0])) == 4, str(losses[0]))
+        # blocks of 256 are cut into other slices than floats are, so sums round in another order
+        report(f"{name}: losses in place beside f32 copies", max(relative(a, b) for other in losses[1:] for a, b in zip(losses[0], other)), 1e-4)
+
+
 LORAS = {
     "q, v": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
     "all-linear": dict(r=8, lora_alpha=16, target_modules="all-linear"),
@@ -253,7 +316,7 @@ def curves(report, work, seed):
 def gguf(report, work, seed):
     """Point 3: over SmolLM2's 4-bit blocks as they lie, and over their f32 copies."""
     model = engobe("fetch", "smollm2-135m")["path"]
-    rows = make_rows(work / "smol.jsonl", seed, 12, (100, 250), vocab=40000)
+    make_rows(work / "smol.jsonl", seed, 12, (100, 250), vocab=40000)
     curves = []
     for dtype in ("stored", "f32"):
         out = work / f"smol-{dtype}"
@@ -305,7 +368,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     report = Report()
-    for part in (exchange, blocks, curves, gguf, memory):
+    for part in (exchange, blocks, types, curves, gguf, memory):
         if args.only in part.__name__:
             with tempfile.TemporaryDirectory() as work:
                 part(report, Path(work), args.seed)

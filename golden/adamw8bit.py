@@ -21,17 +21,11 @@ import numpy as np
 import torch
 from bitsandbytes.backends.cpu import ops
 
+from shared import mix
+
 # 17 blocks, the last one short; above the 4096 elements below which moments stay f32
 ELEMENTS = 4096 + 177
 SHOWN = (1, 2, 5, 20)
-
-
-def mix(seed, index):
-    mask = (1 << 64) - 1
-    z = (seed ^ ((index + 1) * 0x9E3779B97F4A7C15)) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
 
 
 def numbers(seed):

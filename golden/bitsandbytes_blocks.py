@@ -20,17 +20,10 @@ import numpy as np
 import torch
 from bitsandbytes.nn import Int8Params
 
+from shared import mix
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN, OUTLIERS, TINY, ZEROS = range(4)
-
-
-def mix(seed, index):
-    """engobe_kernels::dropout::mix."""
-    mask = (1 << 64) - 1
-    z = (seed ^ ((index + 1) * 0x9E3779B97F4A7C15)) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
 
 
 def tensor(form, seed, n):

@@ -10,19 +10,16 @@ where blocks straddle rows, bitsandbytes' AVX-512 kernel errs. The rows to train
 
 import json
 import shutil
-import sys
 import tempfile
-from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "checks"))
-from common import make_model  # noqa: E402
-from parity import perturb, train_peft  # noqa: E402
-from bitsandbytes.nn import Int8Params, Params4bit  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import BitsAndBytesConfig, LlamaForCausalLM  # noqa: E402
+from shared import HERE, save_adapter, write_expected  # noqa: I001
+from common import make_model
+from parity import perturb, train_peft
+from bitsandbytes.nn import Int8Params, Params4bit
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 SIZES = dict(vocab_size=40, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
 
@@ -48,10 +45,6 @@ def load(directory):
     return model
 
 
-def rounded(numbers):
-    return json.loads(json.dumps(numbers, default=float), parse_float=lambda f: round(float(f), 7))
-
-
 def models(out):
     shutil.rmtree(out, ignore_errors=True)
     for seed, (name, (config, dtype, changes)) in enumerate(MODELS.items()):
@@ -63,7 +56,7 @@ def models(out):
         ids = torch.randint(0, SIZES["vocab_size"], (1, 24))
         with torch.no_grad():
             logits = load(out / name)(ids).logits[0, [0, 12, 23]].double().tolist()
-        (out / name / "expected.json").write_text(json.dumps(rounded({"ids": ids[0].tolist(), "logits": logits})))
+        write_expected(out / name, {"ids": ids[0].tolist(), "logits": logits})
 
 
 LORAS = {
@@ -78,14 +71,10 @@ def curves(out, base):
     for seed, (name, lora) in enumerate(LORAS.items()):
         peft = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **lora))
         perturb(peft, seed)
-        peft.save_pretrained(out / name)
-        (out / name / "README.md").unlink(missing_ok=True)
-        config = json.loads((out / name / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = "golden/bitsandbytes/nf4_dq"
-        (out / name / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+        save_adapter(peft, out / name, "golden/bitsandbytes/nf4_dq")
         curve = train_peft(peft.train(), rows, 20, 2, 1)
         expected = {"losses": [l for l, _ in curve], "grad_norms": [n for _, n in curve]}
-        (out / name / "expected.json").write_text(json.dumps(rounded(expected)))
+        write_expected(out / name, expected)
 
 
 if __name__ == "__main__":

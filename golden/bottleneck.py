@@ -33,6 +33,12 @@ CASES = {
             reduction_factor=5,
         ),
     ),
+    "learned": (
+        "gqa_tied",
+        1,
+        DoubleSeqBnConfig(scaling="learned", ln_after=True, adapter_residual_before_ln=True, reduction_factor=6),
+    ),
+    "channel": ("plain", 4, ParBnConfig(scaling="channel", ln_after=True, reduction_factor=4)),
     "late_residual": (
         "gqa_tied",
         4,

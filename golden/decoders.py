@@ -9,7 +9,6 @@ the adapter that training starts from, and its losses. Rows are those of golden/
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import torch
 import transformers

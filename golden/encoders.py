@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import padded, randomise, store, token_rows, write
+from shared import write_rounded
+from tiny import padded, randomise, store, token_rows
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 HERE = Path(__file__).resolve().parent
@@ -63,7 +64,7 @@ def main(wanted):
         rng = random.Random(seed)
         types = [[rng.randrange(kinds) for _ in row] for row in rows] if kinds > 1 else None
         picked, pooled = hidden_rows(base, rows, types, config.pad_token_id)
-        write(out / name / "expected.json", {"rows": rows, "types": types, "hidden": picked, "pooled": pooled})
+        write_rounded(out / name / "expected.json", {"rows": rows, "types": types, "hidden": picked, "pooled": pooled})
 
 
 if __name__ == "__main__":

@@ -8,14 +8,11 @@ what is expected is computed in f32 from the stored values.
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "checks"))
-from common import CONFIGS, make_model  # noqa: E402
+from shared import HERE, write_expected  # noqa: I001
+from common import CONFIGS, make_model
 
 SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
@@ -29,8 +26,7 @@ def expect(model, seed, out):
         logits = {n: model(ids[:, :n]).logits[0, [0, n // 2, n - 1]].double().tolist() for n in (24, 48)}
         greedy = model.generate(ids[:, :6], attention_mask=torch.ones(1, 6, dtype=torch.long), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
     expected = {"ids": ids[0].tolist(), "logits": {str(n): l for n, l in logits.items()}, "greedy": greedy[0, 6:].tolist()}
-    text = json.dumps(expected, default=float)
-    (out / "expected.json").write_text(json.dumps(json.loads(text, parse_float=lambda f: round(float(f), 7))))
+    write_expected(out, expected)
     (out / "generation_config.json").unlink(missing_ok=True)
 
 

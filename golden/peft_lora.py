@@ -1,57 +1,57 @@
-"""Training curves of PEFT's LoRA on tiny models, from adapters that are kept beside them.
+"""Training curves of PEFT's LoRA and its kin on tiny models, from adapters that are kept beside them.
 
-    pip install -r golden/requirements.txt && python golden/peft_lora.py
+    pip install -r golden/requirements.txt && python golden/peft_lora.py [NAME ...]
 
 Writes golden/peft/NAME/: the adapter that training starts from, and expected.json with losses and gradient norms. All
 share golden/peft/rows.jsonl. The models are those of golden/llama.
 """
 
-import json
 import shutil
 import sys
-from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "checks"))
-from common import make_rows  # noqa: E402
-from parity import LORAS, perturb, train_peft  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import LlamaForCausalLM  # noqa: E402
+from shared import HERE, save_adapter, write_expected  # noqa: I001
+from common import make_rows
+from parity import LORAS, kind_of, peft_config, perturb, train_peft
+from peft import get_peft_model
+from transformers import LlamaForCausalLM
 
 STEPS, BATCH = 20, 2
 
 
 def main():
     out = HERE / "peft"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
+    wanted = sys.argv[1:] or list(LORAS)
+    for name in wanted:
+        shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(0)
     rows = make_rows(out / "rows.jsonl", 5, 18, (4, 30), vocab=40)
     for seed, (name, lora) in enumerate(LORAS.items()):
-        base = "head_dim_bias" if name.startswith("bias") else ("gqa_tied" if name in ("default", "saved_embed") else "plain")
+        if name not in wanted:
+            continue
+        base = kind_of(name)
         model = LlamaForCausalLM.from_pretrained(HERE / "llama" / base, dtype=torch.float32)
         lora = {**lora, "layers_to_transform": [1]} if "layers_to_transform" in lora else lora
         if "exclude_modules" in lora:
             lora = {**lora, "exclude_modules": ["layers.1.self_attn.k_proj"]}
-        peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **lora))
+        peft = get_peft_model(model, peft_config(lora))
         perturb(peft, seed)
-        peft.save_pretrained(out / name)
-        (out / name / "README.md").unlink(missing_ok=True)
-        config = json.loads((out / name / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = f"golden/llama/{base}"
-        (out / name / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+        save_adapter(peft, out / name, f"golden/llama/{base}")
         accumulation = 4 if seed % 2 else 1
-        curve = train_peft(peft, rows, STEPS, BATCH, accumulation)
+        curve = train_peft(peft, rows, STEPS, BATCH, accumulation, loraplus=lora.get("loraplus"))
         expected = {
             "base": base,
             "accumulation": accumulation,
-            "losses": [round(l, 7) for l, _ in curve],
-            "grad_norms": [round(n, 7) for _, n in curve],
+            "losses": [l for l, _ in curve],
+            "grad_norms": [n for _, n in curve],
             "trainable_parameters": peft.get_nb_trainable_parameters()[0],
             "all_parameters": peft.get_nb_trainable_parameters()[1],
         }
-        (out / name / "expected.json").write_text(json.dumps(expected))
+        if "loraplus" in lora:
+            expected["loraplus"] = lora["loraplus"]
+        write_expected(out / name, expected)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-import xllamacpp as xlc
+from shared import HERE  # noqa: I001
+from common import llama_cpp
 from transformers import AutoTokenizer
 
 PROMPTS = [
@@ -31,24 +32,17 @@ TOKENS = 24
 
 
 def main(path):
-    params = xlc.CommonParams()
-    params.model.path = path
-    params.n_ctx, params.n_parallel, params.warmup = 1024, 1, False
-    params.cpuparams.n_threads = 2
-    server = xlc.Server(params)
+    complete = llama_cpp(path)
     file = Path(path)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     rows = []
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt, add_special_tokens=False)
-        done = server.handle_completions(
-            {"prompt": ids, "n_predict": TOKENS, "temperature": 0.0, "n_probs": 2, "cache_prompt": False}
-        )
-        steps = done.get("completion_probabilities") or done["choices"][0]["logprobs"]["content"]
-        margins = [round(s["top_logprobs"][0]["logprob"] - s["top_logprobs"][1]["logprob"], 3) for s in steps]
-        rows.append({"prompt": prompt, "ids": ids, "tokens": [s["id"] for s in steps], "margins": margins})
+        tokens, margins, _ = complete(ids, TOKENS)
+        margins = [round(m, 3) for m in margins]
+        rows.append({"prompt": prompt, "ids": ids, "tokens": tokens, "margins": margins})
     text = "[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n"
-    (Path(__file__).resolve().parent / "smollm2_greedy.json").write_text(text)
+    (HERE / "smollm2_greedy.json").write_text(text)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ expected is computed in f32 from the stored values. Rows are of different length
 
 import json
 import shutil
-from pathlib import Path
 
 import torch
-from tiny import padded, randomise, store, token_rows, write
+from shared import HERE, write_expected
+from tiny import padded, randomise, store, token_rows
 from transformers import T5Config, T5ForConditionalGeneration
 
-HERE = Path(__file__).resolve().parent
 SIZES = dict(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
 
 MODELS = {
@@ -54,7 +53,7 @@ def main():
             greedy = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, use_cache=False)
         picked = [[result.logits[i, j].tolist() for j in (0, len(r) // 2, len(r) - 1)] for i, r in enumerate(labels)]
         tokens = [row[1:].tolist() for row in greedy]
-        write(out / name / "expected.json", {"sources": sources, "labels": labels, "logits": picked, "loss": result.loss.item(), "greedy": tokens})
+        write_expected(out / name, {"sources": sources, "labels": labels, "logits": picked, "loss": result.loss.item(), "greedy": tokens})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the scripts that make tiny models of encoders and encoder-decoders share."""
 
-import json
 import random
 import warnings
 
@@ -40,9 +39,3 @@ def padded(rows, pad):
     ids = torch.tensor([r + [pad] * (width - len(r)) for r in rows])
     mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
     return ids, mask
-
-
-def write(path, value):
-    """JSON with seven digits behind the point."""
-    text = json.dumps(value, default=float)
-    path.write_text(json.dumps(json.loads(text, parse_float=lambda f: round(float(f), 7))))

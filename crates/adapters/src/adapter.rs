@@ -2,10 +2,10 @@
 
 use crate::base_copies;
 use crate::fill;
-use crate::method::{self, Attached, Attaching, Method, Purpose, StartText};
+use crate::method::{self, Attached, Attaching, Method, Purpose, StartText, StepTaken};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
-use engobe_autograd::{Param, host};
+use engobe_autograd::{Gradients, Param, host};
 use engobe_formats::peft::{PeftAdapter, PeftConfig};
 use engobe_formats::tensor::TensorView;
 use engobe_nn::ModuleTree;
@@ -18,10 +18,14 @@ use std::path::Path;
 pub struct AdapterSizes {
     /// low-rank layers, in the model's order
     pub layers: Vec<LayerSizes>,
+    /// elements of each vector beside them (magnitudes, biases behind B)
+    pub vectors: Vec<usize>,
     /// elements of each bias and module that is trained in full
     pub full: Vec<usize>,
     /// elements of each parameter that is neither
     pub other: Vec<usize>,
+    /// floats that are kept of each token for the backward beside u = A·x of the layers above, by module path
+    pub kept: Vec<(String, usize)>,
     /// trained elements that are the base's own (biases)
     pub base_elements: usize,
     /// rows that come before each sequence
@@ -47,7 +51,8 @@ impl AdapterSizes {
     /// Elements of every parameter.
     pub fn params(&self) -> impl Iterator<Item = usize> {
         let factors = |l: &LayerSizes| [l.rank * l.in_features, l.rank * l.out_features];
-        self.layers.iter().flat_map(factors).chain(self.full.iter().chain(&self.other).copied())
+        let rest = self.vectors.iter().chain(&self.full).chain(&self.other);
+        self.layers.iter().flat_map(factors).chain(rest.copied())
     }
 
     /// Number of trained elements.
@@ -153,7 +158,7 @@ impl Adapter {
 
     /// Sets every parameter from what [`Adapter::state`] gave; nothing is set unless everything fits.
     pub fn restore(&self, path: &Path, tensors: &BTreeMap<String, TensorView>) -> Result<()> {
-        fill::by_name(&self.params(), path, tensors)
+        fill::by_name(&self.stateful(), path, tensors)
     }
 
     /// True if the adapter's file holds all that is trained, and not only its outcome.
@@ -186,6 +191,29 @@ impl Adapter {
         self.attached.params()
     }
 
+    /// What checkpoints hold: everything that is trained, and the method's state beside it.
+    pub fn stateful(&self) -> Vec<&Param> {
+        self.params().into_iter().chain(self.attached.buffers()).collect()
+    }
+
+    /// Says how many steps a run will take, before the first.
+    ///
+    /// # Errors
+    /// The method's own schedule does not fit into them.
+    pub fn begin(&self, total_steps: usize) -> Result<()> {
+        self.attached.begin(total_steps)
+    }
+
+    /// What the method adds to a step's loss, with its gradient added to `grads`.
+    pub fn penalty(&self, grads: &mut Gradients) -> Result<f64> {
+        self.attached.penalty(grads)
+    }
+
+    /// Lets the method look at a step that was taken.
+    pub fn after_step(&self, step: &StepTaken<'_>) -> Result<()> {
+        self.attached.after_step(step)
+    }
+
     /// Number of trained elements.
     pub fn num_parameters(&self) -> usize {
         self.params().iter().map(|p| p.len()).sum()
@@ -199,7 +227,7 @@ impl Adapter {
 
     /// Current values of what is trained by name, on the CPU: what a checkpoint holds.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
-        method::by_name(&self.params())
+        method::by_name(&self.stateful())
     }
 
     /// What the adapter's file holds, by PEFT's tensor names, on the CPU.
@@ -207,7 +235,12 @@ impl Adapter {
         self.attached.export()
     }
 
-    /// The weight of the linear layer at `path` with the adapter in it.
+    /// The bias of the linear layer at `path` with the adapter in it.
+    pub(crate) fn merged_bias(&self, path: &str, bias: Tensor) -> Result<Tensor> {
+        self.attached.merged_bias(path, bias)
+    }
+
+    /// The weight of the linear layer or embedding at `path` with the adapter in it.
     pub(crate) fn merged_weight(&self, path: &str, weight: Tensor) -> Result<Tensor> {
         self.attached.merged_weight(path, weight)
     }
@@ -228,6 +261,6 @@ impl Adapter {
         for (name, tensor) in &state {
             tensors.push((name.clone(), tensor.dims().to_vec(), host(tensor)?));
         }
-        Ok(PeftAdapter::save(dir, self.config(), &tensors)?)
+        Ok(PeftAdapter::save(dir, self.attached.file_config(), &tensors)?)
     }
 }

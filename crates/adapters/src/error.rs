@@ -40,8 +40,8 @@ pub enum Error {
         /// kinds of modules there are
         available: String,
     },
-    /// A target is not a linear layer.
-    #[error("target_modules: {path} is {kind}; LoRA attaches to linear layers")]
+    /// A target is neither a linear layer nor an embedding.
+    #[error("target_modules: {path} is {kind}; LoRA attaches to linear layers and embeddings")]
     Unsupported {
         /// module
         path: String,

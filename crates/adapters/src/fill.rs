@@ -26,7 +26,10 @@ pub(crate) fn by_name(params: &[&Param], path: &Path, tensors: &BTreeMap<String,
     let missing = params.keys().filter(|n| !tensors.contains_key(**n));
     problems.extend(missing.map(|n| format!("{n} is missing from the file")));
     if !problems.is_empty() {
-        return Err(Error::DoesNotFit { path: path.to_path_buf(), problems: shorten(problems) });
+        return Err(Error::DoesNotFit {
+            path: path.to_path_buf(),
+            problems: engobe_formats::shorten(problems),
+        });
     }
     for (param, view) in values {
         param.set(&value(view, path)?.to_device(param.tensor().device())?)?;
@@ -45,15 +48,4 @@ pub(crate) fn value(view: &TensorView, path: &Path) -> Result<Tensor> {
         return Err(Error::NotFinite { path: path.to_path_buf(), tensor: view.name.clone() });
     }
     Ok(tensor_of(data, view.shape.as_slice())?)
-}
-
-/// The first few of a long list, and how many more there are.
-pub(crate) fn shorten(mut problems: Vec<String>) -> Vec<String> {
-    const SHOWN: usize = 8;
-    let more = problems.len().saturating_sub(SHOWN);
-    problems.truncate(SHOWN);
-    if more > 0 {
-        problems.push(format!("and {more} more"));
-    }
-    problems
 }

@@ -5,23 +5,31 @@
 //!
 //! Must not know: names of models, the training loop.
 
+mod adalora;
 mod adapter;
 mod base_copies;
+mod bottleneck;
+pub mod combine;
 mod error;
 mod fill;
+mod ia3;
 mod lora;
 pub mod merge;
 pub mod method;
+mod modules;
+mod own;
 mod p_tuning;
 mod prefix_tuning;
 mod prompt_tuning;
 mod random;
 mod saved;
 mod target;
+mod tokens;
+mod trainable_tokens;
+mod vera;
 mod virtual_tokens;
 
 pub use adapter::{Adapter, AdapterSizes, LayerSizes, Start};
 pub use error::{Error, Result};
-pub use lora::LoraLayer;
 pub use method::{Method, StartText};
 pub use target::Targets;

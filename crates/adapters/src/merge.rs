@@ -133,7 +133,7 @@ fn unties(model: &mut dyn ModuleTree, heads: &[String]) -> bool {
     model.visit_modules(&mut |module| {
         changed |= match &module {
             ModuleMut::Linear(linear) => heads.iter().any(|h| h == linear.path()) && !linear.is_plain(),
-            ModuleMut::Embedding(embedding) => matches!(embedding.weight(), Weight::Trained(_)),
+            ModuleMut::Embedding(embedding) => !embedding.is_plain(),
             ModuleMut::RmsNorm(_) | ModuleMut::LayerNorm(_) => false,
         }
     });
@@ -157,7 +157,7 @@ fn planned(module: &ModuleMut<'_>) -> Vec<Planned> {
         }
         ModuleMut::Embedding(m) => {
             let (rows, cols) = m.weight().dims();
-            vec![of("weight", vec![rows, cols], matches!(m.weight(), Weight::Trained(_)))]
+            vec![of("weight", vec![rows, cols], !m.is_plain())]
         }
         ModuleMut::RmsNorm(m) => vec![of("weight", m.weight().dims().to_vec(), m.is_trained())],
         ModuleMut::LayerNorm(m) => {
@@ -171,21 +171,32 @@ fn planned(module: &ModuleMut<'_>) -> Vec<Planned> {
 /// A tensor of a module, with the adapter's part in it.
 fn value(module: &ModuleMut<'_>, tensor: &Planned, adapter: Option<&Adapter>) -> Result<Tensor> {
     let value = match module {
-        ModuleMut::Linear(m) if tensor.name.ends_with(".bias") => vector(m.bias(), tensor)?,
+        ModuleMut::Linear(m) if tensor.name.ends_with(".bias") => {
+            let bias = vector(m.bias(), tensor)?.to_device(&Device::Cpu)?;
+            match adapter {
+                Some(adapter) => adapter.merged_bias(m.path(), bias)?,
+                None => bias,
+            }
+        }
         ModuleMut::LayerNorm(m) if tensor.name.ends_with(".bias") => vector(m.bias(), tensor)?,
         ModuleMut::Linear(m) => {
-            let weight = m.weight().to_tensor()?;
-            let weight = match adapter {
-                Some(adapter) => adapter.merged_weight(m.path(), weight)?,
-                None => weight,
-            };
+            let weight = merged(m.weight(), m.path(), adapter)?;
             if m.is_transposed_in_files() { weight.t()? } else { weight }
         }
-        ModuleMut::Embedding(m) => m.weight().to_tensor()?,
+        ModuleMut::Embedding(m) => merged(m.weight(), m.path(), adapter)?,
         ModuleMut::RmsNorm(m) => m.weight().clone(),
         ModuleMut::LayerNorm(m) => m.weight().clone(),
     };
     Ok(value.to_device(&Device::Cpu)?.contiguous()?)
+}
+
+/// A matrix with the adapter's part in it.
+fn merged(weight: &Weight, path: &str, adapter: Option<&Adapter>) -> Result<Tensor> {
+    let weight = weight.to_tensor()?;
+    match adapter {
+        Some(adapter) => adapter.merged_weight(path, weight),
+        None => Ok(weight),
+    }
 }
 
 /// A bias; one that is not there adds nothing.

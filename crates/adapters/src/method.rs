@@ -4,15 +4,21 @@
 //! one that implements [`Attached`] (what it trained, saves and merges), and a line in [`METHODS`]. Flags, `run.toml`,
 //! `plan`, resuming and `inspect` follow from the method's own table of settings.
 
+use crate::adalora::AdaLora;
+use crate::bottleneck::Bottleneck;
 use crate::fill;
+use crate::ia3::Ia3;
 use crate::lora::method::Lora;
+use crate::own::{BITFIT, FULL, LN_TUNING};
 use crate::p_tuning::PTuning;
 use crate::prefix_tuning::PrefixTuning;
 use crate::prompt_tuning::PromptTuning;
+use crate::trainable_tokens::TrainableTokens;
+use crate::vera::Vera;
 use crate::{AdapterSizes, Error, Result, Start};
 use candle_core::{Device, Tensor};
-use engobe_autograd::Param;
-use engobe_formats::peft::PeftConfig;
+use engobe_autograd::{Gradients, Param};
+use engobe_formats::peft::{KnownKeys, PeftConfig};
 use engobe_formats::tensor::TensorView;
 use engobe_nn::ModuleTree;
 use serde_json::Value;
@@ -21,7 +27,20 @@ use std::fmt::Debug;
 use std::path::Path;
 
 /// All methods.
-pub static METHODS: [&dyn Method; 4] = [&Lora, &PromptTuning, &PTuning, &PrefixTuning];
+pub static METHODS: [&dyn Method; 12] = [
+    &Lora,
+    &PromptTuning,
+    &PTuning,
+    &PrefixTuning,
+    &Bottleneck,
+    &AdaLora,
+    &Ia3,
+    &Vera,
+    &LN_TUNING,
+    &BITFIT,
+    &FULL,
+    &TrainableTokens,
+];
 
 /// What a setting's value must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +61,10 @@ pub enum Kind {
     Table,
     /// true, false or a name
     FlagOrText,
+    /// a number, or numbers by name
+    NumberOrTable,
+    /// a number or a name
+    NumberOrText,
 }
 
 /// What a setting decides.
@@ -121,28 +144,59 @@ impl<'a> Attaching<'a> {
     }
 }
 
+/// What a method is called, and what may be set.
+#[derive(Debug)]
+pub struct Card {
+    /// its name, as users type it
+    pub name: &'static str,
+    /// what it does, in a few words
+    pub about: &'static str,
+    /// PEFT's name
+    pub peft_type: &'static str,
+    /// its settings
+    pub settings: &'static [Setting],
+    /// peak learning rate where none was given, if the usual one does not suit it
+    pub learning_rate: Option<f64>,
+}
+
+impl Card {
+    /// Refuses keys that are neither settings nor `more`, nor `notes`, which change nothing; those of `not_yet` may
+    /// only be off.
+    pub(crate) fn check_keys(
+        &self,
+        config: &PeftConfig,
+        more: &[&str],
+        notes: &[&str],
+        not_yet: &[&str],
+    ) -> Result<()> {
+        let settings: Vec<&str> = self.settings.iter().map(|s| s.name).chain(more.iter().copied()).collect();
+        Ok(config.check_keys(KnownKeys { settings: &settings, notes, not_yet })?)
+    }
+}
+
 /// A method of parameter-efficient fine-tuning.
 pub trait Method: Debug + Sync {
-    /// Its name, as users type it.
-    fn name(&self) -> &'static str;
+    /// What it is called, and what may be set.
+    fn card(&self) -> &'static Card;
 
-    /// What it does, in a few words.
-    fn about(&self) -> &'static str;
+    /// Its name, as users type it.
+    fn name(&self) -> &'static str {
+        self.card().name
+    }
 
     /// PEFT's name (`peft_type`).
-    fn peft_type(&self) -> &'static str;
+    fn peft_type(&self) -> &'static str {
+        self.card().peft_type
+    }
 
     /// Its settings.
-    fn settings(&self) -> &'static [Setting];
+    fn settings(&self) -> &'static [Setting] {
+        self.card().settings
+    }
 
     /// Values where engobe's defaults are not those of [`Method::normalize`].
     fn defaults(&self) -> Vec<(&'static str, Value)> {
         Vec::new()
-    }
-
-    /// Peak learning rate where none was given, if the usual one does not suit the method.
-    fn learning_rate(&self) -> Option<f64> {
-        None
     }
 
     /// The configuration read whole and written again, with defaults in place.
@@ -180,6 +234,18 @@ pub trait Method: Debug + Sync {
     }
 }
 
+/// A step of training that was taken.
+pub struct StepTaken<'a> {
+    /// its number, from 0
+    pub step: usize,
+    /// steps of the run
+    pub total: usize,
+    /// the gradients
+    pub grads: &'a Gradients,
+    /// what the optimizer multiplied them with (clipping)
+    pub grad_scale: f32,
+}
+
 /// A method's adapter on a model.
 pub trait Attached: Debug + Send + Sync {
     /// Its configuration as files have it.
@@ -188,9 +254,37 @@ pub trait Attached: Debug + Send + Sync {
     /// Everything that is trained, in a fixed order; names are those of checkpoints.
     fn params(&self) -> Vec<&Param>;
 
+    /// State beside what is trained, which checkpoints hold as well.
+    fn buffers(&self) -> Vec<&Param> {
+        Vec::new()
+    }
+
+    /// Says how many steps a run will take, before the first.
+    ///
+    /// # Errors
+    /// The method's own schedule does not fit into them.
+    fn begin(&self, _total_steps: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// What the method adds to a step's loss, with its gradient added to `grads`.
+    fn penalty(&self, _grads: &mut Gradients) -> Result<f64> {
+        Ok(0.0)
+    }
+
+    /// Looks at a step that was taken.
+    fn after_step(&self, _step: &StepTaken<'_>) -> Result<()> {
+        Ok(())
+    }
+
     /// What the adapter's file holds, by PEFT's names, on the CPU.
     fn export(&self) -> Result<BTreeMap<String, Tensor>> {
         by_name(&self.params())
+    }
+
+    /// The configuration of the file that [`Attached::export`] fills.
+    fn file_config(&self) -> PeftConfig {
+        self.config()
     }
 
     /// Sets every parameter from a file's tensors; nothing is set unless everything fits.
@@ -227,9 +321,14 @@ pub trait Attached: Debug + Send + Sync {
         None
     }
 
-    /// The weight of the linear layer at a path with the adapter in it; both on the CPU in f32.
+    /// The weight of the linear layer or embedding at a path with the adapter in it; both on the CPU in f32.
     fn merged_weight(&self, _path: &str, weight: Tensor) -> Result<Tensor> {
         Ok(weight)
+    }
+
+    /// The same of a linear layer's bias.
+    fn merged_bias(&self, _path: &str, bias: Tensor) -> Result<Tensor> {
+        Ok(bias)
     }
 }
 

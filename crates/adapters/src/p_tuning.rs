@@ -2,16 +2,16 @@
 //!
 //! The encoder's outcome is all that a file holds; an adapter that is loaded goes on as a plain prompt.
 
-use crate::Result;
-use crate::method::{Attached, Attaching, Decides, Kind, Method, Purpose, Setting, setting};
+use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, Purpose, Setting, setting};
 use crate::random::{gaussian, generator, uniform};
 use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR};
+use crate::{AdapterSizes, Result};
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, LinearSpec, Matrix};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
 use engobe_formats::peft::PeftConfig;
 use engobe_kernels::activation::Activation;
-use engobe_nn::{InputRows, ModuleTree, SiteMut};
+use engobe_nn::{InputRows, ModuleTree};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -47,49 +47,54 @@ const fn training(name: &'static str, kind: Kind, help: &'static str) -> Setting
     Setting { decides: Decides::Training, ..setting(name, kind, help) }
 }
 
+const CARD: Card = Card {
+    name: "p-tuning",
+    about: "a prompt trained through an encoder",
+    peft_type: "P_TUNING",
+    settings: &SETTINGS,
+    learning_rate: Some(0.003),
+};
+
 impl Method for PTuning {
-    fn name(&self) -> &'static str {
-        "p-tuning"
-    }
-
-    fn about(&self) -> &'static str {
-        "a prompt trained through an encoder"
-    }
-
-    fn peft_type(&self) -> &'static str {
-        "P_TUNING"
-    }
-
-    fn settings(&self) -> &'static [Setting] {
-        &SETTINGS
+    fn card(&self) -> &'static Card {
+        &CARD
     }
 
     fn defaults(&self) -> Vec<(&'static str, Value)> {
         vec![(COUNT.name, json!(DEFAULT_COUNT))]
     }
 
-    fn learning_rate(&self) -> Option<f64> {
-        Some(0.003)
-    }
-
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
         let count = virtual_tokens::read(config, &[KIND, HIDDEN, LAYERS, DROPOUT], &[])?;
         let encoder = config.choice(KIND, &NAMES, Encoder::Mlp)?;
         for key in [HIDDEN, LAYERS] {
-            if config.whole(key)? == Some(0) {
-                return Err(config.bad(key, "0", "a whole number above 0").into());
-            }
+            config.count(key)?;
         }
-        let dropout = config.number(DROPOUT)?.unwrap_or(0.0);
-        if !(0.0..1.0).contains(&dropout) {
-            return Err(config.bad(DROPOUT, &dropout.to_string(), "a probability in [0, 1)").into());
-        }
+        let dropout = config.dropout(DROPOUT)?;
         let mut config = config.clone();
         config.set(COUNT.name, count);
         config.set(KIND, NAMES.iter().find(|(_, e)| *e == encoder).map_or("MLP", |(name, _)| name));
         config.set(LAYERS, config.whole(LAYERS)?.unwrap_or(2));
         config.set(DROPOUT, dropout);
         Ok(config)
+    }
+
+    fn sizes(&self, model: &mut dyn ModuleTree, config: &PeftConfig) -> Result<AdapterSizes> {
+        let d = Sites::find(model, self.name())?.width;
+        let h = config.whole(HIDDEN)?.unwrap_or(d);
+        let count = config.whole(COUNT.name)?.unwrap_or(DEFAULT_COUNT);
+        let mut other = vec![count * d];
+        match config.choice(KIND, &NAMES, Encoder::Mlp)? {
+            Encoder::Mlp => other.extend([h * d, h, h * h, h, d * h, d]),
+            Encoder::Lstm => {
+                for layer in 0..config.whole(LAYERS)?.unwrap_or(2) {
+                    let input = if layer == 0 { d } else { 2 * h };
+                    other.extend([4 * h * input, 4 * h, 4 * h * h, 4 * h].repeat(2));
+                }
+                other.extend([4 * h * h, 2 * h, d * 2 * h, d]);
+            }
+        }
+        Ok(AdapterSizes { other, lead: count, ..AdapterSizes::default() })
     }
 
     fn attach(
@@ -103,13 +108,7 @@ impl Method for PTuning {
         let hidden = config.whole(HIDDEN)?.unwrap_or(sites.width);
         config.set(HIDDEN, hidden);
         let rows = Arc::new(Prompt::new(&config, sites.width, hidden, at)?);
-        model.visit_sites(&mut |site| {
-            if let SiteMut::Entry(entry) = site {
-                entry.attach(rows.clone());
-            }
-        });
-        let heads = sites.key_values.first().map_or(1, |(heads, _)| *heads);
-        virtual_tokens::write_model(&mut config, sites.width, heads, sites.key_values.len());
+        sites.attach_rows(model, &rows, &mut config);
         Ok(Box::new(Attachment { config, rows }))
     }
 }
@@ -196,7 +195,7 @@ impl Prompt {
                 head.push(make.linear(2, width, 2 * hidden)?);
             }
         }
-        let dropout = config.number(DROPOUT)?.unwrap_or(0.0) as f32;
+        let dropout = config.dropout(DROPOUT)? as f32;
         Ok(Self { embedding, lstm, head, dropout })
     }
 

@@ -5,10 +5,10 @@
 //! kv_width]` while it is trained, and only the outcome is saved. W₂ is kept in pieces, one for the keys and one for
 //! the values of each block, so that a block computes its own rows and no others.
 
-use crate::method::{Attached, Attaching, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
+use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
 use crate::random::{gaussian, generator, uniform};
 use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR};
-use crate::{Error, Result, fill};
+use crate::{AdapterSizes, Error, Result, fill};
 use candle_core::{D, Device, Tensor};
 use engobe_autograd::ops::{self, LinearSpec, Matrix};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
@@ -47,37 +47,43 @@ const SETTINGS: [Setting; 5] = [
     },
 ];
 
+impl PrefixTuning {
+    /// The sites of a model, and the heads and width of its keys.
+    fn sites(&self, model: &mut dyn ModuleTree) -> Result<(Sites, usize, usize)> {
+        let sites = Sites::find(model, self.name())?;
+        let Some((heads, width)) = sites.key_values.first().copied() else {
+            let needs = "a place for keys and values in its attention";
+            return Err(Error::NoSite { method: self.name(), needs });
+        };
+        if sites.key_values.iter().any(|other| *other != (heads, width)) {
+            let needs = "attention modules with keys of one width";
+            return Err(Error::NoSite { method: self.name(), needs });
+        }
+        Ok((sites, heads, width))
+    }
+}
+
+const CARD: Card = Card {
+    name: "prefix-tuning",
+    about: "trained keys and values before those of a sequence",
+    peft_type: "PREFIX_TUNING",
+    settings: &SETTINGS,
+    learning_rate: Some(0.03),
+};
+
 impl Method for PrefixTuning {
-    fn name(&self) -> &'static str {
-        "prefix-tuning"
-    }
-
-    fn about(&self) -> &'static str {
-        "trained keys and values before those of a sequence"
-    }
-
-    fn peft_type(&self) -> &'static str {
-        "PREFIX_TUNING"
-    }
-
-    fn settings(&self) -> &'static [Setting] {
-        &SETTINGS
+    fn card(&self) -> &'static Card {
+        &CARD
     }
 
     fn defaults(&self) -> Vec<(&'static str, Value)> {
         vec![(COUNT.name, json!(DEFAULT_COUNT))]
     }
 
-    fn learning_rate(&self) -> Option<f64> {
-        Some(0.03)
-    }
-
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
         let count = virtual_tokens::read(config, &[PROJECTION, HIDDEN, ZERO, INIT_TEXT], &[])?;
         config.choice(ZERO, &[("zero", ())], ())?;
-        if config.whole(HIDDEN)? == Some(0) {
-            return Err(config.bad(HIDDEN, "0", "a whole number above 0").into());
-        }
+        config.count(HIDDEN)?;
         if config.text(INIT_TEXT).is_some() && (config.flag(PROJECTION)? || config.get(ZERO).is_some()) {
             let right = "neither prefix_projection nor init_weights beside it";
             return Err(config.bad(INIT_TEXT, "set", right).into());
@@ -92,21 +98,22 @@ impl Method for PrefixTuning {
         Some(NeedsText { text: config.text(INIT_TEXT)?.to_string(), key_values: true })
     }
 
+    fn sizes(&self, model: &mut dyn ModuleTree, config: &PeftConfig) -> Result<AdapterSizes> {
+        let (sites, _, width) = self.sites(model)?;
+        Ok(AdapterSizes {
+            other: counts(config, sites.key_values.len(), width)?,
+            lead: config.whole(COUNT.name)?.unwrap_or(DEFAULT_COUNT),
+            ..AdapterSizes::default()
+        })
+    }
+
     fn attach(
         &self,
         model: &mut dyn ModuleTree,
         config: &PeftConfig,
         at: &Attaching<'_>,
     ) -> Result<Box<dyn Attached>> {
-        let sites = Sites::find(model, self.name())?;
-        let Some((heads, width)) = sites.key_values.first().copied() else {
-            let needs = "a place for keys and values in its attention";
-            return Err(Error::NoSite { method: self.name(), needs });
-        };
-        if sites.key_values.iter().any(|other| *other != (heads, width)) {
-            let needs = "attention modules with keys of one width";
-            return Err(Error::NoSite { method: self.name(), needs });
-        }
+        let (sites, heads, width) = self.sites(model)?;
         let prefix = Prefix::new(config, sites.key_values.len(), width, at)?;
         let mut layers = prefix.layers.iter();
         model.visit_sites(&mut |site| match site {
@@ -126,6 +133,18 @@ impl Method for PrefixTuning {
         config.set(INIT_TEXT, Value::Null);
         Ok(Box::new(Attachment { config, prefix }))
     }
+}
+
+/// Elements of each parameter of a prefix over `layers` layers of width `w`.
+fn counts(config: &PeftConfig, layers: usize, w: usize) -> Result<Vec<usize>> {
+    let count = config.whole(COUNT.name)?.unwrap_or(DEFAULT_COUNT);
+    if !config.flag(PROJECTION)? {
+        return Ok(vec![count * w; 2 * layers]);
+    }
+    let hidden = config.whole(HIDDEN)?.unwrap_or(w);
+    let mut all = vec![count * w, hidden * w, hidden];
+    all.extend([w * hidden, w].repeat(2 * layers));
+    Ok(all)
 }
 
 /// What is trained.

@@ -1,12 +1,12 @@
 //! Soft prompts (Lester et al. 2021): trained rows before the embedded tokens of each sequence, and nothing else.
 
 use crate::Result;
-use crate::method::{Attached, Attaching, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
+use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
 use crate::random::{gaussian, generator};
 use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR, repeated};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
 use engobe_formats::peft::PeftConfig;
-use engobe_nn::{InputRows, ModuleTree, SiteMut};
+use engobe_nn::{InputRows, ModuleTree};
 use rand::Rng;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -50,29 +50,21 @@ impl PromptTuning {
     }
 }
 
+const CARD: Card = Card {
+    name: "prompt-tuning",
+    about: "trained rows before the embedded tokens",
+    peft_type: "PROMPT_TUNING",
+    settings: &SETTINGS,
+    learning_rate: Some(0.03),
+};
+
 impl Method for PromptTuning {
-    fn name(&self) -> &'static str {
-        "prompt-tuning"
-    }
-
-    fn about(&self) -> &'static str {
-        "trained rows before the embedded tokens"
-    }
-
-    fn peft_type(&self) -> &'static str {
-        "PROMPT_TUNING"
-    }
-
-    fn settings(&self) -> &'static [Setting] {
-        &SETTINGS
+    fn card(&self) -> &'static Card {
+        &CARD
     }
 
     fn defaults(&self) -> Vec<(&'static str, Value)> {
         vec![(COUNT.name, json!(DEFAULT_COUNT)), (INIT, json!("SAMPLE_VOCAB"))]
-    }
-
-    fn learning_rate(&self) -> Option<f64> {
-        Some(0.03)
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
@@ -128,14 +120,8 @@ impl Method for PromptTuning {
         };
         let prompt = Param::new(TENSOR, &rows.to_device(at.device)?)?;
         let rows = Arc::new(Prompt(prompt));
-        model.visit_sites(&mut |site| {
-            if let SiteMut::Entry(entry) = site {
-                entry.attach(rows.clone());
-            }
-        });
         let mut config = config.clone();
-        let heads = sites.key_values.first().map_or(1, |(heads, _)| *heads);
-        virtual_tokens::write_model(&mut config, sites.width, heads, sites.key_values.len());
+        sites.attach_rows(model, &rows, &mut config);
         Ok(Box::new(Attachment { config, rows }))
     }
 }

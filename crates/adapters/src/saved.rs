@@ -6,8 +6,14 @@ use engobe_nn::{Linear, ModuleMut};
 
 /// Makes the module's tensors parameters, starting from the base's values.
 pub(crate) fn train_module(module: &mut ModuleMut<'_>) -> Result<Vec<Param>> {
+    train_module_as(module, "")
+}
+
+/// [`train_module`] with `level` between the module's path and the tensor in names.
+pub(crate) fn train_module_as(module: &mut ModuleMut<'_>, level: &str) -> Result<Vec<Param>> {
     let path = module.path().to_string();
-    let param = |kind: &str, value: &Tensor| Param::new(format!("base_model.model.{path}.{kind}"), value);
+    let param =
+        |kind: &str, value: &Tensor| Param::new(format!("base_model.model.{path}{level}.{kind}"), value);
     Ok(match module {
         ModuleMut::Linear(linear) => {
             let weight = param("weight", &linear.weight().to_tensor()?)?;

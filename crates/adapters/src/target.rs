@@ -16,6 +16,9 @@ enum Matcher {
     AllLinear,
 }
 
+/// What PEFT calls the heads of tasks (`classifier_module_names`).
+const HEADS: [&str; 2] = ["classifier", "score"];
+
 /// The rules of one configuration.
 #[derive(Debug)]
 pub struct Targets {
@@ -65,7 +68,7 @@ impl Matcher {
 }
 
 /// True if `path` is `name`, or ends with it after a dot.
-fn ends_with_module(path: &str, name: &str) -> bool {
+pub(crate) fn ends_with_module(path: &str, name: &str) -> bool {
     path == name || path.strip_suffix(name).is_some_and(|head| head.ends_with('.'))
 }
 
@@ -143,7 +146,12 @@ impl Targets {
                 |p: &str| p.match_indices('.').map(|(at, _)| &p[..at]).chain([p]).any(|p| p.ends_with(m));
             paths.iter().any(|p| hit(p))
         };
-        let saved = self.modules_to_save.iter().map(String::as_str).filter(|m| !is_saved(m)).collect();
+        let mut saved: Vec<&str> =
+            self.modules_to_save.iter().map(String::as_str).filter(|m| !is_saved(m)).collect();
+        // PEFT writes both for every task with a head; a model has one of them
+        if HEADS.iter().any(|head| is_saved(head) && self.modules_to_save.iter().any(|m| m == head)) {
+            saved.retain(|name| !HEADS.contains(name));
+        }
         (unmatched_targets, saved)
     }
 

@@ -4,7 +4,8 @@ use crate::method::{Kind, Setting, setting};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use engobe_formats::peft::{KnownKeys, PeftConfig};
-use engobe_nn::{FrozenWeight, ModuleMut, ModuleTree, SiteMut, Weight};
+use engobe_nn::{FrozenWeight, InputRows, ModuleMut, ModuleTree, SiteMut, Weight};
+use std::sync::Arc;
 
 /// The tensor in a file.
 pub(crate) const TENSOR: &str = "prompt_embeddings";
@@ -66,6 +67,22 @@ impl Sites {
             }
         });
         Ok(Self { embedding: embedding.ok_or_else(missing)?, width, key_values })
+    }
+
+    /// Puts `rows` before the embedded tokens, and what PEFT's files say of the model into `config`.
+    pub fn attach_rows<R: InputRows + 'static>(
+        &self,
+        model: &mut dyn ModuleTree,
+        rows: &Arc<R>,
+        config: &mut PeftConfig,
+    ) {
+        model.visit_sites(&mut |site| {
+            if let SiteMut::Entry(entry) = site {
+                entry.attach(rows.clone());
+            }
+        });
+        let heads = self.key_values.first().map_or(1, |(heads, _)| *heads);
+        write_model(config, self.width, heads, self.key_values.len());
     }
 
     /// Embedded tokens `ids`: `[ids, d]`.

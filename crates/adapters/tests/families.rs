@@ -3,24 +3,15 @@
 use candle_core::Device;
 use engobe_adapters::merge::{MergeOptions, merge};
 use engobe_adapters::{Adapter, Start};
-use engobe_autograd::{Activations, Tape, Var, host};
+use engobe_autograd::{Activations, Tape, host};
 use engobe_formats::peft::{LoraConfig, PeftConfig};
 use engobe_kernels::storage::StorageType;
-use engobe_models::{LoadOptions, load_causal_lm};
-use engobe_nn::{CausalLm, TokenBatch};
+use engobe_nn::CausalLm;
+use engobe_testkit::models::{self, load, some_ids};
 use engobe_testkit::{assert_close, cases, golden};
-use std::path::Path;
-
-fn load(path: &Path) -> Box<dyn CausalLm> {
-    load_causal_lm(path, &LoadOptions::default()).unwrap()
-}
 
 fn logits(model: &dyn CausalLm) -> Vec<f32> {
-    let ids: Vec<u32> = (0..20).map(|i| i * 13 % 40).collect();
-    let batch = TokenBatch::packed(&ids, std::slice::from_ref(&(0..20)));
-    let mut tape = Tape::inference();
-    let hidden = model.hidden_states(&mut tape, &batch, None).unwrap().into_tensor();
-    host(&model.logits(&mut tape, &Var::constant(hidden)).unwrap()).unwrap().to_vec()
+    models::logits(model, &some_ids()).concat()
 }
 
 #[test]
@@ -113,7 +104,7 @@ fn prompts_and_prefixes_are_the_same_over_a_cache() {
             Adapter::attach(model.as_mut(), config, Start { seed: 4 }, &Device::Cpu).unwrap();
             let whole = logits(model.as_ref());
             assert_ne!(whole, plain, "{name} {method}");
-            let ids: Vec<u32> = (0..20).map(|i| i * 13 % 40).collect();
+            let ids = some_ids();
             let mut cache = model.new_cache(1, 8, Activations::Exact).unwrap();
             let mut stepped = Vec::new();
             for range in [0..11, 11..12, 12..20] {

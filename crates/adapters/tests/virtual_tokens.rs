@@ -4,9 +4,9 @@ use candle_core::{Device, Tensor};
 use engobe_adapters::{Adapter, Start, StartText};
 use engobe_autograd::{Activations, Tape, Var, host};
 use engobe_formats::peft::PeftConfig;
-use engobe_models::{LoadOptions, load_causal_lm};
 use engobe_nn::{CausalLm, TokenBatch};
-use engobe_testkit::{assert_close, golden};
+use engobe_testkit::models::{self, tiny};
+use engobe_testkit::{assert_close, doubles};
 use serde_json::{Value, json};
 use std::ops::Range;
 
@@ -15,10 +15,6 @@ const TOLERANCE: f64 = 3e-6;
 const METHODS: [&str; 2] = ["PROMPT_TUNING", "PREFIX_TUNING"];
 const TEXT: [u32; 4] = [3, 17, 8, 29];
 const IDS: [u32; 12] = [1, 5, 9, 2, 30, 7, 11, 4, 22, 13, 6, 38];
-
-fn base(name: &str) -> Box<dyn CausalLm> {
-    load_causal_lm(&golden(format!("llama/{name}")), &LoadOptions::default()).unwrap()
-}
 
 fn config(peft_type: &str, settings: &[(&str, Value)]) -> PeftConfig {
     let mut config = PeftConfig::new(peft_type);
@@ -35,8 +31,7 @@ fn numbers(t: &Tensor) -> Vec<f32> {
 }
 
 fn same(found: &[f32], expected: &[f32], what: &str) {
-    let expected: Vec<f64> = expected.iter().map(|v| f64::from(*v)).collect();
-    assert_close(found, &expected, TOLERANCE, what);
+    assert_close(found, &doubles(expected), TOLERANCE, what);
 }
 
 fn logits_of(model: &dyn CausalLm, hidden: Var) -> Vec<f32> {
@@ -50,7 +45,7 @@ fn logits(model: &dyn CausalLm, ids: &[u32], ranges: &[Range<usize>]) -> Vec<f32
 }
 
 fn one(model: &dyn CausalLm, ids: &[u32]) -> Vec<f32> {
-    logits(model, ids, std::slice::from_ref(&(0..ids.len())))
+    models::logits(model, ids).concat()
 }
 
 /// What the ids of a text are to a model.
@@ -65,7 +60,7 @@ fn start_text(model: &dyn CausalLm, ids: &[u32]) -> StartText {
 #[test]
 fn of_no_length_they_change_no_bit() {
     for peft_type in METHODS {
-        let mut model = base("gqa_tied");
+        let mut model = tiny("gqa_tied");
         let plain = one(model.as_ref(), &IDS);
         let adapter = attach(model.as_mut(), peft_type, &[("num_virtual_tokens", json!(0))]);
         assert_eq!(adapter.num_parameters(), 0);
@@ -79,9 +74,9 @@ fn of_no_length_they_change_no_bit() {
 fn of_a_text_they_are_its_tokens() {
     for name in ["gqa_tied", "plain", "head_dim_bias"] {
         let whole = [&TEXT[..], &IDS].concat();
-        let expected = one(base(name).as_ref(), &whole);
+        let expected = one(tiny(name).as_ref(), &whole);
         let expected = &expected[expected.len() / whole.len() * TEXT.len()..];
-        let start = start_text(base(name).as_ref(), &TEXT);
+        let start = start_text(tiny(name).as_ref(), &TEXT);
         let count = ("num_virtual_tokens", json!(TEXT.len()));
         let prompt = [
             ("prompt_tuning_init", json!("TEXT")),
@@ -90,7 +85,7 @@ fn of_a_text_they_are_its_tokens() {
         ];
         let prefix = [("prefix_init_text", json!("some text")), count];
         for (peft_type, settings) in METHODS.into_iter().zip([&prompt[..], &prefix]) {
-            let mut model = base(name);
+            let mut model = tiny(name);
             let config = config(peft_type, settings);
             Adapter::attach_with(model.as_mut(), config, Start { seed: 1 }, &start, &Device::Cpu).unwrap();
             same(&one(model.as_ref(), &IDS), expected, &format!("{peft_type} on {name}"));
@@ -101,7 +96,7 @@ fn of_a_text_they_are_its_tokens() {
 #[test]
 fn packed_rows_are_what_they_are_alone() {
     for peft_type in METHODS {
-        let mut model = base("gqa_tied");
+        let mut model = tiny("gqa_tied");
         attach(model.as_mut(), peft_type, &[("num_virtual_tokens", json!(3))]);
         let ranges = [0..5, 5..6, 6..12];
         let alone: Vec<f32> = ranges.iter().flat_map(|r| one(model.as_ref(), &IDS[r.clone()])).collect();
@@ -113,7 +108,7 @@ fn packed_rows_are_what_they_are_alone() {
 #[test]
 fn a_cache_gives_what_a_whole_pass_gives() {
     for peft_type in METHODS {
-        let mut model = base("gqa_tied");
+        let mut model = tiny("gqa_tied");
         attach(model.as_mut(), peft_type, &[("num_virtual_tokens", json!(3))]);
         let model = model.as_ref();
         let mut cache = model.new_cache(2, 2, Activations::Exact).unwrap();
@@ -147,7 +142,7 @@ fn a_cache_gives_what_a_whole_pass_gives() {
 fn what_is_saved_comes_back() {
     let projected = [("prefix_projection", json!(true)), ("encoder_hidden_size", json!(7))];
     for (peft_type, settings) in [(METHODS[0], &[][..]), (METHODS[1], &[]), (METHODS[1], &projected)] {
-        let (mut first, mut second) = (base("gqa_tied"), base("gqa_tied"));
+        let (mut first, mut second) = (tiny("gqa_tied"), tiny("gqa_tied"));
         let adapter = attach(first.as_mut(), peft_type, settings);
         let dir = tempfile::tempdir().unwrap();
         adapter.save(dir.path()).unwrap();
@@ -169,7 +164,7 @@ fn mistakes_are_named() {
         ("HYDRA", vec![], "\"HYDRA\"; expected one of LORA"),
     ] {
         let config = config(peft_type, &settings);
-        let mut model = base("gqa_tied");
+        let mut model = tiny("gqa_tied");
         let error = Adapter::attach(model.as_mut(), config, Start { seed: 1 }, &Device::Cpu).unwrap_err();
         assert!(error.to_string().contains(part), "{part} in {error}");
     }
@@ -178,7 +173,7 @@ fn mistakes_are_named() {
 #[test]
 fn they_are_not_merged() {
     for peft_type in METHODS {
-        let adapter = attach(base("gqa_tied").as_mut(), peft_type, &[]);
+        let adapter = attach(tiny("gqa_tied").as_mut(), peft_type, &[]);
         assert!(
             adapter.check_mergeable().unwrap_err().to_string().contains("can't be merged"),
             "{peft_type}"
@@ -188,7 +183,7 @@ fn they_are_not_merged() {
 
 #[test]
 fn a_model_without_them_is_its_base_again() {
-    let mut model = base("head_dim_bias");
+    let mut model = tiny("head_dim_bias");
     let plain = one(model.as_ref(), &IDS);
     let lora = [
         ("target_modules", json!("all-linear")),
@@ -204,5 +199,54 @@ fn a_model_without_them_is_its_base_again() {
         assert_ne!(one(model.as_ref(), &IDS), plain, "{peft_type}");
         model.detach_all();
         assert_eq!(one(model.as_ref(), &IDS), plain, "{peft_type}");
+    }
+}
+
+/// The up-projection starts at zero, so that nothing is added; the residual sum is no longer one op with the linear
+/// layer before it, and rounds once more.
+#[test]
+fn a_new_bottleneck_changes_no_logit() {
+    for architecture in ["pfeiffer", "houlsby", "parallel"] {
+        let mut model = tiny("gqa_tied");
+        let plain = one(model.as_ref(), &IDS);
+        let settings = [("architecture", json!(architecture)), ("init_weights", json!("mam_adapter"))];
+        attach(model.as_mut(), "BOTTLENECK", &settings);
+        same(&one(model.as_ref(), &IDS), &plain, architecture);
+    }
+}
+
+#[test]
+fn widths_of_bottlenecks_are_the_package_s() {
+    let count = |settings: &[(&str, Value)]| {
+        attach(tiny("gqa_tied").as_mut(), "BOTTLENECK", settings).num_parameters()
+    };
+    // two layers of width 32: 32·m + m + m·32 + 32 each
+    let of = |m: usize| 65 * m + 32;
+    assert_eq!(count(&[]), 2 * of(2));
+    assert_eq!(count(&[("mh_adapter", json!(true)), ("leave_out", json!([1]))]), 2 * of(2));
+    assert_eq!(count(&[("reduction_factor", json!({ "0": 5, "default": 64 }))]), of(6) + of(1));
+}
+
+/// `plan` counts without attaching what is large; what it counts is what is trained.
+#[test]
+fn counts_are_those_of_what_is_attached() {
+    let lstm = [("encoder_reparameterization_type", json!("LSTM")), ("encoder_hidden_size", json!(6))];
+    let projected = [("prefix_projection", json!(true)), ("encoder_hidden_size", json!(7))];
+    let houlsby = [("architecture", json!("houlsby")), ("leave_out", json!([1]))];
+    let learned = [("scaling", json!("channel")), ("ln_after", json!(true))];
+    for (peft_type, settings) in [
+        ("PROMPT_TUNING", &[][..]),
+        ("P_TUNING", &[]),
+        ("P_TUNING", &lstm),
+        ("PREFIX_TUNING", &[]),
+        ("PREFIX_TUNING", &projected),
+        ("BOTTLENECK", &[]),
+        ("BOTTLENECK", &houlsby),
+        ("BOTTLENECK", &learned),
+    ] {
+        let counted = Adapter::sizes(tiny("gqa_tied").as_mut(), config(peft_type, settings)).unwrap();
+        let adapter = attach(tiny("gqa_tied").as_mut(), peft_type, settings);
+        let lens: Vec<usize> = adapter.params().into_iter().map(|p| p.len()).collect();
+        assert_eq!(counted.params().collect::<Vec<_>>(), lens, "{peft_type} {settings:?}");
     }
 }

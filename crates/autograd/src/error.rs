@@ -20,6 +20,9 @@ pub enum Error {
     /// A weight's bytes do not fit its shape.
     #[error(transparent)]
     Storage(#[from] engobe_kernels::storage::StorageError),
+    /// A value that is kept for the backward has no place in f16.
+    #[error(transparent)]
+    OutOfRange(#[from] engobe_kernels::narrow::OutOfRange),
     /// Whoever watches the tape ([`crate::Tape::watch`]) ended the pass.
     #[error(transparent)]
     Stopped(Box<dyn std::error::Error + Send + Sync>),

@@ -1,8 +1,9 @@
 //! CPU tensors as slices, and slices as CPU tensors, without a copy.
 
 use crate::{Error, Result};
-use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor};
-use half::f16;
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor};
+use engobe_kernels::narrow::{self, Half};
+use half::{bf16, f16};
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -30,6 +31,7 @@ macro_rules! element {
 }
 element!(f32, F32);
 element!(f16, F16);
+element!(bf16, BF16);
 
 /// The elements of a contiguous CPU tensor, borrowed.
 pub struct Host<'a, T = f32> {
@@ -89,13 +91,65 @@ pub fn tensor_of(data: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
 ///
 /// Every kernel that receives such a buffer overwrites all of it before anything reads it. Zeroing them
 /// instead would cost several per cent of a step (hundreds of megabytes written for nothing).
-#[allow(clippy::uninit_vec)]
 pub fn uninit(len: usize) -> Vec<f32> {
+    uninit_as(len)
+}
+
+/// [`uninit`] of elements of type T.
+#[allow(clippy::uninit_vec)]
+fn uninit_as<T: Element>(len: usize) -> Vec<T> {
     let mut data = Vec::with_capacity(len);
-    // SAFETY: the capacity is `len`, any bit pattern is an f32, and the callers (ops of this workspace) hand
-    // the buffer only to kernels that are documented to overwrite all of it.
+    // SAFETY: the capacity is `len`, any bit pattern is an element (all are plain floats), and the callers (ops of
+    // this workspace) hand the buffer only to kernels that are documented to overwrite all of it.
     unsafe { data.set_len(len) };
     data
+}
+
+/// `x`, f32, rounded to 16 bits.
+///
+/// # Errors
+/// A number that has no place in f16.
+pub fn narrowed(x: &Tensor, to: Half) -> Result<Tensor> {
+    let dtype = match to {
+        Half::BF16 => DType::BF16,
+        Half::F16 => DType::F16,
+    };
+    if !x.device().is_cpu() {
+        // infinity only where something had no place, or was infinite before
+        let largest = x.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+        if to == Half::F16 && largest.is_finite() && largest >= narrow::F16_END {
+            return Err(narrow::OutOfRange(largest).into());
+        }
+        return Ok(x.to_dtype(dtype)?);
+    }
+    let x = x.contiguous()?;
+    let values = host(&x)?;
+    Ok(match to {
+        Half::BF16 => {
+            let mut out = uninit_as::<bf16>(values.len());
+            narrow::to_bf16(&values, &mut out);
+            Tensor::from_vec(out, x.shape(), &Device::Cpu)?
+        }
+        Half::F16 => {
+            let mut out = uninit_as::<f16>(values.len());
+            narrow::to_f16(&values, &mut out)?;
+            Tensor::from_vec(out, x.shape(), &Device::Cpu)?
+        }
+    })
+}
+
+/// `x` of [`narrowed`], in f32.
+pub fn widened(x: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return Ok(x.to_dtype(DType::F32)?);
+    }
+    let mut out = uninit(x.elem_count());
+    match x.dtype() {
+        DType::BF16 => narrow::from_bf16(&host_as::<bf16>(x)?, &mut out),
+        DType::F16 => narrow::from_f16(&host_as::<f16>(x)?, &mut out),
+        _ => return Ok(x.clone()),
+    }
+    tensor_of(out, x.shape())
 }
 
 /// Runs `f` on the elements of a contiguous f32 CPU tensor, in place: every clone of the tensor sees it.
@@ -121,6 +175,10 @@ pub fn update_as<T: Element, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R) 
             }
             Ok(())
         }
+    }
+    if tensor.elem_count() == 0 {
+        // candle takes the strides of an empty tensor for those of a broadcast one
+        return Ok(f(&mut []));
     }
     let op = Update(RefCell::new(Some(f)), RefCell::new(None), PhantomData);
     tensor.inplace_op1(&op)?;

@@ -13,11 +13,14 @@ mod host;
 pub mod ops;
 mod param;
 mod tape;
+mod var;
 mod weight;
 
 pub use engobe_kernels::matmul::Activations;
+pub use engobe_kernels::narrow::Half;
 pub use error::{Error, Result};
 pub use host::{Element, Host, host, host_as, tensor_of, uninit, update, update_as};
 pub use param::{Gradients, Param, ParamId};
-pub use tape::{GradSink, OutGrads, Slot, Tape, Var, Watch};
+pub use tape::{GradSink, OutGrads, Slot, Tape, Watch};
+pub use var::Var;
 pub use weight::{FrozenWeight, HostBytes, HostScales};

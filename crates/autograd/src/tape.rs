@@ -1,9 +1,12 @@
-//! [`Tape`], [`Var`] and the walk back.
+//! [`Tape`] and the walk back.
 
+use crate::Result;
+use crate::host::narrowed;
 use crate::param::{Gradients, Param, ParamId};
-use crate::{Result, host};
+use crate::var::{Kept, Var};
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 use engobe_kernels::matmul::Activations;
+use engobe_kernels::narrow::Half;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -15,89 +18,6 @@ impl Slot {
     /// True if a gradient is wanted here.
     pub fn is_tracked(self) -> bool {
         self.0.is_some()
-    }
-}
-
-/// A tensor and its place on the tape.
-#[derive(Clone)]
-pub struct Var {
-    tensor: Tensor,
-    slot: Slot,
-    recipe: Option<Recipe>,
-}
-
-/// Makes a value again from tensors that are kept anyway.
-pub type Recipe = Arc<dyn Fn() -> Result<Tensor> + Send + Sync>;
-
-/// A value that an op keeps for its backward: the tensor, or how to make it again.
-pub(crate) enum Kept {
-    Tensor(Tensor),
-    Again(Recipe),
-}
-
-impl Kept {
-    /// The value.
-    pub fn get(self) -> Result<Tensor> {
-        match self {
-            Self::Tensor(tensor) => Ok(tensor),
-            Self::Again(recipe) => recipe(),
-        }
-    }
-}
-
-impl std::fmt::Debug for Var {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Var {:?} {:?}", self.tensor.dims(), self.slot)
-    }
-}
-
-impl Var {
-    /// A value with nothing trainable upstream.
-    pub fn constant(tensor: Tensor) -> Self {
-        Self { tensor, slot: Slot(None), recipe: None }
-    }
-
-    /// Says that the value is cheap to make again from what is kept anyway: ops that need it in their backward then
-    /// keep `recipe` instead of the tensor.
-    pub fn made_by(mut self, recipe: impl Fn() -> Result<Tensor> + Send + Sync + 'static) -> Self {
-        self.recipe = Some(Arc::new(recipe));
-        self
-    }
-
-    /// The value, for an op's backward.
-    pub(crate) fn keep(&self) -> Kept {
-        match &self.recipe {
-            Some(recipe) => Kept::Again(recipe.clone()),
-            None => Kept::Tensor(self.tensor.clone()),
-        }
-    }
-
-    /// How to make the value again, without holding on to more than is kept anyway.
-    pub(crate) fn again(&self) -> Recipe {
-        self.recipe.clone().unwrap_or_else(|| {
-            let tensor = self.tensor.clone();
-            Arc::new(move || Ok(tensor.clone()))
-        })
-    }
-
-    /// The value.
-    pub fn tensor(&self) -> &Tensor {
-        &self.tensor
-    }
-
-    /// The value, taken out.
-    pub fn into_tensor(self) -> Tensor {
-        self.tensor
-    }
-
-    /// Where its gradient goes.
-    pub fn slot(&self) -> Slot {
-        self.slot
-    }
-
-    /// True if something trainable is upstream.
-    pub fn is_tracked(&self) -> bool {
-        self.slot.is_tracked()
     }
 }
 
@@ -216,6 +136,7 @@ struct Options {
     dropout_seed: Option<u64>,
     second_run: bool,
     generating: Option<Activations>,
+    half: Option<Half>,
 }
 
 impl<'m> Tape<'m> {
@@ -277,6 +198,42 @@ impl<'m> Tape<'m> {
         self
     }
 
+    /// Keeps what the backward needs in 16 bits, and rounds the factors of low-rank deltas to them. Arithmetic, what flows
+    /// from op to op, and gradients stay f32.
+    pub fn half(mut self, half: Option<Half>) -> Self {
+        self.options.half = half;
+        self
+    }
+
+    /// The 16-bit type of what is kept, if it is not kept in f32.
+    pub(crate) fn half_type(&self) -> Option<Half> {
+        self.options.half
+    }
+
+    /// The value, for an op's backward or a recipe. An op that keeps clones of f32 tensors instead would hold twice the
+    /// memory on a tape that keeps 16 bits.
+    ///
+    /// # Errors
+    /// A number that has no place in f16.
+    pub(crate) fn keep(&self, value: &Var) -> Result<Kept> {
+        match &value.recipe {
+            Some(recipe) => Ok(Kept::Again(recipe.clone())),
+            None => self.keep_as_it_is(value),
+        }
+    }
+
+    fn keep_as_it_is(&self, value: &Var) -> Result<Kept> {
+        // a tape that records nothing will never ask
+        let Some(half) = self.options.half.filter(|_| self.options.recording) else {
+            return Ok(Kept::Tensor(value.tensor.clone()));
+        };
+        if let Some(narrow) = value.narrow.get() {
+            return Ok(Kept::Narrow(narrow.clone()));
+        }
+        let narrow = narrowed(&value.tensor, half)?;
+        Ok(Kept::Narrow(value.narrow.get_or_init(|| narrow).clone()))
+    }
+
     /// Uses the composed form of every op, also on the CPU.
     pub fn composed(mut self, on: bool) -> Self {
         self.options.composed = on;
@@ -309,17 +266,17 @@ impl<'m> Tape<'m> {
             return Var::constant(tensor);
         }
         if let Some(slot) = self.params.get(&param.id()) {
-            return Var { tensor, slot: *slot, recipe: None };
+            return Var::new(tensor, *slot);
         }
         let slot = self.push(Node::Param(param.id()), 1);
         self.params.insert(param.id(), slot);
-        Var { tensor, slot, recipe: None }
+        Var::new(tensor, slot)
     }
 
     /// A value whose gradient [`Tape::backward_to`] hands out.
     pub fn leaf(&mut self, tensor: Tensor) -> Var {
         let slot = if self.options.recording { self.push(Node::Leaf, 1) } else { Slot(None) };
-        Var { tensor, slot, recipe: None }
+        Var::new(tensor, slot)
     }
 
     fn push(&mut self, node: Node<'m>, outputs: usize) -> Slot {
@@ -342,11 +299,7 @@ impl<'m> Tape<'m> {
         }
         let slot = self.push(Node::Op(Box::new(backward)), outputs.len());
         let Slot(Some((node, _))) = slot else { unreachable!("push gives a place") };
-        outputs
-            .into_iter()
-            .enumerate()
-            .map(|(i, tensor)| Var { tensor, slot: Slot(Some((node, i))), recipe: None })
-            .collect()
+        outputs.into_iter().enumerate().map(|(i, tensor)| Var::new(tensor, Slot(Some((node, i))))).collect()
     }
 
     /// [`Tape::record`] for an op with one output.
@@ -364,6 +317,19 @@ impl<'m> Tape<'m> {
         outs.into_iter().next().unwrap_or_else(|| Var::constant(keep))
     }
 
+    /// [`Tape::record1`] for an op whose backward needs its own output: kept once, also where the next op keeps it as well.
+    pub(crate) fn record_keeping(
+        &mut self,
+        inputs: &[Slot],
+        output: Tensor,
+        backward: impl FnOnce(Kept, Tensor, &mut GradSink<'_>) -> Result<()> + 'm,
+    ) -> Result<Var> {
+        let made = Var::constant(output);
+        let kept = self.keep_as_it_is(&made)?;
+        let recorded = self.record1(inputs, made.tensor, move |dy, sink| backward(kept, dy, sink));
+        Ok(Var { narrow: made.narrow, ..recorded })
+    }
+
     /// Runs `f`, a stretch of the model with one output. With checkpointing on, nothing inside it is kept
     /// but its tracked inputs; the backward runs `f` again (Chen et al. 2016) with the same dropout masks.
     pub fn block<F>(&mut self, inputs: &[Var], f: F) -> Result<Var>
@@ -379,9 +345,11 @@ impl<'m> Tape<'m> {
         let watch = self.watch.clone();
         let plain: Vec<Var> = inputs.iter().map(|v| Var::constant(v.tensor.clone())).collect();
         let output = f(&mut first, &plain)?.into_tensor();
+        drop(plain);
         let draws_before = std::mem::replace(&mut self.draws, first.draws);
         let options = Options { checkpointing: false, second_run: true, ..self.options };
         let slots: Vec<Slot> = inputs.iter().map(Var::slot).collect();
+        let kept: Vec<Kept> = inputs.iter().map(|v| self.keep_as_it_is(v)).collect::<Result<_>>()?;
         let mut upstream = slots.clone();
         if first.touched_param {
             // the block's own parameters are reached through the second run, not through a slot of this tape
@@ -390,11 +358,11 @@ impl<'m> Tape<'m> {
         Ok(self.record1(&upstream, output, move |dy, sink| {
             let mut tape = Tape::with(options).watch(watch);
             tape.draws = draws_before;
-            let vars: Vec<Var> = plain
-                .into_iter()
-                .zip(&slots)
-                .map(|(v, slot)| if slot.is_tracked() { tape.leaf(v.into_tensor()) } else { v })
-                .collect();
+            let mut vars = Vec::with_capacity(kept.len());
+            for (kept, slot) in kept.into_iter().zip(&slots) {
+                let value = kept.take()?;
+                vars.push(if slot.is_tracked() { tape.leaf(value) } else { Var::constant(value) });
+            }
             let y = f(&mut tape, &vars)?;
             let grads = tape.backward_to(&y, dy, &vars, sink.params)?;
             for (slot, grad) in slots.iter().zip(grads) {
@@ -453,15 +421,5 @@ impl<'m> Tape<'m> {
 impl Default for Tape<'_> {
     fn default() -> Self {
         Self::new()
-    }
-}
-
-impl Var {
-    /// Value of a one-element tensor.
-    pub fn scalar(&self) -> Result<f32> {
-        if self.tensor.device().is_cpu() {
-            return Ok(host(&self.tensor)?[0]);
-        }
-        Ok(self.tensor.flatten_all()?.to_vec1::<f32>()?[0])
     }
 }

@@ -205,6 +205,18 @@ impl FrozenWeight {
         Ok(Self { rows, cols, place: Place::Device(tensor.contiguous()?) })
     }
 
+    /// True if both are one matrix in one place in memory.
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (&self.place, &other.place) {
+            (
+                Place::Host(Elements::Blocks { bytes: a, .. }),
+                Place::Host(Elements::Blocks { bytes: b, .. }),
+            ) => std::ptr::eq(a.as_slice(), b.as_slice()),
+            (Place::Device(a), Place::Device(b)) => a.id() == b.id(),
+            _ => false,
+        }
+    }
+
     /// True if it is of quantized blocks beside which activations may be rounded.
     pub fn is_of_blocks(&self) -> bool {
         matches!(&self.place, Place::Host(Elements::Blocks { storage, .. }) if storage.is_quantized())

@@ -64,14 +64,3 @@ pub enum Error {
     #[error(transparent)]
     Op(#[from] engobe_autograd::Error),
 }
-
-/// The first few of a long list, and how many more there are.
-pub(crate) fn shorten(mut problems: Vec<String>) -> Vec<String> {
-    const SHOWN: usize = 8;
-    let more = problems.len().saturating_sub(SHOWN);
-    problems.truncate(SHOWN);
-    if more > 0 {
-        problems.push(format!("and {more} more"));
-    }
-    problems
-}

@@ -7,9 +7,9 @@ mod gguf;
 mod mlx;
 mod peft;
 
-use crate::error::shorten;
 use crate::{Error, Mapped, Result};
 use engobe_formats::mlx::is_mlx_dir;
+use engobe_formats::shorten;
 use engobe_formats::tensor::TensorView;
 use engobe_kernels::codec;
 use engobe_kernels::storage::StorageType;

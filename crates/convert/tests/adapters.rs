@@ -8,9 +8,9 @@ use engobe_formats::mlx::MlxAdapter;
 use engobe_formats::peft::{LoraConfig, PeftAdapter};
 use engobe_kernels::storage::StorageType;
 use engobe_models::{LoadOptions, Outline};
-use engobe_testkit::{assert_close, golden};
+use engobe_testkit::{assert_close, base_of, doubles, golden};
 use std::path::Path;
-use support::{base_of, doubles, logits};
+use support::logits;
 
 /// Those of `golden/peft` that consist of LoRA pairs alone: plain, rank-stabilised, ranks and alphas by pattern,
 /// some layers only, a head.

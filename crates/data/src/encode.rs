@@ -70,8 +70,40 @@ pub struct EncodeOptions {
     pub max_seq_len: usize,
 }
 
+/// What a row teaches.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Goal {
+    /// next tokens, where `labels` has one
+    #[default]
+    NextTokens,
+    /// a class for the tokens where `labels` has one
+    Tags,
+    /// the row's class
+    Class(u32),
+    /// for each class whether it holds
+    Classes(Vec<bool>),
+    /// a number
+    Value(f32),
+    /// a text to be made of the row's: ids without the token that a decoder starts with
+    Sequence(Vec<u32>),
+    /// nothing: the row has no label
+    Nothing,
+}
+
+impl Goal {
+    /// Labels that a row with this goal has beside those of its tokens.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::NextTokens | Self::Tags | Self::Nothing => 0,
+            Self::Class(_) | Self::Value(_) => 1,
+            Self::Classes(holds) => holds.len(),
+            Self::Sequence(ids) => ids.len(),
+        }
+    }
+}
+
 /// A row ready to be trained on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
     /// token ids
     pub ids: Vec<u32>,
@@ -82,12 +114,20 @@ pub struct Sample {
     pub place: Place,
     /// tokens cut off the end
     pub truncated: usize,
+    /// what the row teaches
+    pub goal: Goal,
+    /// the first token of the second text of a pair, where the tokenizer tells the two apart
+    pub second_type_from: Option<usize>,
 }
 
 impl Sample {
-    /// Labels that can be predicted: those after the first position.
+    /// Labels that can be predicted; those of next tokens begin after the first position.
     pub fn label_tokens(&self) -> usize {
-        self.labels.iter().skip(1).flatten().count()
+        match &self.goal {
+            Goal::NextTokens => self.labels.iter().skip(1).flatten().count(),
+            Goal::Tags => self.labels.iter().flatten().count(),
+            other => other.count(),
+        }
     }
 }
 
@@ -143,21 +183,7 @@ impl<'t> Encoder<'t> {
 
     /// Encodes all rows, in order, on all cores.
     pub fn encode(&self, files: &[DataFile]) -> Result<Vec<Sample>> {
-        let rows: Vec<&Row> = files.iter().flat_map(|file| &file.rows).collect();
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let share = rows.len().div_ceil(threads).max(64);
-        let encode = |rows: &[&Row]| rows.iter().map(|row| self.encode_row(row)).collect::<Result<Vec<_>>>();
-        if share >= rows.len() {
-            return encode(&rows);
-        }
-        std::thread::scope(|scope| {
-            let parts: Vec<_> = rows.chunks(share).map(|part| scope.spawn(move || encode(part))).collect();
-            let mut samples = Vec::with_capacity(rows.len());
-            for part in parts {
-                samples.extend(part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
-            }
-            Ok(samples)
-        })
+        encode_all(files, |row| self.encode_row(row))
     }
 
     /// Encodes one row.
@@ -167,7 +193,8 @@ impl<'t> Encoder<'t> {
         let truncated = ids.len().saturating_sub(self.options.max_seq_len);
         ids.truncate(self.options.max_seq_len);
         labels.truncate(self.options.max_seq_len);
-        Ok(Sample { ids, labels, place: row.place.clone(), truncated })
+        let place = row.place.clone();
+        Ok(Sample { ids, labels, place, truncated, goal: Goal::NextTokens, second_type_from: None })
     }
 
     /// The beginning of a row before its last completion. `None` for plain text and token ids.
@@ -197,7 +224,9 @@ impl<'t> Encoder<'t> {
                 PromptStyle::Plain => false,
                 PromptStyle::Auto => self.template.is_some(),
             },
-            Content::Text(_) | Content::Tokens { .. } => false,
+            Content::Text(_) | Content::Tokens { .. } | Content::Labelled { .. } | Content::Tagged { .. } => {
+                false
+            }
         }
     }
 
@@ -212,6 +241,12 @@ impl<'t> Encoder<'t> {
                 self.chat(messages, tools.as_ref(), *prompt_messages, train_on)?
             }
             Content::Text(text) => self.plain("", text, TrainOn::All)?,
+            // to learn next tokens from texts, their labels do not matter
+            Content::Labelled { text, pair: None, .. } => self.plain("", text, TrainOn::All)?,
+            Content::Labelled { pair: Some(_), .. } | Content::Tagged { .. } => {
+                let what = "pairs of texts and tagged words are for the tasks seq-cls, regression, token-cls and embedding";
+                return Err(Error::Options(what.into()));
+            }
             content if self.is_chat(content) => self.chat(&turns(content), None, 0, train_on)?,
             Content::Pair { prompt, completion } => self.plain(prompt, completion, train_on)?,
             Content::Alpaca { instruction, input, output } => {
@@ -293,7 +328,9 @@ impl<'t> Encoder<'t> {
             Ok(Some(Prompt { ids, completion: completion.to_owned() }))
         };
         match &row.content {
-            Content::Text(_) | Content::Tokens { .. } => Ok(None),
+            Content::Text(_) | Content::Tokens { .. } | Content::Labelled { .. } | Content::Tagged { .. } => {
+                Ok(None)
+            }
             Content::Chat { messages, tools, .. } => chat(messages, tools.as_ref()),
             content if self.is_chat(content) => chat(&turns(content), None),
             Content::Pair { prompt, completion } => plain(prompt, completion),
@@ -317,6 +354,29 @@ impl<'t> Encoder<'t> {
             _ => format!("id {id} is beyond the model's vocabulary of {n}; ids go from 0 to {}", n.saturating_sub(1)),
         }))
     }
+}
+
+/// Encodes all rows with `encode_row`, in order, on all cores.
+pub(crate) fn encode_all(
+    files: &[DataFile],
+    encode_row: impl Fn(&Row) -> Result<Sample> + Sync,
+) -> Result<Vec<Sample>> {
+    let rows: Vec<&Row> = files.iter().flat_map(|file| &file.rows).collect();
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let share = rows.len().div_ceil(threads).max(64);
+    let encode = |rows: &[&Row]| rows.iter().map(|row| encode_row(row)).collect::<Result<Vec<_>>>();
+    if share >= rows.len() {
+        return encode(&rows);
+    }
+    std::thread::scope(|scope| {
+        let encode = &encode;
+        let parts: Vec<_> = rows.chunks(share).map(|part| scope.spawn(move || encode(part))).collect();
+        let mut samples = Vec::with_capacity(rows.len());
+        for part in parts {
+            samples.extend(part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok(samples)
+    })
 }
 
 /// Byte at which the labels of a span end.

@@ -29,6 +29,14 @@ pub enum LintKind {
     DuplicateRows,
     /// training rows that are validation rows too
     ValOverlap,
+    /// all rows have one label
+    OneClass,
+    /// nearly all rows have one label
+    ClassImbalance,
+    /// validation rows with a label that no training row has
+    UnseenLabel,
+    /// a text that has two labels
+    ConflictingLabels,
 }
 
 /// What a finding does to a run.
@@ -42,7 +50,7 @@ pub enum Severity {
 
 impl LintKind {
     /// All kinds.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 13] = [
         Self::AllMaskedRows,
         Self::EotNeverLabel,
         Self::EotNotAStopToken,
@@ -52,6 +60,10 @@ impl LintKind {
         Self::EmptyCompletions,
         Self::DuplicateRows,
         Self::ValOverlap,
+        Self::OneClass,
+        Self::ClassImbalance,
+        Self::UnseenLabel,
+        Self::ConflictingLabels,
     ];
 
     /// Its name for `--allow`. Names do not change.
@@ -66,6 +78,10 @@ impl LintKind {
             Self::EmptyCompletions => "empty-completions",
             Self::DuplicateRows => "duplicate-rows",
             Self::ValOverlap => "val-overlap",
+            Self::OneClass => "one-class",
+            Self::ClassImbalance => "class-imbalance",
+            Self::UnseenLabel => "unseen-label",
+            Self::ConflictingLabels => "conflicting-labels",
         }
     }
 
@@ -76,7 +92,9 @@ impl LintKind {
             | Self::EotNeverLabel
             | Self::DoubleBos
             | Self::EmptyRows
-            | Self::ValOverlap => Severity::Error,
+            | Self::ValOverlap
+            | Self::OneClass
+            | Self::UnseenLabel => Severity::Error,
             _ => Severity::Warning,
         }
     }
@@ -170,7 +188,7 @@ const NAMED: usize = 3;
 
 /// Checks the rows to be trained on, and that none of them is a validation row.
 pub fn lint(samples: &[Sample], val_samples: &[Sample], context: &LintContext) -> LintReport {
-    let mut report = Reporter { findings: Vec::new(), total: samples.len() };
+    let mut report = Reporter::new(samples.len());
     let is_empty = |s: &&Sample| s.ids.len() < 2;
     let is_masked = |s: &&Sample| s.label_tokens() == 0;
     report.rows(
@@ -195,12 +213,9 @@ pub fn lint(samples: &[Sample], val_samples: &[Sample], context: &LintContext) -
         samples.iter().filter(double),
         "begin with BOS twice; remove it from the data or the chat template",
     );
-    let truncated: usize = samples.iter().map(|s| s.truncated).sum();
-    let why = format!("are longer than max_seq_len {}: {truncated} tokens are cut off", context.max_seq_len);
-    report.rows(LintKind::TruncatedRows, samples.iter().filter(|s| s.truncated > 0), &why);
+    report.truncated(samples, context.max_seq_len);
     repeats(&mut report, samples, val_samples);
-    report.findings.sort_by_key(|f| f.severity == Severity::Warning);
-    LintReport { findings: report.findings }
+    report.finish()
 }
 
 /// Will the model learn to stop?
@@ -244,21 +259,20 @@ fn stopping(report: &mut Reporter, samples: &[Sample], context: &LintContext) {
     );
 }
 
-fn repeats(report: &mut Reporter, samples: &[Sample], val_samples: &[Sample]) {
+/// Rows that stand there twice, and validation rows that are training rows.
+pub(crate) fn repeats(report: &mut Reporter, samples: &[Sample], val_samples: &[Sample]) {
     let mut seen: HashMap<u64, Vec<&Sample>> = HashMap::new();
     let mut duplicates = Vec::new();
     for sample in samples.iter().filter(|s| s.ids.len() >= 2) {
         let same = seen.entry(hash(sample)).or_default();
-        match same.iter().find(|other| other.ids == sample.ids && other.labels == sample.labels) {
+        match same.iter().find(|other| same_row(other, sample)) {
             Some(_) => duplicates.push(sample),
             None => same.push(sample),
         }
     }
     report.rows(LintKind::DuplicateRows, duplicates.into_iter(), "repeat an earlier row");
-    let in_training = |val: &&Sample| {
-        seen.get(&hash(val))
-            .is_some_and(|same| same.iter().any(|s| s.ids == val.ids && s.labels == val.labels))
-    };
+    let in_training =
+        |val: &&Sample| seen.get(&hash(val)).is_some_and(|same| same.iter().any(|s| same_row(s, val)));
     let overlap: Vec<&Sample> = val_samples.iter().filter(in_training).collect();
     if !overlap.is_empty() {
         let message = format!(
@@ -269,6 +283,10 @@ fn repeats(report: &mut Reporter, samples: &[Sample], val_samples: &[Sample]) {
         );
         report.push(LintKind::ValOverlap, LintKind::ValOverlap.severity(), overlap.into_iter(), message);
     }
+}
+
+fn same_row(a: &Sample, b: &Sample) -> bool {
+    a.ids == b.ids && a.labels == b.labels && a.goal == b.goal
 }
 
 fn hash(sample: &Sample) -> u64 {
@@ -282,14 +300,33 @@ fn places(rows: &[&Sample]) -> String {
     rows.iter().take(NAMED).map(|s| s.place.to_string()).collect::<Vec<_>>().join(", ") + more
 }
 
-struct Reporter {
+/// Collects findings.
+pub(crate) struct Reporter {
     findings: Vec<Finding>,
     total: usize,
 }
 
 impl Reporter {
+    /// Of `total` rows.
+    pub(crate) fn new(total: usize) -> Self {
+        Self { findings: Vec::new(), total }
+    }
+
+    /// The report, errors first.
+    pub(crate) fn finish(mut self) -> LintReport {
+        self.findings.sort_by_key(|f| f.severity == Severity::Warning);
+        LintReport { findings: self.findings }
+    }
+
+    /// Rows that were cut.
+    pub(crate) fn truncated(&mut self, samples: &[Sample], max_seq_len: usize) {
+        let tokens: usize = samples.iter().map(|s| s.truncated).sum();
+        let why = format!("are longer than max_seq_len {max_seq_len}: {tokens} tokens are cut off");
+        self.rows(LintKind::TruncatedRows, samples.iter().filter(|s| s.truncated > 0), &why);
+    }
+
     /// A finding about rows, if there are any.
-    fn rows<'a>(&mut self, kind: LintKind, rows: impl Iterator<Item = &'a Sample>, what: &str) {
+    pub(crate) fn rows<'a>(&mut self, kind: LintKind, rows: impl Iterator<Item = &'a Sample>, what: &str) {
         let rows: Vec<&Sample> = rows.collect();
         if !rows.is_empty() {
             let message = format!("{} of {} rows {what} ({})", rows.len(), self.total, places(&rows));
@@ -297,7 +334,8 @@ impl Reporter {
         }
     }
 
-    fn push<'a>(
+    /// A finding with its own words.
+    pub(crate) fn push<'a>(
         &mut self,
         kind: LintKind,
         severity: Severity,

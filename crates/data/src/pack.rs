@@ -7,22 +7,26 @@
 mod bins;
 mod rng;
 
-use crate::Sample;
+use crate::encode::{Goal, Sample};
 use rng::Rng;
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Rows laid out for one forward pass.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct MicroBatch {
     /// all tokens
     pub tokens: Vec<u32>,
-    /// what each position shall predict: the label of the next one in its row
+    /// what each position shall predict: the label of the next one in its row; its own where rows are tagged
     pub targets: Vec<Option<u32>>,
     /// where each row lies; positions restart in each
     pub segments: Vec<Range<usize>>,
-    /// positions with a target
+    /// labels: positions with a target, and what rows have beside them
     pub label_tokens: usize,
+    /// what each row teaches
+    pub goals: Vec<Goal>,
+    /// which text of a pair each token is of, if some are of the second
+    pub types: Option<Vec<u32>>,
     /// index of each segment's sample
     pub rows: Vec<usize>,
 }
@@ -35,12 +39,22 @@ impl MicroBatch {
             let sample = &samples[row];
             let start = batch.tokens.len();
             batch.tokens.extend(&sample.ids);
-            batch.targets.extend(sample.labels.iter().skip(1));
-            // the last token of a row has nothing to predict
+            batch.targets.extend(sample.labels.iter().skip(usize::from(sample.goal != Goal::Tags)));
+            // the last token of a row has no next one
             batch.targets.resize(batch.tokens.len(), None);
             batch.segments.push(start..batch.tokens.len());
+            batch.goals.push(sample.goal.clone());
+            if let Some(from) = sample.second_type_from {
+                let types = batch.types.get_or_insert_default();
+                types.resize(start + from, 0);
+                types.resize(batch.tokens.len(), 1);
+            }
         }
-        batch.label_tokens = batch.targets.iter().flatten().count();
+        if let Some(types) = &mut batch.types {
+            types.resize(batch.tokens.len(), 0);
+        }
+        let beside: usize = batch.goals.iter().map(Goal::count).sum();
+        batch.label_tokens = batch.targets.iter().flatten().count() + beside;
         batch
     }
 }

@@ -4,9 +4,11 @@
 //! holds for all its rows: a row that does not fit is an error that names the row and the key it lacks.
 
 mod form;
+mod label;
 mod raw;
 
 pub use form::{Content, Form, Row};
+pub use label::Label;
 pub use raw::{Place, RawRow, read_rows};
 
 use crate::{Error, Result};

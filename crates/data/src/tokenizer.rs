@@ -7,9 +7,11 @@
 
 pub mod gguf;
 mod hf;
+mod pair;
 mod save;
 mod stream;
 
+pub use pair::Encoded;
 pub use stream::DecodeStream;
 
 use crate::{Error, Result};
@@ -25,6 +27,8 @@ pub struct TextTokenizer {
     prefix: Vec<u32>,
     /// ids put after it
     suffix: Vec<u32>,
+    /// ids put around a pair of texts, where the model says
+    pair: Option<pair::PairLayout>,
     bos: Option<u32>,
     eos: Option<u32>,
     pad: Option<u32>,
@@ -104,6 +108,7 @@ impl TextTokenizer {
             origin,
             prefix,
             suffix,
+            pair: None,
             bos: specials.bos,
             eos: specials.eos,
             pad: specials.pad,
@@ -223,6 +228,11 @@ impl TextTokenizer {
     /// Ids that the model puts before a text.
     pub(crate) fn prefix(&self) -> &[u32] {
         &self.prefix
+    }
+
+    /// Number of ids that the model puts around a text.
+    pub fn special_around(&self) -> usize {
+        self.prefix.len() + self.suffix.len()
     }
 
     /// True if the model puts BOS before a text.

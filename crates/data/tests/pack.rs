@@ -1,6 +1,6 @@
 //! Order, packing and resumption of micro-batches.
 
-use engobe_data::{Cursor, Loader, LoaderOptions, MicroBatch, Place, Sample};
+use engobe_data::{Cursor, Goal, Loader, LoaderOptions, MicroBatch, Place, Sample};
 use std::collections::HashSet;
 use std::sync::Arc;
 
@@ -10,6 +10,8 @@ fn samples(lengths: &[usize]) -> Arc<Vec<Sample>> {
         labels: (0..n).map(|t| (t % 3 != 1).then_some((i * 1000 + t) as u32)).collect(),
         place: Place { file: "x".into(), number: i + 1, unit: "line" },
         truncated: 0,
+        goal: Goal::NextTokens,
+        second_type_from: None,
     };
     Arc::new(lengths.iter().enumerate().map(sample).collect())
 }

@@ -155,7 +155,7 @@ fn bad_rows_are_named() {
         (
             "d.jsonl",
             "{\"promt\":\"a\"}".into(),
-            "d.jsonl line 1: the columns do not tell what to learn: found promt; needed are messages (chat), prompt + completion, instruction + output (Alpaca), text, or input_ids; is \"promt\" meant to be \"prompt\"?",
+            "d.jsonl line 1: the columns do not tell what to learn: found promt; needed are messages (chat), prompt + completion, source + target, instruction + output (Alpaca), text, text (+ text_pair) + label, tokens + tags, or input_ids; is \"promt\" meant to be \"prompt\"?",
         ),
         (
             "d.jsonl",

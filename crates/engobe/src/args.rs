@@ -1,11 +1,14 @@
 //! What can be typed. What it means is decided in the commands.
 
 mod conversion;
+mod embed;
+mod settings;
 
-pub use conversion::{ConvertArgs, VerifyArgs};
+pub use conversion::{ConvertArgs, MergeArgs, QuantizeArgs, VerifyArgs};
+pub use embed::EmbedArgs;
+pub use settings::SettingArgs;
 
-use crate::keys::{KEYS, Kind, ON_BY_DEFAULT};
-use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Arg, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -33,6 +36,8 @@ pub enum Task {
     Demo(DemoArgs),
     /// Download a known model into the cache
     Fetch(FetchArgs),
+    /// The methods, and the settings of one
+    Methods(MethodsArgs),
     /// Train several methods under one budget, over one load of the base, and compare them
     #[command(after_help = COMPARE_EXAMPLES)]
     Compare(Box<CompareArgs>),
@@ -41,8 +46,10 @@ pub enum Task {
     Plan(Box<TrainArgs>),
     /// Train an adapter on your rows
     Train(Box<TrainArgs>),
-    /// Loss, perplexity, token accuracy and exact match on rows
+    /// Loss and scores on rows, and predictions
     Eval(EvalArgs),
+    /// Vectors of texts, from an encoder
+    Embed(EmbedArgs),
     /// Continue a prompt, or hold a dialogue
     Generate(GenerateArgs),
     /// Bake an adapter into its model: a new Hugging Face directory or GGUF file
@@ -69,7 +76,7 @@ pub struct Common {
     /// Never contact the hub or a package index
     #[arg(long, help_heading = "Common")]
     pub offline: bool,
-    /// Where fetched models are kept [$ENGOBE_CACHE, or the system's cache directory]
+    /// Where fetched models are kept [$ENGOBE_CACHE, or the system's]
     #[arg(long, value_name = "DIR", help_heading = "Common")]
     pub cache_dir: Option<PathBuf>,
 }
@@ -83,7 +90,7 @@ pub struct ModelArgs {
     /// PEFT directory, or name=DIR
     #[arg(long, value_name = "[NAME=]DIR")]
     pub adapter: Vec<String>,
-    /// How base weights are kept: stored, f32, bf16, f16 (compute is f32)
+    /// How base weights are kept: stored, f32, bf16, f16 (arithmetic is f32)
     #[arg(long, value_name = "DTYPE", default_value = "stored")]
     pub dtype: String,
     /// Quantize linear layers as they are read: nf4, fp4, int8
@@ -110,7 +117,7 @@ pub struct ModelArgs {
 /// How rows become tokens.
 #[derive(Clone, Debug, Args)]
 pub struct RowArgs {
-    /// JSONL, JSON, CSV or Parquet file, or a directory of them
+    /// JSONL, JSON, CSV, TSV or Parquet file, or a directory of them
     #[arg(long, value_name = "FILE", required = true)]
     pub data: Vec<PathBuf>,
     /// Labels: completions, all, last
@@ -161,13 +168,7 @@ pub struct FetchArgs {
 #[derive(Debug, Args)]
 #[command(after_help = TRAIN_EXAMPLES)]
 pub struct TrainArgs {
-    /// TOML file of settings; flags override it. A run writes its own to OUT/run.toml
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// Any setting by its name (rank_pattern='{ "q_proj" = 4 }')
-    #[arg(long, value_name = "NAME=VALUE")]
-    pub set: Vec<String>,
-    /// Go on from the newest checkpoint in OUT; from the beginning if there is none
+    /// Go on from OUT's newest checkpoint; from the start if there is none
     #[arg(long)]
     pub resume: bool,
     #[command(flatten)]
@@ -175,19 +176,33 @@ pub struct TrainArgs {
     pub common: Common,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub settings: SettingFlags,
+    pub settings: SettingArgs,
+}
+
+/// `engobe methods`
+#[derive(Debug, Args)]
+pub struct MethodsArgs {
+    /// The method whose settings to show
+    pub method: Option<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
 }
 
 const COMPARE_EXAMPLES: &str = "\
-The base is loaded once; methods are attached to it, trained and taken away again one after the other. All see the same
-rows in the same order for the same number of steps; --only gives one of them settings of its own. Peak memory is the
-base's weights and the most that tensors took beside them.
+The base is loaded once; methods are attached to it, trained and taken away again one after the
+other. All see the same rows in the same order for the same number of steps; --only gives one of
+them settings of its own. Peak memory is the base's weights and the most that tensors took beside.
 
-  engobe compare --model smollm2-135m --methods lora,prefix-tuning,prompt-tuning --data train.jsonl \\
-      --val-data val.jsonl --test-data test.jsonl --max-steps 80 --out compared --only lora.learning_rate=1e-3";
+Examples:
+  engobe compare --model smollm2-135m --methods lora,prefix-tuning --data train.jsonl --out compared
+  engobe compare --model smollm2-135m --methods lora,ia3 --data a.jsonl --test-data b.jsonl --out c2
+  engobe compare --config c.toml --methods lora,p-tuning --only lora.learning_rate=1e-3 --out c3";
 
 /// `engobe compare`
 #[derive(Debug, Args)]
+// --methods and the training data say these here; they are refused
+#[command(mut_arg("method", |arg| arg.hide(true)), mut_arg("init_adapter", |arg| arg.hide(true)))]
 pub struct CompareArgs {
     /// Methods to train, in this order (see --method of train)
     #[arg(long, value_name = "A,B", value_delimiter = ',', required = true)]
@@ -201,31 +216,17 @@ pub struct CompareArgs {
     /// Most tokens of an answer to a row of --test-data
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub max_new_tokens: usize,
-    /// TOML file of settings; flags override it
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// Any setting by its name (rank_pattern='{ "q_proj" = 4 }')
-    #[arg(long, value_name = "NAME=VALUE")]
-    pub set: Vec<String>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: Common,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub settings: SettingFlags,
+    pub settings: SettingArgs,
 }
 
 const PLAN_EXAMPLES: &str = "\
-Takes the flags of train and reads headers alone (config.json, safetensors, GGUF): it answers at once, also for a
-model of which only the config.json is there.
-
-  weights      the base: mapped from its files, or quantized or converted (--quantize, --dtype)
-  adapter      what is trained, in f32: 4 bytes a parameter
-  optimizer    adamw: 8 bytes a parameter; adamw_8bit: 2; paged_*: in a file instead of memory
-  gradients    4 bytes a parameter, as far as they exist when memory is fullest
-  activations  what the forward keeps: grows with --batch-size x --max-seq-len; --activation-checkpointing keeps
-               one vector a token and block instead of about 20, for a third more time
-  head         the loss of a block of logits at a time: the logits never exist whole
+Takes the flags of train and reads headers alone: a model of which only the config.json is there
+will do. What is counted, and how: docs/memory.md.
 
 Examples:
   engobe plan --model smollm2-135m
@@ -239,76 +240,10 @@ Examples:
   engobe train --config run1/run.toml --learning-rate 1e-4 --out run2
   engobe train --model smollm2-135m --data rows.jsonl --out my-adapter --resume";
 
-/// A flag for each setting, made from the table of settings.
-#[derive(Clone, Debug, Default)]
-pub struct SettingFlags {
-    /// name of the setting, and what was typed
-    pub given: Vec<(String, String)>,
-}
-
-impl Args for SettingFlags {
-    fn augment_args(mut command: Command) -> Command {
-        for key in KEYS.iter() {
-            let arg = Arg::new(key.name).long(key.flag()).help(key.help).help_heading(key.heading);
-            let arg = match key.kind {
-                Kind::Flag => arg
-                    .num_args(0..=1)
-                    .require_equals(true)
-                    .default_missing_value("true")
-                    .value_name("BOOL")
-                    .hide_possible_values(true),
-                Kind::Names | Kind::Wholes => arg.action(ArgAction::Append).value_name("A,B"),
-                Kind::Whole => arg.value_name("N"),
-                Kind::Number => arg.value_name("X"),
-                Kind::Table => arg.value_name("TABLE"),
-                Kind::Text | Kind::FlagOrText => arg.value_name("TEXT"),
-            };
-            // numbers may be negative: the error about them is ours
-            command = command.arg(arg.allow_hyphen_values(matches!(key.kind, Kind::Whole | Kind::Number)));
-        }
-        for name in ON_BY_DEFAULT {
-            if let Some(key) = crate::keys::find(name) {
-                let off = Arg::new(format!("no_{name}"))
-                    .long(format!("no-{}", key.flag()))
-                    .help(format!("turn --{} off", key.flag()));
-                command = command
-                    .arg(off.action(ArgAction::SetTrue).conflicts_with(key.name).help_heading(key.heading));
-            }
-        }
-        command
-    }
-
-    fn augment_args_for_update(command: Command) -> Command {
-        Self::augment_args(command)
-    }
-}
-
-impl FromArgMatches for SettingFlags {
-    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let mut given = Vec::new();
-        for key in KEYS.iter() {
-            for value in matches.get_many::<String>(key.name).into_iter().flatten() {
-                given.push((key.name.to_string(), value.clone()));
-            }
-        }
-        for name in ON_BY_DEFAULT {
-            if matches.get_flag(&format!("no_{name}")) {
-                given.push((name.to_string(), "false".to_string()));
-            }
-        }
-        Ok(Self { given })
-    }
-
-    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        *self = Self::from_arg_matches(matches)?;
-        Ok(())
-    }
-}
-
 /// `engobe eval`
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  engobe eval --model smollm2-135m --adapter my-adapter --data held-out.jsonl --exact-match\n  engobe eval --model ./tiny --data rows.jsonl --json"
+    after_help = "Examples:\n  engobe eval --model smollm2-135m --adapter my-adapter --data held-out.jsonl --exact-match\n  engobe eval --model ./tiny --data rows.jsonl --json\n  engobe eval --model ./MiniLM --adapter sst2 --data dev.tsv --predictions said.jsonl"
 )]
 pub struct EvalArgs {
     #[command(flatten)]
@@ -320,6 +255,16 @@ pub struct EvalArgs {
     /// Tokens after which a row is cut
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub max_seq_len: usize,
+    /// What for: causal-lm, seq-cls, token-cls, regression [the adapter's, or by the model's configuration and the rows]
+    #[arg(long, value_name = "TASK")]
+    pub task: Option<String>,
+    /// Scores to print (default: all): of labels accuracy, f1_macro, matthews, pearson, ...; of completions, which are then
+    /// generated greedily, exact_match, bleu, rouge_l
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub metrics: Vec<String>,
+    /// Write what the model says of each row, as JSON lines
+    #[arg(long, value_name = "FILE")]
+    pub predictions: Option<PathBuf>,
     /// Also generate each row's completion greedily and count those that are exactly right
     #[arg(long)]
     pub exact_match: bool,
@@ -383,75 +328,6 @@ pub struct GenerateArgs {
     #[allow(missing_docs)]
     pub common: Common,
 }
-
-/// `engobe merge`
-#[derive(Debug, Args)]
-#[command(after_help = MERGE_HELP)]
-pub struct MergeArgs {
-    /// Hugging Face directory, .gguf file, hub id, or known name
-    #[arg(long, value_name = "MODEL")]
-    pub model: String,
-    /// PEFT directory
-    #[arg(long, value_name = "DIR")]
-    pub adapter: PathBuf,
-    /// Directory to write, or a file that ends in .gguf; must not exist, or be empty
-    #[arg(long, value_name = "PATH")]
-    pub out: PathBuf,
-    /// f32, bf16, f16 [as stored; f32 for quantized weights]; for .gguf as convert's --type
-    #[arg(long, value_name = "TYPE", visible_alias = "type")]
-    pub dtype: Option<String>,
-    /// Most bytes in one file, in GB
-    #[arg(long, value_name = "GB", default_value_t = 5.0)]
-    pub max_shard_size: f64,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub verify: VerifyArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub common: Common,
-}
-
-/// `engobe quantize`
-#[derive(Debug, Args)]
-#[command(
-    after_help = "Examples:\n  engobe quantize --model ./Llama-3.2-1B --to nf4 --double-quant --out llama-nf4\n  engobe quantize --model ./Llama-3.2-1B --to int8 --out llama-int8"
-)]
-pub struct QuantizeArgs {
-    /// Hugging Face directory, .gguf file, hub id, or known name; its weights in f32, bf16 or f16
-    #[arg(long, value_name = "MODEL")]
-    pub model: String,
-    /// nf4, fp4 or int8
-    #[arg(long, value_name = "TYPE")]
-    pub to: String,
-    /// Quantize the factors of 4-bit blocks too
-    #[arg(long)]
-    pub double_quant: bool,
-    /// Elements in a 4-bit block: 32 to 4096, a power of two [default: 64]
-    #[arg(long, value_name = "N")]
-    pub block_size: Option<usize>,
-    /// Directory to write; must not exist, or be empty
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
-    /// Most bytes in one file, in GB
-    #[arg(long, value_name = "GB", default_value_t = 5.0, allow_negative_numbers = true)]
-    pub max_shard_size: f64,
-    /// Threads [all cores]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub common: Common,
-}
-
-const MERGE_HELP: &str = "\
-Examples:
-  engobe merge --model smollm2-135m --adapter my-adapter --out merged --dtype bf16
-  engobe merge --model smollm2-135m --adapter my-adapter --out merged.gguf
-  engobe merge --model ./Llama-3.2-1B --adapter my-adapter --out m.gguf --type q4_k --verify-data rows.jsonl
-
-Where weights are quantized, rounding the sum of weight and adapter can lose what was learned.
-So the merged model is run beside base + adapter: mean KL divergence a token, perplexity and
-likeliest tokens are compared, and what is too far away is not written.";
 
 /// `engobe inspect`
 #[derive(Debug, Args)]

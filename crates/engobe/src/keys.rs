@@ -17,10 +17,12 @@ pub struct Key {
     pub heading: &'static str,
     /// one line for `--help`, with the default
     pub help: &'static str,
+    /// left out of `--help`, which would be too long: `engobe methods` shows it
+    pub hidden: bool,
 }
 
 const fn key(name: &'static str, kind: Kind, heading: &'static str, help: &'static str) -> Key {
-    Key { name, kind, heading, help }
+    Key { name, kind, heading, help, hidden: false }
 }
 
 const ADAPTER: &str = "Adapter (PEFT's names and rules)";
@@ -31,26 +33,23 @@ const DATA: &str = "Data";
 const MODEL: &str = "Model and machine";
 
 /// Settings of every run.
-const COMMON: [Key; 44] = [
+const COMMON: [Key; 49] = [
     key("model", Kind::Text, MODEL, "Hugging Face directory, .gguf file, hub id, or a known name"),
     key(
         "dtype",
         Kind::Text,
         MODEL,
-        "how base weights are kept: stored, f32, bf16, f16 (compute is f32) [stored]",
+        "how base weights are kept: stored, f32, bf16, f16 (arithmetic is f32) [stored]",
     ),
+    key("compute_dtype", Kind::Text, MODEL, "how kept activations are stored: f32, bf16 or f16 [f32]"),
     key("method", Kind::Text, MODEL, ""),
     key("quantize", Kind::Text, MODEL, "quantize the base's linear layers as they are read: nf4, fp4, int8"),
     key("double_quant", Kind::Flag, MODEL, "quantize the factors of 4-bit blocks too [on with qlora]"),
     key("quant_block_size", Kind::Whole, MODEL, "elements in a 4-bit block: 32 to 4096, a power of two [64]"),
     key("device", Kind::Text, MODEL, "cpu, cuda[:N] or metal [cpu]"),
     key("threads", Kind::Whole, MODEL, "threads [all cores]"),
-    key(
-        "data",
-        Kind::Names,
-        DATA,
-        "training rows: JSONL, JSON, CSV or Parquet; several with commas or by repeating",
-    ),
+    key("task", Kind::Text, DATA, "causal-lm, seq-cls, token-cls, regression [by model and rows]"),
+    key("data", Kind::Names, DATA, "training rows: JSONL, JSON, CSV, TSV, Parquet; several by commas"),
     key("val_data", Kind::Names, DATA, "validation rows"),
     key("val_split", Kind::Number, DATA, "share of the training rows to validate on [0]"),
     key("train_on", Kind::Text, DATA, "labels: completions, all, last [completions]"),
@@ -83,6 +82,13 @@ const COMMON: [Key; 44] = [
     key("adam_beta2", Kind::Number, OPTIMIZER, "second decay rate [0.999]"),
     key("adam_epsilon", Kind::Number, OPTIMIZER, "epsilon [1e-8]"),
     key("momentum", Kind::Number, OPTIMIZER, "momentum of sgd [0]"),
+    key("loraplus_lr_ratio", Kind::Number, OPTIMIZER, "LoRA+: learning rate of B over that of A [1]"),
+    key(
+        "loraplus_lr_embedding",
+        Kind::Number,
+        OPTIMIZER,
+        "LoRA+: learning rate of factors beside embeddings [1e-6]",
+    ),
     key("eval_steps", Kind::Whole, UPKEEP, "evaluate every so many steps; 0: at the end [0]"),
     key("save_steps", Kind::Whole, UPKEEP, "checkpoint every so many steps; 0: at the end [0]"),
     key("save_total_limit", Kind::Whole, UPKEEP, "checkpoints kept [2]"),
@@ -92,18 +98,14 @@ const COMMON: [Key; 44] = [
         UPKEEP,
         "stop after so many evaluations without gain; 0: never [0]",
     ),
-    key(
-        "early_stopping_threshold",
-        Kind::Number,
-        UPKEEP,
-        "a loss must fall by more than this to count as better [0]",
-    ),
+    key("early_stopping_threshold", Kind::Number, UPKEEP, "less than this is no gain [0]"),
+    key("metric_for_best_model", Kind::Text, UPKEEP, "what tells the best: accuracy, f1_macro, ... [loss]"),
     key("load_best", Kind::Flag, UPKEEP, "end with the adapter of the best evaluation"),
     key(
         "memory_limit",
         Kind::Text,
         MODEL,
-        "most memory to take (16GB, 12GiB, 8000MB): settings are chosen to fit, and the run keeps to it",
+        "memory to keep to (16GB, 12GiB, 8000MB); settings are chosen to fit",
     ),
     key(
         "activation_checkpointing",
@@ -123,7 +125,8 @@ pub static KEYS: LazyLock<Vec<Key>> = LazyLock::new(|| {
     for method in METHODS {
         for setting in method.settings() {
             if !keys.iter().any(|k| k.name == setting.name) {
-                keys.insert(at, key(setting.name, setting.kind, ADAPTER, setting.help));
+                let hidden = method.name() != "lora";
+                keys.insert(at, Key { hidden, ..key(setting.name, setting.kind, ADAPTER, setting.help) });
                 at += 1;
             }
         }
@@ -132,9 +135,8 @@ pub static KEYS: LazyLock<Vec<Key>> = LazyLock::new(|| {
 });
 
 fn method_help() -> String {
-    let each: Vec<String> = METHODS.iter().map(|m| format!("{} ({})", m.name(), m.about())).collect();
-    let qlora = "qlora: lora, and the base is quantized to NF4 with double quantization";
-    format!("how to adapt: {}, or {qlora} [lora]", each.join(", "))
+    let names: Vec<&str> = METHODS.iter().map(|m| m.name()).chain(["qlora"]).collect();
+    format!("how to adapt: {} (`engobe methods` tells of each) [lora]", names.join(", "))
 }
 
 /// True for a setting of the adapter.
@@ -182,6 +184,10 @@ impl Key {
             },
             Kind::Flag => Value::Boolean(text.parse().map_err(|_| wrong(self.expected()))?),
             Kind::Text => Value::String(text.to_string()),
+            Kind::NumberOrText => match text.parse::<f64>() {
+                Ok(v) if v.is_finite() => Value::Float(v),
+                _ => Value::String(text.to_string()),
+            },
             Kind::FlagOrText => match text.parse() {
                 Ok(flag) => Value::Boolean(flag),
                 Err(_) => Value::String(text.to_string()),
@@ -197,7 +203,11 @@ impl Key {
                 let parts = text.split(',').map(|p| p.trim().parse().map(Value::Integer));
                 Value::Array(parts.collect::<Result<_, _>>().map_err(|_| wrong(self.expected()))?)
             }
-            Kind::Table => inline(text).ok_or_else(|| wrong(self.expected()))?,
+            Kind::NumberOrTable if !text.trim_start().starts_with('{') => match text.parse::<f64>() {
+                Ok(v) if v.is_finite() => Value::Float(v),
+                _ => return Err(wrong(self.expected())),
+            },
+            Kind::Table | Kind::NumberOrTable => inline(text).ok_or_else(|| wrong(self.expected()))?,
         };
         self.check(&value, source)?;
         Ok(value)
@@ -223,8 +233,10 @@ impl Key {
             Kind::Text => "text",
             Kind::Names => "a name or a list of names",
             Kind::Wholes => "a list of whole numbers, 0 or above",
+            Kind::NumberOrTable => "a number, or a table such as { \"0\" = 8, \"default\" = 16 }",
             Kind::Table => "a table such as { \"q_proj\" = 4 }",
             Kind::FlagOrText => "true, false or a name",
+            Kind::NumberOrText => "a number or a name",
         }
     }
 
@@ -237,10 +249,12 @@ impl Key {
             Kind::Number => number(value),
             Kind::Flag => value.is_bool(),
             Kind::Text => value.is_str(),
+            Kind::NumberOrText => number(value) || value.is_str(),
             Kind::FlagOrText => value.is_bool() || value.is_str(),
             Kind::Names => value.is_str() || value.as_array().is_some_and(|a| a.iter().all(Value::is_str)),
             Kind::Wholes => whole(value) || value.as_array().is_some_and(|a| a.iter().all(whole)),
-            Kind::Table => value.as_table().is_some_and(|t| t.values().all(number)),
+            Kind::NumberOrTable if number(value) => true,
+            Kind::Table | Kind::NumberOrTable => value.as_table().is_some_and(|t| t.values().all(number)),
         };
         if good {
             return Ok(());

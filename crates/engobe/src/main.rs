@@ -7,6 +7,7 @@ mod allocator;
 mod args;
 mod beside;
 mod commands;
+mod companions;
 mod dataset;
 mod demo_rows;
 mod fetch;
@@ -18,6 +19,7 @@ mod quantization;
 mod report;
 mod scoring;
 mod settings;
+mod tasks;
 mod terminal;
 mod training;
 mod verification;
@@ -50,7 +52,9 @@ fn main() -> ExitCode {
         Task::Plan(args) => commands::plan::run(&args),
         Task::Train(args) => commands::train::run(&args),
         Task::Compare(args) => commands::compare::run(&args),
+        Task::Methods(args) => commands::methods::run(&args),
         Task::Eval(args) => commands::eval::run(&args),
+        Task::Embed(args) => commands::embed::run(&args),
         Task::Generate(args) => commands::generate::run(&args),
         Task::Merge(args) => commands::merge::run(&args),
         Task::Quantize(args) => commands::quantize::run(&args),

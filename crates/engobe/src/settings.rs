@@ -1,5 +1,6 @@
 //! From what was typed to what it means: defaults, then the file, then flags and `--set`.
 
+use crate::Usage;
 use crate::keys::{self, Kind};
 use crate::quantization::Asked;
 use crate::workbench;
@@ -177,7 +178,7 @@ impl Given {
             upkeep: self.group::<Upkeep>()?,
             compute: self.group::<Compute>()?,
         };
-        if let (false, Some(rate)) = (self.has("learning_rate"), self.method()?.learning_rate()) {
+        if let (false, Some(rate)) = (self.has("learning_rate"), self.method()?.card().learning_rate) {
             plan.optimization.learning_rate = rate;
         }
         plan.validate()?;
@@ -189,7 +190,7 @@ impl Given {
         // kinds are checked already: what is left to go wrong is the name of a choice
         Value::Table(self.floats()).try_into().map_err(|e: toml::de::Error| {
             let message = e.message().replace('\n', " ");
-            for name in ["optimizer", "lr_scheduler", "memory_limit"] {
+            for name in ["optimizer", "lr_scheduler", "memory_limit", "compute_dtype"] {
                 if let Some(value) = self.text(name)
                     && [format!("`{value}`"), format!("{value:?}")].iter().any(|v| message.contains(v))
                 {
@@ -217,9 +218,9 @@ impl Given {
     pub fn method(&self) -> Result<&'static dyn Method> {
         match self.text("method") {
             None | Some(QLORA) => Ok(method::find("lora").context("lora is a method")?),
-            Some(name) => method::find(name).with_context(|| {
+            Some(name) => method::find(name).ok_or_else(|| {
                 let known: Vec<&str> = METHODS.iter().map(|m| m.name()).chain([QLORA]).collect();
-                format!("method is {name:?}; expected one of {}", known.join(", "))
+                Usage(format!("method is {name:?}; expected one of {}", known.join(", "))).into()
             }),
         }
     }
@@ -284,6 +285,7 @@ impl Given {
             "double_quant",
             "quant_block_size",
             "device",
+            "task",
             "data",
             "val_data",
             "val_split",
@@ -412,6 +414,7 @@ mod tests {
         for (flags, part) in [
             (vec![("lr_scheduler", "triangle")], "lr_scheduler is \"triangle\""),
             (vec![("batch_size", "0")], "batch_size = 0"),
+            (vec![("compute_dtype", "fp8")], "compute_dtype is \"fp8\""),
             (vec![("learning_rate", "-1")], "learning_rate = -1"),
         ] {
             let error = given(&flags, &[]).unwrap().plan().unwrap_err().to_string();
@@ -425,7 +428,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.toml");
         let first = given(
-            &[("data", "a.jsonl,b.jsonl"), ("r", "4"), ("epochs", "2"), ("packing", "false")],
+            &[
+                ("data", "a.jsonl,b.jsonl"),
+                ("r", "4"),
+                ("epochs", "2"),
+                ("packing", "false"),
+                ("compute_dtype", "bf16"),
+            ],
             &["rank_pattern={ \"q_proj\" = 4 }", "weight_decay=0"],
         )
         .unwrap();

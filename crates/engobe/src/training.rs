@@ -1,28 +1,34 @@
 //! A training run, from settings to files: what `train` and `demo` share.
 
+mod watcher;
+
+pub use watcher::Watcher;
+
 use crate::args::Common;
 use crate::dataset::{self, RowSettings};
 use crate::forecast::Forecast;
 use crate::report::{self, RunReport, Shown};
 use crate::settings::Given;
-use crate::terminal::{Note, Progress, say, seconds_text, since_start};
+use crate::terminal::{Note, seconds_text, since_start};
 use crate::workbench::{self, Bench};
-use crate::{Usage, memory, scoring};
+use crate::{Usage, memory, scoring, tasks};
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
+use engobe_adapters::method::StartText;
 use engobe_adapters::{Adapter, Start};
-use engobe_data::{ChatTemplate, Encoder, Loader, LoaderOptions, Prompt, Sample};
+use engobe_data::{ChatTemplate, Encoder, Goal, Loader, LoaderOptions, Prompt, Sample, Task};
 use engobe_formats::atomic::write_atomic;
+use engobe_formats::peft::PeftConfig;
 use engobe_models::{LoadOptions, WeightDtype};
+use engobe_nn::ModuleTree;
 use engobe_train::memory::guard::Guard;
-use engobe_train::{Evaluation, Observer, Outcome, Plan, StepMetrics, Trainer, metrics};
+use engobe_train::{Outcome, Plan, StepMetrics, Trainer, metrics};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 /// What a run left.
 pub struct Summary {
@@ -41,6 +47,18 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// Of a run that ended like this and wrote into `out`.
+    pub fn new(outcome: Outcome, startup_seconds: f64, adapter: &Adapter, out: PathBuf) -> Result<Self> {
+        Ok(Self {
+            outcome,
+            startup_seconds,
+            peak_rss_bytes: memory::peak_resident_bytes(),
+            trainable_parameters: adapter.num_parameters(),
+            history: metrics::read(&out.join("metrics.jsonl"))?,
+            out,
+        })
+    }
+
     /// Tokens a second, over all steps.
     pub fn tokens_per_second(&self) -> f64 {
         self.outcome.tokens as f64 / self.outcome.seconds.max(1e-9)
@@ -135,6 +153,11 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     let options = given.load_options()?;
     prepare_out(&out, resume)?;
     let path = workbench::resolve(&model, common, &mut note)?;
+    let task = tasks::of_training(given, &path, &mut note)?;
+    if task != Task::CausalLm {
+        let run = Run { name: &model, path: &path, out, options, resume };
+        return tasks::train::run(given, task, &plan, &run, &mut note);
+    }
     let mut setup = Setup::new(given, &path, resume)?;
     if let Some(limit) = plan.compute.memory_limit.filter(|_| options.device.is_cpu()) {
         let forecast = Forecast::new(given, &plan, &path, &options)?;
@@ -151,28 +174,38 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     Ok(summary)
 }
 
-/// The adapter of a run, on the model: a new one, or the one that the run starts from.
-fn attach(bench: &mut Bench, setup: &Setup<'_>) -> Result<Adapter> {
-    let (given, device) = (setup.given, &setup.device);
-    let asked = given.adapter(&setup.model)?;
-    if let Some(dir) = given.path("init_adapter") {
-        let changes = given.training_changes(&asked);
-        let adapter = Adapter::load_to_train(bench.model.as_mut(), &dir, &changes, device)?;
-        given.check_against(&adapter, &dir)?;
-        return Ok(adapter);
+/// The adapter of a run, on the model: a new one that starts from `text`, or the one that the run starts from.
+pub fn attach(
+    given: &Given,
+    model: &mut dyn ModuleTree,
+    asked: PeftConfig,
+    text: &StartText,
+    seed: u64,
+    device: &Device,
+    note: &mut Note,
+) -> Result<Adapter> {
+    let adapter = match given.path("init_adapter") {
+        Some(dir) => {
+            let changes = given.training_changes(&asked);
+            let adapter = Adapter::load_to_train(model, &dir, &changes, device)?;
+            given.check_against(&adapter, &dir)?;
+            adapter
+        }
+        None => Adapter::attach_with(model, asked, Start { seed }, text, device)?,
+    };
+    for name in adapter.unmatched_targets() {
+        note.line(&format!("target_modules: {name:?} matches no module of this model"));
     }
-    let text = workbench::start_text(bench, given.method()?.needs_text(&asked))?;
-    let start = Start { seed: setup.plan.schedule.seed };
-    Ok(Adapter::attach_with(bench.model.as_mut(), asked, start, &text, device)?)
+    Ok(adapter)
 }
 
 /// Attaches an adapter to the model on the bench and trains it.
 pub fn train(bench: &mut Bench, setup: Setup<'_>, note: &mut Note) -> Result<Trained> {
-    let adapter = attach(bench, &setup)?;
-    let Setup { given, plan, out, path, guard, resume, .. } = setup;
-    for name in adapter.unmatched_targets() {
-        note.line(&format!("target_modules: {name:?} matches no module of this model"));
-    }
+    let Setup { given, plan, model, out, path, device, guard, resume } = setup;
+    let asked = given.adapter(&model)?;
+    let needs = if given.has("init_adapter") { None } else { given.method()?.needs_text(&asked) };
+    let text = workbench::start_text(bench, needs)?;
+    let adapter = attach(given, bench.model.as_mut(), asked, &text, plan.schedule.seed, &device, note)?;
     note.line(&workbench::trainable_line(bench.model.as_mut(), &adapter));
     let date = template_date(given, &out, resume)?;
     let rows = read_rows(given, &plan, bench, &date, note)?;
@@ -185,25 +218,13 @@ pub fn train(bench: &mut Bench, setup: Setup<'_>, note: &mut Note) -> Result<Tra
     let mut trainer = Trainer::new(bench.model.as_ref(), &adapter, &plan, loader, eval, &out, fingerprint)?;
     trainer = trainer.guarded_by(guard);
     if resume {
-        match trainer.resume()? {
-            true => {
-                note.line(&format!("going on after step {} of {}", trainer.step(), trainer.total_steps()))
-            }
-            false => note.line("no checkpoint yet: starting from the beginning"),
-        }
+        go_on(&mut trainer, note)?;
     }
     let startup_seconds = since_start().as_secs_f64();
     let mut watcher = Watcher::new(&trainer, note);
     let outcome = trainer.run(&mut watcher)?;
     drop((watcher, trainer));
-    let summary = Summary {
-        outcome,
-        startup_seconds,
-        peak_rss_bytes: memory::peak_resident_bytes(),
-        trainable_parameters: adapter.num_parameters(),
-        history: metrics::read(&out.join("metrics.jsonl"))?,
-        out,
-    };
+    let summary = Summary::new(outcome, startup_seconds, &adapter, out)?;
     Ok(Trained { summary, table, shown: rows.shown })
 }
 
@@ -227,6 +248,29 @@ fn encoder<'b>(given: &'b Given, max_seq_len: usize, bench: &'b Bench) -> Result
     settings.encoder(bench.tokenizer.as_ref(), bench.model.info().vocab_size)
 }
 
+/// What runs of every task have in common.
+pub struct Run<'a> {
+    /// the model as it was typed
+    pub name: &'a str,
+    /// its directory or file
+    pub path: &'a Path,
+    /// where everything is written
+    pub out: PathBuf,
+    /// how the base is held
+    pub options: LoadOptions,
+    /// a run that goes on
+    pub resume: bool,
+}
+
+/// Goes on from the newest checkpoint, and says where that is.
+pub fn go_on(trainer: &mut Trainer<'_>, note: &mut Note) -> Result<()> {
+    match trainer.resume()? {
+        true => note.line(&format!("going on after step {} of {}", trainer.step(), trainer.total_steps())),
+        false => note.line("no checkpoint yet: starting from the beginning"),
+    }
+    Ok(())
+}
+
 /// Makes the output directory; another run's results are never overwritten.
 pub fn prepare_out(out: &Path, resume: bool) -> Result<()> {
     let taken = ["adapter_config.json", "metrics.jsonl", "checkpoints"].iter().any(|f| out.join(f).exists());
@@ -236,7 +280,8 @@ pub fn prepare_out(out: &Path, resume: bool) -> Result<()> {
     std::fs::create_dir_all(out).with_context(|| out.display().to_string())
 }
 
-fn loader_options(plan: &Plan) -> LoaderOptions {
+/// How the rows of a run are grouped and ordered.
+pub fn loader_options(plan: &Plan) -> LoaderOptions {
     let s = &plan.schedule;
     LoaderOptions {
         batch_size: s.batch_size,
@@ -261,7 +306,7 @@ fn read_rows(given: &Given, plan: &Plan, bench: &Bench, date: &str, note: &mut N
     if !val_paths.is_empty() {
         val = dataset::load(&val_paths, &encoder, note)?;
     } else if share != 0.0 {
-        val = split(&mut train, share, plan.schedule.seed)?;
+        val = split_rows(&mut train, share, plan.schedule.seed)?;
     }
     let report = dataset::check(&train, &val.samples, &encoder, tokenizer, max_seq_len);
     dataset::enforce(&report, &allow, note)?;
@@ -272,7 +317,7 @@ fn read_rows(given: &Given, plan: &Plan, bench: &Bench, date: &str, note: &mut N
 }
 
 /// Takes a share of the rows, chosen by the seed, out of the training rows.
-fn split(train: &mut dataset::Dataset, share: f64, seed: u64) -> Result<dataset::Dataset> {
+pub fn split_rows(train: &mut dataset::Dataset, share: f64, seed: u64) -> Result<dataset::Dataset> {
     if !(share > 0.0 && share < 1.0) {
         bail!("val_split = {share}: must lie between 0 and 1");
     }
@@ -302,8 +347,8 @@ fn shown_prompts(rows: &dataset::Dataset, encoder: &Encoder<'_>) -> Result<Vec<P
 
 /// What must not change between the parts of a resumed run, a line each. How long the run is, and how often
 /// it is looked at, may change.
-fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<String> {
-    const FREE: [&str; 20] = [
+pub fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<String> {
+    const FREE: [&str; 21] = [
         "model",
         "data",
         "val_data",
@@ -320,6 +365,7 @@ fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<
         "early_stopping_patience",
         "early_stopping_threshold",
         "load_best",
+        "metric_for_best_model",
         "init_adapter",
         "activation_checkpointing",
         "memory_limit",
@@ -330,8 +376,10 @@ fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<
         ("optimizer", Some(name)) => format!("{k} = {:?}", name.trim_start_matches("paged_")),
         _ => format!("{k} = {v}"),
     };
+    // runs that began before there was this setting go on
+    let unsaid = |k: &str, v: &toml::Value| k == "compute_dtype" && v.as_str() == Some("f32");
     let mut lines: Vec<String> =
-        table.iter().filter(|(k, _)| !FREE.contains(&k.as_str())).map(line).collect();
+        table.iter().filter(|(k, v)| !FREE.contains(&k.as_str()) && !unsaid(k, v)).map(line).collect();
     lines.sort();
     let mut rows = Sha256::new();
     for sample in samples {
@@ -342,6 +390,9 @@ fn fingerprint(table: &toml::Table, model: &Path, samples: &[Sample]) -> Result<
             rows.update(label.map_or(-1i64, i64::from).to_le_bytes());
         }
         rows.update((sample.ids.len() as u64).to_le_bytes());
+        if sample.goal != Goal::NextTokens {
+            rows.update(format!("{:?}{:?}", sample.goal, sample.second_type_from));
+        }
     }
     let mut weights = Sha256::new();
     for tensor in engobe_formats::checkpoint::Checkpoint::open(model)?.tensors() {
@@ -377,6 +428,11 @@ pub fn tell(summary: &Summary, note: &mut Note) {
         line += &format!(" · peak {}", memory::bytes_text(bytes));
     }
     note.line(&line);
+    if let Some(last) = summary.history.iter().rev().find(|m| !m.eval_scores.is_empty()) {
+        let shown = |(name, value): (&String, &f64)| format!("{name} {value:.4}");
+        let scores: Vec<String> = last.eval_scores.iter().map(shown).collect();
+        note.line(&format!("validation after step {}: {}", last.step, scores.join(" · ")));
+    }
     if o.stopped_early {
         note.line("stopped early: evaluations no longer get better");
     }
@@ -409,68 +465,4 @@ fn show(
         Ok(Shown { prompt: tokenizer.decode(&prompt.ids, true)?, expected: prompt.completion, before, after })
     });
     shown.collect()
-}
-
-/// Shows the run and listens for Ctrl-C.
-struct Watcher {
-    progress: Progress,
-    stop: Arc<AtomicBool>,
-    /// means over the last steps, for a calm display
-    loss: f64,
-    rate: f64,
-    eval_loss: Option<f64>,
-}
-
-impl Watcher {
-    fn new(trainer: &Trainer<'_>, note: &Note) -> Self {
-        let progress = Progress::new("steps", trainer.total_steps(), trainer.step(), note);
-        Self { progress, stop: stop_flag(), loss: f64::NAN, rate: f64::NAN, eval_loss: None }
-    }
-}
-
-impl Observer for Watcher {
-    fn step(&mut self, metrics: &StepMetrics, _total: usize) {
-        let calm = |old: f64, new: f64| if old.is_nan() { new } else { 0.9 * old + 0.1 * new };
-        self.loss = calm(self.loss, metrics.loss);
-        self.rate = calm(self.rate, metrics.tokens as f64 / metrics.seconds.max(1e-9));
-        let (loss, rate, eval) = (self.loss, self.rate, self.eval_loss);
-        self.progress.update(metrics.step, || {
-            let eval = eval.map_or(String::new(), |e| format!(" · validation {e:.4}"));
-            format!("loss {loss:.4}{eval} · {rate:.0} tokens/s")
-        });
-    }
-
-    fn evaluated(&mut self, step: usize, evaluation: &Evaluation, best: bool) {
-        self.eval_loss = Some(evaluation.loss);
-        let mark = if best { " (best)" } else { "" };
-        self.progress.remark(&format!(
-            "step {step}: validation loss {:.4}, token accuracy {:.1} %{mark}",
-            evaluation.loss,
-            100.0 * evaluation.token_accuracy
-        ));
-    }
-
-    fn saved(&mut self, _: &Path) {}
-
-    fn stop_requested(&mut self) -> bool {
-        self.stop.load(Ordering::Relaxed)
-    }
-}
-
-/// Set by the first Ctrl-C, SIGTERM or SIGHUP; the second one ends the process at once.
-fn stop_flag() -> Arc<AtomicBool> {
-    static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
-    let install = || {
-        let flag = Arc::new(AtomicBool::new(false));
-        let seen = flag.clone();
-        // without a handler Ctrl-C ends the process, and checkpoints are whole all the same
-        let _ = ctrlc::set_handler(move || {
-            if seen.swap(true, Ordering::Relaxed) {
-                std::process::exit(130);
-            }
-            say("\nfinishing this step and saving; Ctrl-C again ends at once");
-        });
-        flag
-    };
-    FLAG.get_or_init(install).clone()
 }

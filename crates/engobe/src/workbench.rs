@@ -14,7 +14,7 @@ use engobe_data::template::CHATML;
 use engobe_formats::gguf::Gguf;
 use engobe_infer::Activations;
 use engobe_models::{LoadOptions, WeightDtype, load_causal_lm};
-use engobe_nn::{CausalLm, ModuleMut};
+use engobe_nn::{CausalLm, ModuleMut, ModuleTree};
 use std::path::{Path, PathBuf};
 
 /// A model and what belongs to it.
@@ -155,23 +155,33 @@ pub fn tokenizer(path: &Path) -> Result<Option<TextTokenizer>> {
     Ok(Some(TextTokenizer::from_gguf_file(&gguf)?))
 }
 
+/// How the model of a command line shall be held.
+pub fn options_of(args: &ModelArgs) -> Result<LoadOptions> {
+    let asked = Asked {
+        method: None,
+        to: args.quantize.as_deref(),
+        double: args.double_quant.then_some(true),
+        block: args.quant_block_size,
+    };
+    load_options(&args.dtype, &args.device, asked)
+}
+
+/// The adapter's directory, if one was named.
+pub fn one_adapter(args: &ModelArgs) -> Result<Option<PathBuf>> {
+    match args.adapter.as_slice() {
+        [] => Ok(None),
+        [one] => Ok(Some(adapter_dir(one))),
+        more => bail!(Usage(format!("--adapter was given {} times: one at a time here", more.len()))),
+    }
+}
+
 impl Bench {
     /// Loads a model by what was typed, with at most one adapter.
     pub fn open(args: &ModelArgs, common: &Common, note: &mut Note) -> Result<Self> {
         set_threads(args.threads)?;
-        let asked = Asked {
-            method: None,
-            to: args.quantize.as_deref(),
-            double: args.double_quant.then_some(true),
-            block: args.quant_block_size,
-        };
-        let options = load_options(&args.dtype, &args.device, asked)?;
+        let options = options_of(args)?;
         let path = resolve(&args.model, common, note)?;
-        let adapter = match args.adapter.as_slice() {
-            [] => None,
-            [one] => Some(adapter_dir(one)),
-            more => bail!(Usage(format!("--adapter was given {} times: one at a time here", more.len()))),
-        };
+        let adapter = one_adapter(args)?;
         let bench = Self::load(&path, adapter.as_deref(), &options)?;
         let activations = if args.exact_activations { Activations::Exact } else { Activations::Rounded };
         Ok(Self { activations, ..bench })
@@ -222,7 +232,11 @@ pub fn start_text(bench: &Bench, needs: Option<NeedsText>) -> Result<StartText> 
 
 /// What is trained and what is there, as PEFT's `print_trainable_parameters` says it.
 pub fn trainable_line(model: &mut dyn CausalLm, adapter: &Adapter) -> String {
-    let (trainable, all) = (adapter.num_parameters(), adapter.num_added() + base_parameters(model));
+    trainable_text(adapter.num_parameters(), adapter.num_added() + base_parameters(model))
+}
+
+/// Both numbers in PEFT's words.
+pub fn trainable_text(trainable: usize, all: usize) -> String {
     let share = 100.0 * trainable as f64 / all.max(1) as f64;
     format!(
         "trainable params: {} || all params: {} || trainable%: {share:.4}",
@@ -233,8 +247,14 @@ pub fn trainable_line(model: &mut dyn CausalLm, adapter: &Adapter) -> String {
 
 /// Elements of the base model; a head that shares the embedding's matrix counts once.
 pub fn base_parameters(model: &mut dyn CausalLm) -> usize {
+    let info = model.info();
+    let shared = if info.tied_head { info.vocab_size * info.hidden_size } else { 0 };
+    elements(model) - shared
+}
+
+/// Elements of all modules.
+pub fn elements(model: &mut (impl ModuleTree + ?Sized)) -> usize {
     let mut total = 0;
-    let tied = model.info().tied_head;
     model.visit_modules(&mut |module| {
         total += match module {
             ModuleMut::Linear(m) => {
@@ -245,8 +265,7 @@ pub fn base_parameters(model: &mut dyn CausalLm) -> usize {
             ModuleMut::LayerNorm(m) => m.weight().elem_count() + m.bias().map_or(0, |b| b.elem_count()),
         }
     });
-    let shared = if tied { model.info().vocab_size * model.info().hidden_size } else { 0 };
-    total - shared
+    total
 }
 
 /// `1,234,567`

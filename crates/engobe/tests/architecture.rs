@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Crate, what it may depend on among ours, and which outside crates it must not have.
-const ROOMS: [(&str, &[&str], &[&str]); 12] = [
+const ROOMS: [(&str, &[&str], &[&str]); 13] = [
     ("kernels", &[], &["candle-core", "tokenizers", "clap", "anyhow"]),
     ("autograd", &["kernels"], &["safetensors", "tokenizers", "clap", "anyhow"]),
     ("nn", &["kernels", "autograd"], &["safetensors", "tokenizers", "clap", "anyhow"]),
@@ -12,9 +12,10 @@ const ROOMS: [(&str, &[&str], &[&str]); 12] = [
     ("adapters", &["kernels", "autograd", "nn", "formats"], &["tokenizers", "clap", "anyhow"]),
     ("models", &["kernels", "autograd", "nn", "formats"], &["tokenizers", "clap", "anyhow"]),
     ("data", &["formats"], &["candle-core", "clap", "anyhow", "gemm"]),
+    ("metrics", &[], &["candle-core", "tokenizers", "serde", "clap", "anyhow"]),
     (
         "train",
-        &["kernels", "autograd", "nn", "formats", "adapters", "models", "data"],
+        &["kernels", "autograd", "nn", "formats", "adapters", "models", "data", "metrics"],
         &["clap", "anyhow", "indicatif", "plotters"],
     ),
     (
@@ -23,10 +24,13 @@ const ROOMS: [(&str, &[&str], &[&str]); 12] = [
         &["clap", "anyhow", "indicatif"],
     ),
     ("infer", &["kernels", "autograd", "nn", "adapters", "models"], &["clap", "anyhow", "indicatif"]),
-    ("testkit", &["kernels", "formats"], &["clap"]),
+    ("testkit", &["kernels", "autograd", "nn", "formats", "models"], &["clap"]),
     (
         "engobe",
-        &["kernels", "autograd", "nn", "formats", "adapters", "models", "data", "convert", "train", "infer"],
+        &[
+            "kernels", "autograd", "nn", "formats", "adapters", "models", "data", "convert", "train",
+            "infer", "metrics",
+        ],
         &[],
     ),
 ];

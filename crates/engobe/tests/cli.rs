@@ -29,7 +29,10 @@ fn train(out: &Path, more: &[&str]) -> Vec<String> {
 fn from_rows_to_a_merged_model() {
     let dir = tempfile::tempdir().unwrap();
     let (out, merged) = (dir.path().join("run"), dir.path().join("merged"));
-    let done = json(&mut engobe(&train(&out, &["--val-split", "0.2", "--eval-steps", "2"])));
+    let done = json(&mut engobe(&train(
+        &out,
+        &["--val-split", "0.2", "--eval-steps", "2", "--compute-dtype", "bf16"],
+    )));
     for key in [
         "steps",
         "final_loss",
@@ -53,6 +56,8 @@ fn from_rows_to_a_merged_model() {
     ] {
         assert!(out.join(file).exists(), "{file}");
     }
+    let settings = fs::read_to_string(out.join("run.toml")).unwrap();
+    assert!(settings.contains("compute_dtype = \"bf16\""), "{settings}");
     let line: Value =
         serde_json::from_str(fs::read_to_string(out.join("metrics.jsonl")).unwrap().lines().next().unwrap())
             .unwrap();
@@ -169,6 +174,7 @@ fn mistakes_end_with_one_line_that_names_them() {
         (2, words(&["train", "--model", &model, "--out", "x"]), vec!["--data"]),
         (2, words(&["generate", "--model", &model]), vec!["--prompt"]),
         (2, words(&["eval", "--model", &model, "--data", &data, "--dtype", "int3"]), vec!["int3", "bf16"]),
+        (1, with(&["--compute-dtype", "f8"]), vec!["compute_dtype is \"f8\"", "bf16"]),
         (1, words(&["eval", "--model", "/no/where", "--data", &data]), vec!["/no/where"]),
         (1, words(&["eval", "--model", &model, "--data", &broken]), vec!["broken.jsonl", "line 2"]),
         (1, words(&["eval", "--model", &model, "--data", "/no/rows.jsonl"]), vec!["/no/rows.jsonl"]),
@@ -312,7 +318,7 @@ fn a_loss_that_is_no_number_is_an_error() {
 fn help_fits_a_person() {
     for command in [
         "", "demo", "fetch", "train", "eval", "generate", "merge", "quantize", "convert", "plan", "inspect",
-        "lint",
+        "lint", "methods", "compare",
     ] {
         let args: Vec<&str> = [command, "--help"].into_iter().filter(|a| !a.is_empty()).collect();
         let done = engobe(&args).output().unwrap();

@@ -88,3 +88,14 @@ pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
         _ => String::new(),
     }
 }
+
+/// The first few of a long list of problems, and how many more there are, for an error that people read.
+pub fn shorten(mut problems: Vec<String>) -> Vec<String> {
+    const SHOWN: usize = 8;
+    let more = problems.len().saturating_sub(SHOWN);
+    problems.truncate(SHOWN);
+    if more > 0 {
+        problems.push(format!("and {more} more"));
+    }
+    problems
+}

@@ -5,6 +5,7 @@
 //!
 //! Must not know: layers, candle.
 
+pub mod adapter_hub;
 pub mod atomic;
 pub mod bitsandbytes;
 pub mod checkpoint;
@@ -18,4 +19,4 @@ pub mod safetensors_file;
 pub mod sharded;
 pub mod tensor;
 
-pub use error::{Error, Result, nearest};
+pub use error::{Error, Result, nearest, shorten};

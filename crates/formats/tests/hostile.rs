@@ -4,6 +4,7 @@ use engobe_formats::gguf::{self, Gguf, GgufValue, GgufWriter, MetaValue, write_g
 use engobe_formats::peft::LoraConfig;
 use engobe_formats::safetensors_file::{self, SafetensorsFile, write_safetensors};
 use engobe_kernels::storage::StorageType;
+use engobe_testkit::damage::{damaged, damages};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -68,42 +69,6 @@ fn check_gguf(bytes: &[u8]) {
     }
 }
 
-/// A change to a file: a byte, or its end.
-#[derive(Clone, Debug)]
-enum Damage {
-    Byte(prop::sample::Index, u8),
-    Cut(prop::sample::Index),
-    Number(prop::sample::Index, u64),
-}
-
-fn damage() -> impl Strategy<Value = Damage> {
-    let at = any::<prop::sample::Index>;
-    let large = prop_oneof![any::<u64>(), Just(u64::MAX), Just(1 << 60), Just(1 << 31)];
-    prop_oneof![
-        (at(), any::<u8>()).prop_map(|(i, b)| Damage::Byte(i, b)),
-        at().prop_map(Damage::Cut),
-        (at(), large).prop_map(|(i, n)| Damage::Number(i, n)),
-    ]
-}
-
-fn damaged(mut bytes: Vec<u8>, all: &[Damage]) -> Vec<u8> {
-    for damage in all {
-        if bytes.is_empty() {
-            break;
-        }
-        match damage {
-            Damage::Byte(i, b) => *i.get_mut(&mut bytes) = *b,
-            Damage::Cut(i) => bytes.truncate(i.index(bytes.len())),
-            Damage::Number(i, n) => {
-                let at = i.index(bytes.len());
-                let end = bytes.len().min(at + 8);
-                bytes[at..end].copy_from_slice(&n.to_le_bytes()[..end - at]);
-            }
-        }
-    }
-    bytes
-}
-
 proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..Default::default() })]
 
@@ -116,17 +81,17 @@ proptest! {
     }
 
     #[test]
-    fn safetensors_with_damage(tensors in tensors(), all in prop::collection::vec(damage(), 1..4)) {
+    fn safetensors_with_damage(tensors in tensors(), all in damages()) {
         check_safetensors(&damaged(safetensors_bytes(&tensors), &all));
     }
 
     #[test]
-    fn gguf_with_damage(all in prop::collection::vec(damage(), 1..4)) {
+    fn gguf_with_damage(all in damages()) {
         check_gguf(&damaged(gguf_bytes(), &all));
     }
 
     #[test]
-    fn lora_config_with_damage(all in prop::collection::vec(damage(), 1..4)) {
+    fn lora_config_with_damage(all in damages()) {
         let text = LoraConfig::default().to_json().into_bytes();
         let _ = LoraConfig::parse(Path::new("x"), &damaged(text, &all));
     }

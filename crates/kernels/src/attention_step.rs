@@ -114,11 +114,11 @@ fn attend_on(
             unsafe {
                 match (k, v) {
                     (Cached::F32(k), Cached::F32(v)) => {
-                        block_f32(backend, q, shape, &rows(k), &rows(v), into);
+                        attend_block(backend, q, shape, &rows(k), &rows(v), into);
                     }
                     (Cached::F16(k), Cached::F16(v)) => {
                         let rows = |data| Rows { data, from, n: to - from, width, at: kv_head * hd };
-                        block_f16(backend, q, shape, &rows(k), &rows(v), into);
+                        attend_block(backend, q, shape, &rows(k), &rows(v), into);
                     }
                     _ => panic!("keys and values of two kinds"),
                 }
@@ -197,30 +197,17 @@ by_backend!(
     ///
     /// # Safety
     /// `k` and `v` lie in their buffers, with 1 to [`KEYS`] rows.
-    unsafe fn block_f32(
+    unsafe fn attend_block<E: Element>(
         q: &[f32],
         shape: &AttentionShape,
-        k: &Rows<'_, f32>,
-        v: &Rows<'_, f32>,
+        k: &Rows<'_, E>,
+        v: &Rows<'_, E>,
         into: &mut [f32],
-    ) = block, f32
-);
-by_backend!(
-    /// [`block_f32`] of half-precision keys and values.
-    ///
-    /// # Safety
-    /// As there.
-    unsafe fn block_f16(
-        q: &[f32],
-        shape: &AttentionShape,
-        k: &Rows<'_, f16>,
-        v: &Rows<'_, f16>,
-        into: &mut [f32],
-    ) = block, f16
+    ) = block
 );
 
 /// # Safety
-/// As for [`block_f32`] and [`Lanes`].
+/// As for [`attend_block`] and [`Lanes`].
 #[inline(always)]
 unsafe fn block<L: Lanes, E: Element>(
     q: &[f32],
@@ -260,10 +247,10 @@ macro_rules! by_columns {
     }};
 }
 
-/// [`block`] for G heads.
+/// [`attend_block`] for G heads.
 ///
 /// # Safety
-/// As for [`block`].
+/// As for [`attend_block`].
 #[inline(always)]
 unsafe fn heads<L: Lanes, E: Element, const G: usize>(
     q: [&[f32]; G],
@@ -305,7 +292,7 @@ unsafe fn heads<L: Lanes, E: Element, const G: usize>(
 /// Adds the products of columns at..at + 16·C to the scores; 16·C.
 ///
 /// # Safety
-/// As for [`block`]; the columns are the head's.
+/// As for [`attend_block`]; the columns are the head's.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // j counts rows of keys as well, g queries as well
 unsafe fn add_scores<L: Lanes, E: Element, const G: usize, const C: usize>(
@@ -337,7 +324,7 @@ unsafe fn add_scores<L: Lanes, E: Element, const G: usize, const C: usize>(
 /// Columns at..at + 16·C of Σ p_j·v_j; 16·C.
 ///
 /// # Safety
-/// As for [`block`]; the columns are the head's.
+/// As for [`attend_block`]; the columns are the head's.
 #[inline(always)]
 unsafe fn sum_values<L: Lanes, E: Element, const G: usize, const C: usize>(
     p: &[[f32; KEYS]; 2],
@@ -393,11 +380,7 @@ fn merge(parts: &[&[f32]], at: usize, out: &mut [f32]) {
 mod tests {
     use super::*;
     use crate::attention::attention;
-    use crate::dropout::mix;
-
-    fn numbers(seed: u64, n: usize) -> Vec<f32> {
-        (0..n as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
-    }
+    use crate::test_numbers::numbers;
 
     /// What `attend` gives, from f32 or f16, and what `attention` does.
     fn step(

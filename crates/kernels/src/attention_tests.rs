@@ -1,11 +1,7 @@
 //! Attention against its definition in f64, and finite differences.
 
 use super::*;
-use crate::dropout::mix;
-
-fn numbers(seed: u64, n: usize) -> Vec<f32> {
-    (0..n as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
-}
+use crate::test_numbers::numbers;
 
 /// Straight from the definition, in f64.
 fn reference(

@@ -59,11 +59,7 @@ pub fn column_products(dy: &[f32], z: &[f32], dg: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dropout::mix;
-
-    fn numbers(seed: u64, n: usize) -> Vec<f32> {
-        (0..n as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
-    }
+    use crate::test_numbers::numbers;
 
     #[test]
     fn they_are_the_formula() {

@@ -3,10 +3,7 @@
 use super::*;
 use crate::codec;
 use crate::dropout::mix;
-
-fn numbers(seed: u64, n: usize) -> Vec<f32> {
-    (0..n as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
-}
+use crate::test_numbers::numbers;
 
 struct Case {
     n: usize,

@@ -1,8 +1,8 @@
 //! 64 bytes of codes, or sixteen floats, at a time, on whatever registers the CPU has.
 //!
-//! The kernels of generation are written once over [`Lanes`]; a value of `Bytes` is 64 bytes, one of `Ints` sixteen i32, one of
-//! `Floats` sixteen f32, in one AVX-512 register, two of AVX2, or an array. Lane k of a dot product is the sum over
-//! the bytes 4k..4k + 4, in every implementation, so integers agree exactly.
+//! The kernels of generation are written once over [`Lanes`]; a value of `Bytes` is 64 bytes, one of `Ints` sixteen
+//! i32, one of `Floats` sixteen f32, in one AVX-512 register, two of AVX2, or an array. Lane k of a dot product is the
+//! sum over the bytes 4k..4k + 4, in every implementation, so integers agree exactly.
 
 /// What the kernels need of a CPU.
 ///
@@ -142,30 +142,30 @@ impl Backend {
 }
 
 /// `by_backend!(unsafe fn name(args) = body)`: `name(backend, args)` runs `body::<L>(args)`, an inlined function over
-/// [`Lanes`], compiled for that backend; with `= body, T` it runs `body::<L, T>(args)`.
+/// [`Lanes`], compiled for that backend; `unsafe fn name<T: Bound>(args)` runs `body::<L, T>(args)`.
 ///
 /// # Safety
 /// As for `body`; the backend is one of [`Backend::all`].
 macro_rules! by_backend {
-    ($(#[$meta:meta])* unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident $(, $extra:ty)?) => {
+    ($(#[$meta:meta])* unsafe fn $name:ident $(<$extra:ident: $bound:path>)? ($($arg:ident: $ty:ty),* $(,)?) = $body:ident) => {
         $(#[$meta])*
-        unsafe fn $name(backend: $crate::lanes::Backend, $($arg: $ty),*) {
+        unsafe fn $name $(<$extra: $bound>)? (backend: $crate::lanes::Backend, $($arg: $ty),*) {
             use $crate::lanes::Backend;
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-            unsafe fn avx512($($arg: $ty),*) {
+            unsafe fn avx512 $(<$extra: $bound>)? ($($arg: $ty),*) {
                 // SAFETY: passed on; compiled for what `Avx512` needs.
                 unsafe { $body::<$crate::lanes::Avx512 $(, $extra)?>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn avx2($($arg: $ty),*) {
+            unsafe fn avx2 $(<$extra: $bound>)? ($($arg: $ty),*) {
                 // SAFETY: passed on; compiled for what `Avx2` needs.
                 unsafe { $body::<$crate::lanes::Avx2 $(, $extra)?>($($arg),*) }
             }
             #[cfg(target_arch = "aarch64")]
             #[target_feature(enable = "dotprod")]
-            unsafe fn dot_product($($arg: $ty),*) {
+            unsafe fn dot_product $(<$extra: $bound>)? ($($arg: $ty),*) {
                 // SAFETY: passed on; `Portable` needs nothing.
                 unsafe { $body::<$crate::lanes::Portable $(, $extra)?>($($arg),*) }
             }
@@ -173,11 +173,11 @@ macro_rules! by_backend {
             unsafe {
                 match backend {
                     #[cfg(target_arch = "x86_64")]
-                    Backend::Avx512 => avx512($($arg),*),
+                    Backend::Avx512 => avx512 $(::<$extra>)? ($($arg),*),
                     #[cfg(target_arch = "x86_64")]
-                    Backend::Avx2 => avx2($($arg),*),
+                    Backend::Avx2 => avx2 $(::<$extra>)? ($($arg),*),
                     #[cfg(target_arch = "aarch64")]
-                    Backend::DotProduct => dot_product($($arg),*),
+                    Backend::DotProduct => dot_product $(::<$extra>)? ($($arg),*),
                     Backend::Portable => $body::<$crate::lanes::Portable $(, $extra)?>($($arg),*),
                 }
             }
@@ -185,6 +185,123 @@ macro_rules! by_backend {
     };
 }
 pub(crate) use by_backend;
+
+/// What AVX2 and AVX-512 share, inside an `impl Lanes`: all that is narrower than 64 bytes, with the CPU's conversion of
+/// f16.
+#[cfg(target_arch = "x86_64")]
+macro_rules! narrow_lanes {
+    () => {
+        type Quad = __m128;
+        type Small = __m128i;
+        type Eight = __m256;
+
+        #[inline(always)]
+        unsafe fn half(p: *const u8) -> f32 {
+            unsafe {
+                let bits = _mm_cvtsi32_si128(p.cast::<u16>().read_unaligned().into());
+                _mm_cvtss_f32(_mm_cvtph_ps(bits))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn small(p: *const u8) -> __m128i {
+            unsafe { _mm_loadu_si128(p.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn small_of(words: [u64; 2]) -> __m128i {
+            unsafe { _mm_set_epi64x(words[1] as i64, words[0] as i64) }
+        }
+
+        #[inline(always)]
+        unsafe fn small_twice(word: u64) -> __m128i {
+            unsafe {
+                let x = _mm_cvtsi64_si128(word as i64);
+                _mm_unpacklo_epi8(x, x)
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn small_low(x: __m128i) -> __m128i {
+            unsafe { _mm_and_si128(x, _mm_set1_epi8(15)) }
+        }
+
+        #[inline(always)]
+        unsafe fn small_high(x: __m128i) -> __m128i {
+            unsafe { _mm_and_si128(_mm_srli_epi16::<4>(x), _mm_set1_epi8(15)) }
+        }
+
+        #[inline(always)]
+        unsafe fn small_minus<const VALUE: i8>(x: __m128i) -> __m128i {
+            unsafe { _mm_sub_epi8(x, _mm_set1_epi8(VALUE)) }
+        }
+
+        #[inline(always)]
+        unsafe fn small_elements(x: __m128i) -> [i8; 16] {
+            let mut out = [0; 16];
+            unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), x) };
+            out
+        }
+
+        #[inline(always)]
+        unsafe fn zero_eight() -> __m256 {
+            unsafe { _mm256_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn add_products(sum: __m256, n: __m128i, p: *const [i16; 16], factor: f32) -> __m256 {
+            unsafe {
+                let pairs = _mm256_madd_epi16(_mm256_cvtepi8_epi16(n), _mm256_loadu_si256(p.cast()));
+                _mm256_fmadd_ps(_mm256_cvtepi32_ps(pairs), _mm256_set1_ps(factor), sum)
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn total_eight(x: __m256) -> f32 {
+            unsafe {
+                let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+                let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+                _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps::<1>(x, x)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn zero_quad() -> __m128 {
+            unsafe { _mm_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn scales(a: *const u8, b: *const u8, y: *const f32) -> __m128 {
+            unsafe {
+                let f16_twice = |p: *const u8| _mm_set1_epi16(p.cast::<i16>().read_unaligned());
+                let both = _mm_unpacklo_epi32(f16_twice(a), f16_twice(b));
+                _mm_mul_ps(_mm_cvtph_ps(both), _mm_loadu_ps(y))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn scales_and_minima(a: *const u8, b: *const u8, y: *const f32) -> __m128 {
+            unsafe {
+                let pair = |p: *const u8| _mm_cvtsi32_si128(p.cast::<i32>().read_unaligned());
+                let both = _mm_unpacklo_epi32(pair(a), pair(b));
+                _mm_mul_ps(_mm_cvtph_ps(both), _mm_loadu_ps(y))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn add_quads(a: __m128, b: __m128) -> __m128 {
+            unsafe { _mm_add_ps(a, b) }
+        }
+
+        #[inline(always)]
+        unsafe fn odd_sum(q: __m128) -> f32 {
+            unsafe {
+                let odd = _mm_shuffle_ps::<0b11_01_11_01>(q, q);
+                _mm_cvtss_f32(_mm_add_ss(odd, _mm_shuffle_ps::<1>(odd, odd)))
+            }
+        }
+    };
+}
 
 mod portable;
 pub(crate) use portable::Portable;
@@ -194,82 +311,4 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use {avx2::Avx2, avx512::Avx512, x86::*};
-
-/// What AVX2 and AVX-512 share: four scales at once by the CPU's conversion of f16.
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    /// [`super::Lanes::scales`]
-    #[inline(always)]
-    pub(crate) unsafe fn x86_scales(a: *const u8, b: *const u8, y: *const f32) -> __m128 {
-        // SAFETY: as for `Lanes`.
-        unsafe {
-            let f16_twice = |p: *const u8| _mm_set1_epi16(p.cast::<i16>().read_unaligned());
-            let both = _mm_unpacklo_epi32(f16_twice(a), f16_twice(b));
-            _mm_mul_ps(_mm_cvtph_ps(both), _mm_loadu_ps(y))
-        }
-    }
-
-    /// [`super::Lanes::scales_and_minima`]
-    #[inline(always)]
-    pub(crate) unsafe fn x86_scales_and_minima(a: *const u8, b: *const u8, y: *const f32) -> __m128 {
-        // SAFETY: as for `Lanes`.
-        unsafe {
-            let pair = |p: *const u8| _mm_cvtsi32_si128(p.cast::<i32>().read_unaligned());
-            let both = _mm_unpacklo_epi32(pair(a), pair(b));
-            _mm_mul_ps(_mm_cvtph_ps(both), _mm_loadu_ps(y))
-        }
-    }
-
-    /// [`super::Lanes::half`]
-    #[inline(always)]
-    pub(crate) unsafe fn x86_half(p: *const u8) -> f32 {
-        // SAFETY: as for `Lanes`.
-        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(p.cast::<u16>().read_unaligned().into()))) }
-    }
-
-    /// [`super::Lanes::small_of`]
-    #[inline(always)]
-    pub(crate) unsafe fn x86_small_of(words: [u64; 2]) -> __m128i {
-        // SAFETY: as for `Lanes`.
-        unsafe { _mm_set_epi64x(words[1] as i64, words[0] as i64) }
-    }
-
-    /// [`super::Lanes::add_products`]
-    #[inline(always)]
-    pub(crate) unsafe fn x86_add_products(
-        sum: __m256,
-        n: __m128i,
-        p: *const [i16; 16],
-        factor: f32,
-    ) -> __m256 {
-        // SAFETY: as for `Lanes`.
-        unsafe {
-            let pairs = _mm256_madd_epi16(_mm256_cvtepi8_epi16(n), _mm256_loadu_si256(p.cast()));
-            _mm256_fmadd_ps(_mm256_cvtepi32_ps(pairs), _mm256_set1_ps(factor), sum)
-        }
-    }
-
-    /// [`super::Lanes::total_eight`]
-    #[inline(always)]
-    pub(crate) unsafe fn x86_total_eight(x: __m256) -> f32 {
-        // SAFETY: as for `Lanes`.
-        unsafe {
-            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-            _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps::<1>(x, x)))
-        }
-    }
-
-    /// [`super::Lanes::odd_sum`]
-    #[inline(always)]
-    pub(crate) unsafe fn x86_odd_sum(q: __m128) -> f32 {
-        // SAFETY: as for `Lanes`.
-        unsafe {
-            let odd = _mm_shuffle_ps::<0b11_01_11_01>(q, q);
-            _mm_cvtss_f32(_mm_add_ss(odd, _mm_shuffle_ps::<1>(odd, odd)))
-        }
-    }
-}
+pub(crate) use {avx2::Avx2, avx512::Avx512};

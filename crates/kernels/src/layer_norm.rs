@@ -8,7 +8,7 @@
 //! since ∂μ/∂xᵢ = 1/d and ∂r/∂xᵢ = -r³·(xᵢ - μ)/d (the share through μ vanishes, as Σ(x - μ) = 0).
 
 use crate::codec::simd::multiversion;
-use crate::norm::{ROWS, dot};
+use crate::norm::{ROWS, dot, sum_of};
 use rayon::prelude::*;
 
 /// What the backward needs of a row.
@@ -49,7 +49,7 @@ multiversion!(fn forward(
 fn forward_body(x: &[f32], w: &[f32], b: Option<&[f32]>, eps: f32, y: &mut [f32], stats: &mut [RowStats]) {
     let d = w.len();
     for ((y, x), stats) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(stats) {
-        let mean = sum(x) / d as f32;
+        let mean = sum_of(x, x, |x, _| x) / d as f32;
         for (y, x) in y.iter_mut().zip(x) {
             *y = x - mean;
         }
@@ -60,19 +60,6 @@ fn forward_body(x: &[f32], w: &[f32], b: Option<&[f32]>, eps: f32, y: &mut [f32]
             None => y.iter_mut().zip(w).for_each(|(y, w)| *y = *y * rstd * w),
         }
     }
-}
-
-/// Σ aᵢ over 16 running sums, as [`dot`].
-#[inline(always)]
-fn sum(a: &[f32]) -> f32 {
-    let mut sums = [0f32; 16];
-    let (a16, rest) = a.as_chunks::<16>();
-    for a in a16 {
-        for i in 0..16 {
-            sums[i] += a[i];
-        }
-    }
-    sums.iter().sum::<f32>() + rest.iter().sum::<f32>()
 }
 
 /// The input's gradient (`dx`, overwritten) and, if asked for, the weight's and the bias' (`dw`, `db`, added to).
@@ -123,9 +110,9 @@ fn backward_body(x: &[f32], w: &[f32], stats: &[RowStats], dy: &[f32], dx: &mut 
         for ((g, dy), w) in dx.iter_mut().zip(dy).zip(w) {
             *g = dy * w;
         }
-        let total = sum(dx);
+        let total = sum_of(dx, dx, |g, _| g);
         // Σ g·(x - μ) = Σ g·x - μ·Σ g would lose digits where μ is large: the difference is taken first
-        let along = centred_dot(dx, x, s.mean) * s.rstd * s.rstd / d as f32;
+        let along = sum_of(dx, x, |g, x| g * (x - s.mean)) * s.rstd * s.rstd / d as f32;
         let mean = total / d as f32;
         for (dx, x) in dx.iter_mut().zip(x) {
             *dx = s.rstd * (*dx - mean - (x - s.mean) * along);
@@ -133,28 +120,14 @@ fn backward_body(x: &[f32], w: &[f32], stats: &[RowStats], dy: &[f32], dx: &mut 
     }
 }
 
-/// Σ gᵢ·(xᵢ - μ), as [`dot`].
-#[inline(always)]
-fn centred_dot(g: &[f32], x: &[f32], mean: f32) -> f32 {
-    let mut sums = [0f32; 16];
-    let (g16, g_rest) = g.as_chunks::<16>();
-    let (x16, x_rest) = x.as_chunks::<16>();
-    for (g, x) in g16.iter().zip(x16) {
-        for i in 0..16 {
-            sums[i] += g[i] * (x[i] - mean);
-        }
-    }
-    let rest: f32 = g_rest.iter().zip(x_rest).map(|(g, x)| g * (x - mean)).sum();
-    sums.iter().sum::<f32>() + rest
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dropout::mix;
+    use crate::test_numbers;
 
+    /// Numbers whose mean is not 0.
     fn numbers(seed: u64, n: usize) -> Vec<f32> {
-        (0..n as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 0.5).collect()
+        test_numbers::numbers(seed, n).into_iter().map(|x| x + 0.5).collect()
     }
 
     /// Straight from the formula, in f64.

@@ -22,9 +22,13 @@ mod lanes;
 pub mod layer_norm;
 pub mod mat;
 pub mod matmul;
+pub mod narrow;
 pub mod norm;
 mod qdot;
 pub mod quantize;
+pub mod random;
 pub mod rope;
 pub mod storage;
 mod team;
+#[cfg(test)]
+mod test_numbers;

@@ -5,10 +5,14 @@
 //! - forward `y = x·Wᵀ`: y\[i, r\] = Σ_c x\[i, c\]·W\[r, c\] ([`linear`]);
 //! - gradient of its input `dx = dy·W`: dx\[i, c\] = Σ_r dy\[i, r\]·W\[r, c\] ([`linear_input_grad`]).
 //!
-//! W is frozen: its own gradient is never formed. A stored weight is never decoded whole: tiles of it are
-//! decoded into scratch that stays in a core's L2 cache and fed to the dense product (`tiled.rs`). In the
-//! forward product f32 goes that way too: one thread packing the whole of W first, as the gemm crate does,
-//! costs up to a quarter of the rate of the copied tiles (`examples/matmul_rate.rs` measures it all). With very few rows of x, as when generating, each row of W is decoded once and dotted (`few_rows.rs`).
+//! W is frozen: its own gradient is never formed, and a stored weight is never decoded whole. There are three ways:
+//!
+//! - many rows of x, as in training: sums of products with several terms and outputs, as one parallel job (`product.rs`,
+//!   [`run`]). Panels of W are decoded and packed for a task (`pack.rs`), stay in its core's L2 cache, and meet x where it
+//!   lies in register tiles (`micro.rs`);
+//! - a few rows, as in generating a token: each row of W is decoded, or taken as it is stored, and dotted (`few_rows.rs`,
+//!   `float_rows.rs`);
+//! - many rows in inference over quantized weights: activations rounded to 8 bits, integer tiles ([`linear_group`]).
 //!
 //! How sums are split depends on the shapes alone, so results do not depend on the number of threads.
 
@@ -26,7 +30,7 @@ use crate::qdot::tile;
 use crate::qdot::{Rounded, Rounding};
 use crate::storage::WeightView;
 
-pub use dense::{sgemm, sgemm_serial};
+pub use dense::sgemm_serial;
 pub(crate) use disjoint::SharedMat;
 pub use pack::Right;
 pub use product::{Job, Term, run, run_serial};

@@ -43,19 +43,25 @@ fn forward_body(x: &[f32], w: &[f32], eps: f32, y: &mut [f32], rstd: &mut [f32])
     }
 }
 
-/// Σ aᵢ·bᵢ over 16 running sums, which vectorise and lose less than one.
+/// Σ f(aᵢ, bᵢ) over 16 running sums, which vectorise and lose less than one.
 #[inline(always)]
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn sum_of(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut sums = [0f32; 16];
     let (a16, a_rest) = a.as_chunks::<16>();
     let (b16, b_rest) = b.as_chunks::<16>();
     for (a, b) in a16.iter().zip(b16) {
         for i in 0..16 {
-            sums[i] += a[i] * b[i];
+            sums[i] += f(a[i], b[i]);
         }
     }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| f(*a, *b)).sum();
     sums.iter().sum::<f32>() + rest
+}
+
+/// Σ aᵢ·bᵢ
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    sum_of(a, b, |a, b| a * b)
 }
 
 /// The input's gradient (`dx`, overwritten) and, if asked for, the weight's (`dw`, added to).
@@ -110,11 +116,7 @@ fn backward_body(x: &[f32], w: &[f32], rstd: &[f32], dy: &[f32], dx: &mut [f32])
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dropout::mix;
-
-    fn numbers(seed: u64, n: usize) -> Vec<f32> {
-        (0..n as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
-    }
+    use crate::test_numbers::numbers;
 
     /// Straight from the formula, in f64.
     fn reference(x: &[f32], w: &[f32], eps: f32) -> Vec<f64> {

@@ -2,7 +2,7 @@
 
 use engobe_kernels::codec::{FourBit, decode_reference};
 use engobe_kernels::mat::{MatMut, MatRef};
-use engobe_kernels::matmul::{linear, linear_input_grad, sgemm, sgemm_serial};
+use engobe_kernels::matmul::{Job, Right, Term, linear, linear_input_grad, run, sgemm_serial};
 use engobe_kernels::quantize::{QuantizedWeight, Scheme};
 use engobe_kernels::storage::{Elements, StorageType, WeightView};
 use proptest::prelude::*;
@@ -52,6 +52,11 @@ impl Random {
         }
         bytes
     }
+}
+
+/// `c = alpha·a·b`, or `c += alpha·a·b`, as a parallel job.
+fn product(alpha: f32, a: MatRef, b: MatRef, accumulate: bool, c: &mut MatMut) {
+    run(&[Job::new(c, accumulate, vec![Term { a, b: Right::Dense(b), scale: alpha }])]);
 }
 
 /// A row-major matrix with `gap` foreign elements behind each row.
@@ -295,7 +300,7 @@ fn bits_do_not_depend_on_threads() {
                 let (a, b) = (random.floats(m * k), random.floats(k * n));
                 let mut c = vec![0f32; m * n];
                 let (a, b) = (MatRef::new(&a, m, k), MatRef::new(&b, k, n));
-                sgemm(1.5, a, b, 0.0, &mut MatMut::new(&mut c, m, n));
+                product(1.5, a, b, false, &mut MatMut::new(&mut c, m, n));
                 all.extend(c.iter().map(|x| x.to_bits()));
             }
             all
@@ -312,7 +317,7 @@ fn bits_do_not_depend_on_threads() {
 fn a_matrix_past_its_data_is_refused() {
     let data = [0f32; 6];
     let a = MatRef { data: &data, rows: 3, cols: 3, row_stride: 3, col_stride: 1 };
-    sgemm(1.0, a, a, 0.0, &mut MatMut::new(&mut [0f32; 9], 3, 3));
+    product(1.0, a, a, false, &mut MatMut::new(&mut [0f32; 9], 3, 3));
 }
 
 #[test]
@@ -322,7 +327,7 @@ fn overlapping_output_rows_are_refused() {
     let a = MatRef::new(&data, 3, 3);
     let mut out = [0f32; 9];
     let mut c = MatMut { data: &mut out, rows: 3, cols: 3, row_stride: 2 };
-    sgemm(1.0, a, a, 0.0, &mut c);
+    product(1.0, a, a, false, &mut c);
 }
 
 proptest! {
@@ -352,7 +357,7 @@ proptest! {
     }
 
     #[test]
-    fn sgemm_over_any_shape(
+    fn dense_products_over_any_shape(
         (m, k, n) in (1usize..70, 0usize..300, 1usize..70),
         (transpose_a, transpose_b, serial) in any::<(bool, bool, bool)>(),
         beta in prop::sample::select(vec![0f32, 1.0]),
@@ -372,8 +377,8 @@ proptest! {
         if serial {
             sgemm_serial(-0.75, a, b, beta, &mut c.view_mut());
         } else {
-            sgemm(-0.75, a, b, beta, &mut c.view_mut());
+            product(-0.75, a, b, beta != 0.0, &mut c.view_mut());
         }
-        assert_product("sgemm", -0.75, a, b, (beta != 0.0).then_some(&old), &c);
+        assert_product("dense", -0.75, a, b, (beta != 0.0).then_some(&old), &c);
     }
 }

@@ -3,15 +3,18 @@
 
 use crate::family::Misfit;
 use crate::gguf_names::{Names, OUTSIDE};
-use crate::settings::{DecoderSizes, bad};
+use crate::parts::Frame;
+use crate::settings::{DecoderSizes, activation, bad, epsilon, exact, soft_cap, windows};
 use crate::stored::Stored;
 use crate::{Result, Weights};
 use engobe_formats::gguf::GgufValue;
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::AttentionShape;
-use engobe_nn::decoder::{Attention, Block, Norms};
-use engobe_nn::{Norm, RmsNorm};
+use engobe_nn::decoder::{Attention, Block, Decoder, Norms};
+use engobe_nn::rope::Rope;
+use engobe_nn::{CausalLm, Norm, RmsNorm};
+use serde_json::{Map, Value, json};
 
 pub const NAMES: Names = Names {
     block: "model.layers.",
@@ -36,6 +39,78 @@ pub const NAMES: Names = Names {
 /// Names under which `config.json` has the activation; all mean GELU by tanh.
 pub const GELU: &[(&str, Activation)] =
     &[("gelu_pytorch_tanh", Activation::GeluTanh), ("gelu", Activation::GeluTanh)];
+
+/// The settings of both families.
+#[derive(Debug)]
+pub struct Gemma {
+    pub sizes: DecoderSizes,
+    pub eps: f32,
+    pub bias: bool,
+    /// scores are divided by its root
+    pub query_scalar: f32,
+    /// of each layer
+    pub windows: Vec<Option<usize>>,
+    pub score_cap: Option<f32>,
+    pub logit_cap: Option<f32>,
+}
+
+impl Gemma {
+    /// Reads a `config.json` in which, unless it says otherwise, the layers that `sees_window` names see a window, and
+    /// scores and logits have these caps.
+    pub fn from_hf(
+        config: &HfConfig,
+        sizes: DecoderSizes,
+        sees_window: impl Fn(usize) -> bool,
+        [score_cap, logit_cap]: [Option<f64>; 2],
+    ) -> Result<Self> {
+        activation(config, "hidden_activation", "gelu_pytorch_tanh", GELU)?;
+        let window = config.opt_usize("sliding_window")?.or(Some(4096));
+        Ok(Self {
+            eps: epsilon(config, "rms_norm_eps", 1e-6)?,
+            bias: config.bool_or("attention_bias", false)?,
+            query_scalar: query_scalar(config)?,
+            windows: windows(config, sizes.layers, window, sees_window)?,
+            score_cap: soft_cap(config, "attn_logit_softcapping", score_cap)?,
+            logit_cap: soft_cap(config, "final_logit_softcapping", logit_cap)?,
+            sizes: with_norms_after(sizes),
+        })
+    }
+
+    /// The decoder; each layer turns by the rotary embedding that `rope` tells.
+    pub fn build(
+        &self,
+        w: &Weights<'_>,
+        model_type: &'static str,
+        ropes: Vec<Rope>,
+        rope: impl Fn(usize) -> usize + Sync + Send,
+        head_norms: bool,
+    ) -> Result<Box<dyn CausalLm>> {
+        let s = &self.sizes;
+        let last = Norm::Rms(norm(w, "model.norm", s.hidden, self.eps)?);
+        let decoder = Frame::usual(model_type, s, last, ropes).decoder(w, s, |i| {
+            let plain = s.attention(1.0 / self.query_scalar.sqrt(), self.windows[i]);
+            let shape = AttentionShape { soft_cap: self.score_cap, ..plain };
+            block(w, s, i, (self.eps, self.bias), shape, rope(i), head_norms)
+        })?;
+        let embed_scale = Some((s.hidden as f32).sqrt());
+        Ok(Box::new(Decoder { embed_scale, soft_cap: self.logit_cap, ..decoder }))
+    }
+
+    /// As `config.json` has them, beside the sizes.
+    pub fn to_hf(&self) -> Map<String, Value> {
+        let json = json!({
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rms_norm_eps": exact(self.eps),
+            "attention_bias": self.bias,
+            "query_pre_attn_scalar": self.query_scalar,
+            "sliding_window": self.windows.iter().flatten().next(),
+            "layer_types": layer_types(&self.windows),
+            "attn_logit_softcapping": self.score_cap,
+            "final_logit_softcapping": self.logit_cap,
+        });
+        json.as_object().cloned().unwrap_or_default()
+    }
+}
 
 /// llama.cpp's converter adds the 1 to norms' weights.
 pub fn stored(name: &str) -> Stored {
@@ -105,26 +180,21 @@ pub fn implied_scalar(sizes: &DecoderSizes, layers_of_largest: usize) -> f32 {
     }
 }
 
-/// The settings of a GGUF file that both families have.
-pub fn settings(
-    sizes: &DecoderSizes,
-    eps: f32,
-    scalar: (f32, usize),
-    (windows, every): (&[Option<usize>], usize),
-) -> Result<Vec<(String, GgufValue)>, Misfit> {
-    let implied = implied_scalar(sizes, scalar.1);
-    if scalar.0 != implied {
+/// The settings of a GGUF file that both families have, the largest model of this one having so many layers.
+pub fn settings(c: &Gemma, largest: usize, every: usize) -> Result<Vec<(String, GgufValue)>, Misfit> {
+    let implied = implied_scalar(&c.sizes, largest);
+    if c.query_scalar != implied {
         let expected = format!("{implied}, which llama.cpp takes for a model of these sizes");
-        return Err(Misfit::new("query_pre_attn_scalar", scalar.0, expected));
+        return Err(Misfit::new("query_pre_attn_scalar", c.query_scalar, expected));
     }
-    let window = windows.iter().flatten().next().copied();
-    if windows.iter().enumerate().any(|(i, w)| *w != window.filter(|_| (i + 1) % every != 0)) {
+    let window = c.windows.iter().flatten().next().copied();
+    if c.windows.iter().enumerate().any(|(i, w)| *w != window.filter(|_| (i + 1) % every != 0)) {
         let expected = format!("each {every}th layer full and the others sliding, as llama.cpp has it");
         return Err(Misfit::new("layer_types", "another pattern", expected));
     }
-    let mut metadata = sizes.to_gguf();
+    let mut metadata = c.sizes.to_gguf();
     let mut push = |key: &str, value| metadata.push((key.to_string(), value));
-    push("attention.layer_norm_rms_epsilon", GgufValue::Float(f64::from(eps)));
+    push("attention.layer_norm_rms_epsilon", GgufValue::Float(f64::from(c.eps)));
     if let Some(window) = window {
         push("attention.sliding_window", GgufValue::Unsigned(window as u64));
     }

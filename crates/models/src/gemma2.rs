@@ -4,17 +4,15 @@
 //! Module paths are those of transformers' `Gemma2ForCausalLM`.
 
 use crate::family::{Architecture, Family, GgufForm, Misfit};
-use crate::parts::Frame;
+use crate::gemma::Gemma;
 use crate::rope_settings::{Rotary, USUAL};
-use crate::settings::{DecoderSizes, activation, epsilon, exact, merged, soft_cap, windows};
+use crate::settings::{DecoderSizes, merged};
 use crate::stored::Stored;
 use crate::{GgufSettings, Result, Weights, gemma};
 use engobe_formats::gguf::{Gguf, GgufValue};
 use engobe_formats::hf_config::HfConfig;
-use engobe_kernels::attention::AttentionShape;
-use engobe_nn::decoder::Decoder;
-use engobe_nn::{CausalLm, Norm};
-use serde_json::{Value, json};
+use engobe_nn::CausalLm;
+use serde_json::Value;
 
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "gemma2",
@@ -32,32 +30,16 @@ const LARGEST: usize = 46;
 
 #[derive(Debug)]
 struct Gemma2 {
-    sizes: DecoderSizes,
-    eps: f32,
-    bias: bool,
+    common: Gemma,
     rotary: Rotary,
-    query_scalar: f32,
-    /// of each layer
-    windows: Vec<Option<usize>>,
-    score_cap: Option<f32>,
-    logit_cap: Option<f32>,
 }
 
 impl Gemma2 {
     fn from_hf(config: &HfConfig) -> Result<Self> {
-        activation(config, "hidden_activation", "gelu_pytorch_tanh", gemma::GELU)?;
         let sizes = DecoderSizes::from_hf(config, true)?;
-        let window = config.opt_usize("sliding_window")?.or(Some(4096));
-        Ok(Self {
-            eps: epsilon(config, "rms_norm_eps", 1e-6)?,
-            bias: config.bool_or("attention_bias", false)?,
-            rotary: Rotary::from_hf(config, &sizes, USUAL)?,
-            query_scalar: gemma::query_scalar(config)?,
-            windows: windows(config, sizes.layers, window, |i| i % 2 == 0)?,
-            score_cap: soft_cap(config, "attn_logit_softcapping", Some(50.0))?,
-            logit_cap: soft_cap(config, "final_logit_softcapping", Some(30.0))?,
-            sizes: gemma::with_norms_after(sizes),
-        })
+        let rotary = Rotary::from_hf(config, &sizes, USUAL)?;
+        let common = Gemma::from_hf(config, sizes, |i| i % 2 == 0, [Some(50.0), Some(30.0)])?;
+        Ok(Self { common, rotary })
     }
 
     fn from_gguf(gguf: &Gguf) -> Result<Self> {
@@ -66,35 +48,27 @@ impl Gemma2 {
         let cap = |key: &str, default| -> Result<Option<f32>> {
             Ok(Some(gguf.opt_f32(key)?.unwrap_or(default)).filter(|cap| *cap > 0.0))
         };
-        Ok(Self {
+        let rotary = Rotary::from_gguf(gguf, "gemma2", &sizes)?;
+        let common = Gemma {
             eps: gguf.f32("gemma2.attention.layer_norm_rms_epsilon")?,
             bias: false,
-            rotary: Rotary::from_gguf(gguf, "gemma2", &sizes)?,
             query_scalar: gemma::implied_scalar(&sizes, LARGEST),
             windows: (0..sizes.layers).map(|i| (i % 2 == 0).then_some(window.max(1))).collect(),
             score_cap: cap("gemma2.attn_logit_softcapping", 50.0)?,
             logit_cap: cap("gemma2.final_logit_softcapping", 30.0)?,
             sizes: gemma::with_norms_after(sizes),
-        })
+        };
+        Ok(Self { common, rotary })
     }
 }
 
 impl Family for Gemma2 {
     fn sizes(&self) -> &DecoderSizes {
-        &self.sizes
+        &self.common.sizes
     }
 
     fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
-        let s = &self.sizes;
-        let norm = Norm::Rms(gemma::norm(w, "model.norm", s.hidden, self.eps)?);
-        let frame = Frame::usual("gemma2", s, norm, vec![self.rotary.rope()]);
-        let decoder = frame.decoder(w, s, |i| {
-            let plain = s.attention(1.0 / self.query_scalar.sqrt(), self.windows[i]);
-            let shape = AttentionShape { soft_cap: self.score_cap, ..plain };
-            gemma::block(w, s, i, (self.eps, self.bias), shape, 0, false)
-        })?;
-        let embed_scale = Some((s.hidden as f32).sqrt());
-        Ok(Box::new(Decoder { embed_scale, soft_cap: self.logit_cap, ..decoder }))
+        self.common.build(w, "gemma2", vec![self.rotary.rope()], |_| 0, false)
     }
 
     fn stored(&self, name: &str) -> Stored {
@@ -102,31 +76,20 @@ impl Family for Gemma2 {
     }
 
     fn to_hf(&self) -> Value {
-        let extra = json!({
-            "hidden_activation": "gelu_pytorch_tanh",
-            "rms_norm_eps": exact(self.eps),
-            "attention_bias": self.bias,
-            "query_pre_attn_scalar": self.query_scalar,
-            "sliding_window": self.windows.iter().flatten().next(),
-            "layer_types": gemma::layer_types(&self.windows),
-            "attn_logit_softcapping": self.score_cap,
-            "final_logit_softcapping": self.logit_cap,
-        });
-        merged(&self.sizes, extra, Some(&self.rotary))
+        merged(&self.common.sizes, self.common.to_hf().into(), Some(&self.rotary))
     }
 
     fn to_gguf(&self) -> Result<GgufSettings, Misfit> {
-        let scalar = (self.query_scalar, LARGEST);
-        let mut metadata = gemma::settings(&self.sizes, self.eps, scalar, (&self.windows, 2))?;
-        for (key, cap) in
-            [("attn_logit_softcapping", self.score_cap), ("final_logit_softcapping", self.logit_cap)]
+        let c = &self.common;
+        let mut metadata = gemma::settings(c, LARGEST, 2)?;
+        for (key, cap) in [("attn_logit_softcapping", c.score_cap), ("final_logit_softcapping", c.logit_cap)]
         {
             let Some(cap) = cap else {
                 return Err(Misfit::new(key, "null", "a number: llama.cpp caps Gemma 2's always"));
             };
             metadata.push((key.to_string(), GgufValue::Float(f64::from(cap))));
         }
-        let tensors = self.rotary.to_gguf(&self.sizes, &mut metadata, false)?;
+        let tensors = self.rotary.to_gguf(&c.sizes, &mut metadata, false)?;
         Ok(GgufSettings { metadata, tensors })
     }
 }

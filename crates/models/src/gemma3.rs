@@ -4,17 +4,15 @@
 //! Module paths are those of transformers' `Gemma3ForCausalLM`.
 
 use crate::family::{Architecture, Family, GgufForm, Misfit};
-use crate::parts::Frame;
+use crate::gemma::Gemma;
 use crate::qwen3::with_head_norms;
 use crate::rope_settings::{Rotary, RotaryDefaults, USUAL};
-use crate::settings::{DecoderSizes, activation, bad, epsilon, exact, merged, soft_cap, windows};
+use crate::settings::{DecoderSizes, bad, merged};
 use crate::stored::Stored;
 use crate::{GgufSettings, Result, Weights, gemma};
 use engobe_formats::gguf::{Gguf, GgufValue};
 use engobe_formats::hf_config::HfConfig;
-use engobe_kernels::attention::AttentionShape;
-use engobe_nn::decoder::Decoder;
-use engobe_nn::{CausalLm, Norm};
+use engobe_nn::CausalLm;
 use serde_json::{Value, json};
 
 pub static ARCHITECTURE: Architecture = Architecture {
@@ -33,21 +31,13 @@ const LARGEST: usize = 62;
 
 #[derive(Debug)]
 struct Gemma3 {
-    sizes: DecoderSizes,
-    eps: f32,
-    bias: bool,
+    common: Gemma,
     /// of layers that see all, and of those that see a window
     rotary: [Rotary; 2],
-    query_scalar: f32,
-    /// of each layer
-    windows: Vec<Option<usize>>,
-    score_cap: Option<f32>,
-    logit_cap: Option<f32>,
 }
 
 impl Gemma3 {
     fn from_hf(config: &HfConfig) -> Result<Self> {
-        activation(config, "hidden_activation", "gelu_pytorch_tanh", gemma::GELU)?;
         if config.bool_or("use_bidirectional_attention", false)? {
             return Err(bad(
                 config,
@@ -57,18 +47,10 @@ impl Gemma3 {
             ));
         }
         let sizes = DecoderSizes::from_hf(config, true)?;
-        let window = config.opt_usize("sliding_window")?.or(Some(4096));
         let every = config.opt_usize("sliding_window_pattern")?.unwrap_or(6).max(1);
-        Ok(Self {
-            eps: epsilon(config, "rms_norm_eps", 1e-6)?,
-            bias: config.bool_or("attention_bias", false)?,
-            rotary: rotary_from_hf(config, &sizes)?,
-            query_scalar: gemma::query_scalar(config)?,
-            windows: windows(config, sizes.layers, window, |i| (i + 1) % every != 0)?,
-            score_cap: soft_cap(config, "attn_logit_softcapping", None)?,
-            logit_cap: soft_cap(config, "final_logit_softcapping", None)?,
-            sizes: with_head_norms(gemma::with_norms_after(sizes)),
-        })
+        let rotary = rotary_from_hf(config, &sizes)?;
+        let common = Gemma::from_hf(config, with_head_norms(sizes), |i| (i + 1) % every != 0, [None, None])?;
+        Ok(Self { common, rotary })
     }
 
     fn from_gguf(gguf: &Gguf) -> Result<Self> {
@@ -81,16 +63,16 @@ impl Gemma3 {
         );
         // files of the first converters, before windows, have one base for all layers
         let rotary = if window.is_some() { [all, local] } else { [all.clone(), all] };
-        Ok(Self {
+        let common = Gemma {
             eps: gguf.f32("gemma3.attention.layer_norm_rms_epsilon")?,
             bias: false,
-            rotary,
             query_scalar: gemma::implied_scalar(&sizes, LARGEST),
             windows: (0..sizes.layers).map(|i| window.filter(|_| (i + 1) % 6 != 0)).collect(),
             score_cap: None,
             logit_cap: gguf.opt_f32("gemma3.final_logit_softcapping")?.filter(|cap| *cap > 0.0),
             sizes: with_head_norms(gemma::with_norms_after(sizes)),
-        })
+        };
+        Ok(Self { common, rotary })
     }
 }
 
@@ -110,21 +92,13 @@ fn rotary_from_hf(config: &HfConfig, sizes: &DecoderSizes) -> Result<[Rotary; 2]
 
 impl Family for Gemma3 {
     fn sizes(&self) -> &DecoderSizes {
-        &self.sizes
+        &self.common.sizes
     }
 
     fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
-        let s = &self.sizes;
-        let norm = Norm::Rms(gemma::norm(w, "model.norm", s.hidden, self.eps)?);
         let ropes = self.rotary.iter().map(Rotary::rope).collect();
-        let decoder = Frame::usual("gemma3_text", s, norm, ropes).decoder(w, s, |i| {
-            let plain = s.attention(1.0 / self.query_scalar.sqrt(), self.windows[i]);
-            let shape = AttentionShape { soft_cap: self.score_cap, ..plain };
-            let rope = usize::from(self.windows[i].is_some());
-            gemma::block(w, s, i, (self.eps, self.bias), shape, rope, true)
-        })?;
-        let embed_scale = Some((s.hidden as f32).sqrt());
-        Ok(Box::new(Decoder { embed_scale, soft_cap: self.logit_cap, ..decoder }))
+        let of_layer = |i: usize| usize::from(self.common.windows[i].is_some());
+        self.common.build(w, "gemma3_text", ropes, of_layer, true)
     }
 
     fn stored(&self, name: &str) -> Stored {
@@ -132,32 +106,23 @@ impl Family for Gemma3 {
     }
 
     fn to_hf(&self) -> Value {
-        let extra = json!({
-            "hidden_activation": "gelu_pytorch_tanh",
-            "rms_norm_eps": exact(self.eps),
-            "attention_bias": self.bias,
-            "query_pre_attn_scalar": self.query_scalar,
-            "sliding_window": self.windows.iter().flatten().next(),
-            "layer_types": gemma::layer_types(&self.windows),
-            "attn_logit_softcapping": self.score_cap,
-            "final_logit_softcapping": self.logit_cap,
-            "rope_local_base_freq": self.rotary[1].theta,
-        });
-        merged(&self.sizes, extra, Some(&self.rotary[0]))
+        let mut extra = self.common.to_hf();
+        extra.insert("rope_local_base_freq".to_string(), json!(self.rotary[1].theta));
+        merged(&self.common.sizes, extra.into(), Some(&self.rotary[0]))
     }
 
     fn to_gguf(&self) -> Result<GgufSettings, Misfit> {
-        if let Some(cap) = self.score_cap {
+        let c = &self.common;
+        if let Some(cap) = c.score_cap {
             return Err(Misfit::new("attn_logit_softcapping", cap, "null, as llama.cpp has it for Gemma 3"));
         }
         let [all, local] = &self.rotary;
-        let scalar = (self.query_scalar, LARGEST);
-        let mut metadata = gemma::settings(&self.sizes, self.eps, scalar, (&self.windows, 6))?;
+        let mut metadata = gemma::settings(c, LARGEST, 6)?;
         metadata.push(("rope.freq_base_swa".to_string(), GgufValue::Float(local.theta)));
-        if let Some(cap) = self.logit_cap {
+        if let Some(cap) = c.logit_cap {
             metadata.push(("final_logit_softcapping".to_string(), GgufValue::Float(f64::from(cap))));
         }
-        let tensors = all.to_gguf(&self.sizes, &mut metadata, false)?;
+        let tensors = all.to_gguf(&c.sizes, &mut metadata, false)?;
         Ok(GgufSettings { metadata, tensors })
     }
 }

@@ -33,6 +33,7 @@ mod seq2seq;
 mod settings;
 mod stored;
 mod t5;
+mod task_heads;
 mod weights;
 
 pub use blank::{TensorUse, scheme_bytes};
@@ -44,6 +45,7 @@ pub use seq2seq::load_seq2seq;
 pub use settings::DecoderSizes;
 pub use stored::Stored;
 pub use t5::{T5, T5Config};
+pub use task_heads::{HeadKind, load_task_model};
 pub use weights::{WeightDtype, Weights};
 
 use candle_core::Device;

@@ -3,16 +3,14 @@
 //! Module paths are those of transformers' `LlamaForCausalLM`.
 
 use crate::family::{Architecture, Family, GgufForm, Misfit};
-use crate::parts::Frame;
+use crate::parts::LlamaBlocks;
 use crate::rope_settings::{Rotary, USUAL};
 use crate::settings::{DecoderSizes, SILU, activation, epsilon, exact, merged};
 use crate::stored::Stored;
 use crate::{GgufSettings, Result, Weights, gguf_names};
 use engobe_formats::gguf::{Gguf, GgufValue};
 use engobe_formats::hf_config::HfConfig;
-use engobe_kernels::activation::Activation;
-use engobe_nn::decoder::{Attention, Block, Norms};
-use engobe_nn::{CausalLm, Norm};
+use engobe_nn::CausalLm;
 use serde_json::{Value, json};
 
 pub static ARCHITECTURE: Architecture = Architecture {
@@ -67,24 +65,13 @@ impl Family for Llama {
     }
 
     fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
-        let s = &self.sizes;
-        let norm = |path: &str| -> Result<Norm> { Ok(Norm::Rms(w.rms_norm_at(path, s.hidden, self.eps)?)) };
-        let frame = Frame::usual("llama", s, norm("model.norm")?, vec![self.rotary.rope()]);
-        let decoder = frame.decoder(w, s, |i| {
-            let at = |name: &str| format!("model.layers.{i}.{name}");
-            Ok(Block::new(
-                Attention {
-                    projection: w.separate_qkv(&at("self_attn"), s, self.attention_bias)?,
-                    head_norms: None,
-                    output: w.linear_at(&at("self_attn.o_proj"), s.hidden, s.width(), self.attention_bias)?,
-                    shape: s.attention(s.scale(), None),
-                    rope: Some(0),
-                },
-                w.gated_mlp(&at("mlp"), s, Activation::Silu, self.mlp_bias)?,
-                Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
-            ))
-        })?;
-        Ok(Box::new(decoder))
+        let bias = self.attention_bias;
+        let plain = LlamaBlocks::new(&self.sizes, self.eps);
+        LlamaBlocks { qkv_bias: bias, output_bias: bias, mlp_bias: self.mlp_bias, ..plain }.build(
+            w,
+            "llama",
+            self.rotary.rope(),
+        )
     }
 
     fn stored(&self, name: &str) -> Stored {

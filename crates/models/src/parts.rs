@@ -3,9 +3,9 @@
 use crate::settings::DecoderSizes;
 use crate::{Result, Weights};
 use engobe_kernels::activation::Activation;
-use engobe_nn::decoder::{Block, Decoder, Mlp, Projection, Up};
+use engobe_nn::decoder::{Attention, Block, Decoder, Mlp, Norms, Projection, Up};
 use engobe_nn::rope::Rope;
-use engobe_nn::{Embedding, Entry, LayerNorm, Linear, ModelInfo, Norm, RmsNorm};
+use engobe_nn::{CausalLm, Embedding, Entry, LayerNorm, Linear, ModelInfo, Norm, RmsNorm};
 use rayon::prelude::*;
 
 impl Weights<'_> {
@@ -133,5 +133,65 @@ impl Frame {
             soft_cap: None,
             device: weights.device().clone(),
         })
+    }
+}
+
+/// A decoder of LLaMA's blocks, with that in which those after it differ.
+pub(crate) struct LlamaBlocks<'a> {
+    pub sizes: &'a DecoderSizes,
+    /// of the norms
+    pub eps: f32,
+    /// biases on queries, keys and values
+    pub qkv_bias: bool,
+    /// a bias on attention's output
+    pub output_bias: bool,
+    pub mlp_bias: bool,
+    /// norms on the heads of queries and keys
+    pub head_norms: bool,
+    /// of each layer; those that are not there see all
+    pub windows: &'a [Option<usize>],
+}
+
+impl<'a> LlamaBlocks<'a> {
+    /// LLaMA's own, without biases.
+    pub fn new(sizes: &'a DecoderSizes, eps: f32) -> Self {
+        Self {
+            sizes,
+            eps,
+            qkv_bias: false,
+            output_bias: false,
+            mlp_bias: false,
+            head_norms: false,
+            windows: &[],
+        }
+    }
+
+    /// The decoder, with one rotary embedding for all layers.
+    pub fn build(&self, w: &Weights<'_>, model_type: &'static str, rope: Rope) -> Result<Box<dyn CausalLm>> {
+        let norm = Norm::Rms(w.rms_norm_at("model.norm", self.sizes.hidden, self.eps)?);
+        let frame = Frame::usual(model_type, self.sizes, norm, vec![rope]);
+        Ok(Box::new(frame.decoder(w, self.sizes, |i| self.block(w, i))?))
+    }
+
+    fn block(&self, w: &Weights<'_>, layer: usize) -> Result<Block> {
+        let s = self.sizes;
+        let at = |name: &str| format!("model.layers.{layer}.{name}");
+        let norm =
+            |name: &str| -> Result<Norm> { Ok(Norm::Rms(w.rms_norm_at(&at(name), s.hidden, self.eps)?)) };
+        let head_norm = |name: &str| w.rms_norm_at(&at(name), s.head_dim, self.eps);
+        Ok(Block::new(
+            Attention {
+                projection: w.separate_qkv(&at("self_attn"), s, self.qkv_bias)?,
+                head_norms: match self.head_norms {
+                    true => Some([head_norm("self_attn.q_norm")?, head_norm("self_attn.k_norm")?]),
+                    false => None,
+                },
+                output: w.linear_at(&at("self_attn.o_proj"), s.hidden, s.width(), self.output_bias)?,
+                shape: s.attention(s.scale(), self.windows.get(layer).copied().flatten()),
+                rope: Some(0),
+            },
+            w.gated_mlp(&at("mlp"), s, Activation::Silu, self.mlp_bias)?,
+            Norms::Pre([norm("input_layernorm")?, norm("post_attention_layernorm")?]),
+        ))
     }
 }

@@ -5,15 +5,13 @@
 
 use crate::family::{Architecture, Family, GgufForm, Misfit};
 use crate::llama::rope_settings;
-use crate::parts::Frame;
+use crate::parts::LlamaBlocks;
 use crate::rope_settings::{Rotary, USUAL};
 use crate::settings::{DecoderSizes, SILU, activation, epsilon, exact, merged, upper_windows};
 use crate::{GgufSettings, Result, Weights, gguf_names};
 use engobe_formats::gguf::Gguf;
 use engobe_formats::hf_config::HfConfig;
-use engobe_kernels::activation::Activation;
-use engobe_nn::decoder::{Attention, Block, Norms};
-use engobe_nn::{CausalLm, Norm};
+use engobe_nn::CausalLm;
 use serde_json::{Value, json};
 
 pub static ARCHITECTURE: Architecture = Architecture {
@@ -65,24 +63,8 @@ impl Family for Qwen2 {
     }
 
     fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
-        let s = &self.sizes;
-        let norm = |path: &str| -> Result<Norm> { Ok(Norm::Rms(w.rms_norm_at(path, s.hidden, self.eps)?)) };
-        let frame = Frame::usual("qwen2", s, norm("model.norm")?, vec![self.rotary.rope()]);
-        let decoder = frame.decoder(w, s, |i| {
-            let at = |name: &str| format!("model.layers.{i}.{name}");
-            Ok(Block::new(
-                Attention {
-                    projection: w.separate_qkv(&at("self_attn"), s, true)?,
-                    head_norms: None,
-                    output: w.linear_at(&at("self_attn.o_proj"), s.hidden, s.width(), false)?,
-                    shape: s.attention(s.scale(), self.windows[i]),
-                    rope: Some(0),
-                },
-                w.gated_mlp(&at("mlp"), s, Activation::Silu, false)?,
-                Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
-            ))
-        })?;
-        Ok(Box::new(decoder))
+        let plain = LlamaBlocks::new(&self.sizes, self.eps);
+        LlamaBlocks { qkv_bias: true, windows: &self.windows, ..plain }.build(w, "qwen2", self.rotary.rope())
     }
 
     fn to_hf(&self) -> Value {

@@ -4,16 +4,14 @@
 
 use crate::family::{Architecture, Family, GgufForm, Misfit};
 use crate::llama::rope_settings;
-use crate::parts::Frame;
+use crate::parts::LlamaBlocks;
 use crate::qwen2::no_windows;
 use crate::rope_settings::{Rotary, USUAL};
 use crate::settings::{DecoderSizes, SILU, activation, epsilon, exact, merged, upper_windows};
 use crate::{GgufSettings, Result, Weights, gguf_names};
 use engobe_formats::gguf::Gguf;
 use engobe_formats::hf_config::HfConfig;
-use engobe_kernels::activation::Activation;
-use engobe_nn::decoder::{Attention, Block, Norms};
-use engobe_nn::{CausalLm, Norm};
+use engobe_nn::CausalLm;
 use serde_json::{Value, json};
 
 pub static ARCHITECTURE: Architecture = Architecture {
@@ -76,26 +74,10 @@ impl Family for Qwen3 {
     }
 
     fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
-        let s = &self.sizes;
-        let norm = |path: &str| -> Result<Norm> { Ok(Norm::Rms(w.rms_norm_at(path, s.hidden, self.eps)?)) };
-        let frame = Frame::usual("qwen3", s, norm("model.norm")?, vec![self.rotary.rope()]);
-        let decoder = frame.decoder(w, s, |i| {
-            let at = |name: &str| format!("model.layers.{i}.{name}");
-            let head_norm = |name: &str| w.rms_norm_at(&at(name), s.head_dim, self.eps);
-            let o_proj = at("self_attn.o_proj");
-            Ok(Block::new(
-                Attention {
-                    projection: w.separate_qkv(&at("self_attn"), s, self.attention_bias)?,
-                    head_norms: Some([head_norm("self_attn.q_norm")?, head_norm("self_attn.k_norm")?]),
-                    output: w.linear_at(&o_proj, s.hidden, s.width(), self.attention_bias)?,
-                    shape: s.attention(s.scale(), self.windows[i]),
-                    rope: Some(0),
-                },
-                w.gated_mlp(&at("mlp"), s, Activation::Silu, false)?,
-                Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
-            ))
-        })?;
-        Ok(Box::new(decoder))
+        let bias = self.attention_bias;
+        let plain = LlamaBlocks::new(&self.sizes, self.eps);
+        let blocks = LlamaBlocks { qkv_bias: bias, output_bias: bias, head_norms: true, ..plain };
+        LlamaBlocks { windows: &self.windows, ..blocks }.build(w, "qwen3", self.rotary.rope())
     }
 
     fn to_hf(&self) -> Value {

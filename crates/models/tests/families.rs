@@ -1,20 +1,13 @@
 //! Every family's decoder: outlined from its configuration alone, quantized on the way and in a directory.
 
-use engobe_autograd::{Tape, Var, host};
 use engobe_kernels::codec::FourBit;
 use engobe_kernels::quantize::Scheme;
 use engobe_models::{LoadOptions, Outline, load_causal_lm, quantize, vocab_size};
-use engobe_nn::TokenBatch;
-use engobe_testkit::{cases, golden};
+use engobe_testkit::{cases, golden, models};
 use std::path::Path;
 
 fn logits(path: &Path, options: &LoadOptions) -> Vec<f32> {
-    let model = load_causal_lm(path, options).unwrap();
-    let ids: Vec<u32> = (0..20).map(|i| i * 13 % 40).collect();
-    let batch = TokenBatch::packed(&ids, std::slice::from_ref(&(0..20)));
-    let mut tape = Tape::inference();
-    let hidden = model.hidden_states(&mut tape, &batch, None).unwrap().into_tensor();
-    host(&model.logits(&mut tape, &Var::constant(hidden)).unwrap()).unwrap().to_vec()
+    models::logits(load_causal_lm(path, options).unwrap().as_ref(), &models::some_ids()).concat()
 }
 
 #[test]

@@ -1,11 +1,10 @@
 //! The tiny models of `golden/llama` as llama.cpp's converter writes them: the same logits from a GGUF file.
 
-use engobe_autograd::{Tape, Var, host};
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::gguf::{GgufValue, write_gguf};
 use engobe_formats::hf_config::HfConfig;
-use engobe_models::{LoadOptions, gguf_names, load_causal_lm};
-use engobe_nn::TokenBatch;
+use engobe_models::gguf_names;
+use engobe_testkit::models::{load, logits};
 use engobe_testkit::{assert_close, golden, golden_json};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -81,19 +80,13 @@ fn a_converted_model_gives_the_logits_of_transformers() {
     for name in ["plain", "gqa_tied", "mqa_theta", "head_dim_bias"] {
         let path = scratch.path().join(format!("{name}.gguf"));
         convert(&golden(format!("llama/{name}")), &path);
-        let model = load_causal_lm(&path, &LoadOptions::default()).unwrap();
+        let model = load(&path);
         let expected: Expected = golden_json(format!("llama/{name}/expected.json"));
         for (n, rows) in &expected.logits {
-            let batch = TokenBatch::packed(&expected.ids[..*n], std::slice::from_ref(&(0..*n)));
-            let mut tape = Tape::inference();
-            let hidden = model.hidden_states(&mut tape, &batch, None).unwrap().into_tensor();
-            let logits = model.logits(&mut tape, &Var::constant(hidden)).unwrap();
-            let width = logits.dim(1).unwrap();
-            let all = host(&logits).unwrap().to_vec();
-            for (row, expected) in [0, n / 2, n - 1].into_iter().zip(rows) {
-                let found = &all[row * width..][..width];
+            let found = logits(model.as_ref(), &expected.ids[..*n]);
+            for (at, expected) in [0, n / 2, n - 1].into_iter().zip(rows) {
                 // f32 sums in another order, as in transformers_parity.rs
-                assert_close(found, expected, 1e-5, &format!("{name}, {n} tokens"));
+                assert_close(&found[at], expected, 1e-5, &format!("{name}, {n} tokens"));
             }
         }
     }

@@ -17,6 +17,7 @@ mod prefix;
 pub mod rope;
 mod seq2seq;
 mod sub_layer;
+mod task;
 
 pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
@@ -24,7 +25,10 @@ pub use encoder::{Encoder, EncoderStack, Pooler};
 pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
 pub use entry::{Entry, InputRows};
 pub use linear::{Linear, LinearAdapter, linear_group};
-pub use modules::{Embedding, LayerNorm, ModuleMut, ModuleTree, Norm, RmsNorm, SiteMut, Weight};
+pub use modules::{
+    Embedding, EmbeddingAdapter, LayerNorm, ModuleMut, ModuleTree, Norm, RmsNorm, SiteMut, Weight,
+};
 pub use prefix::{KeyValueRows, KvPrefix};
 pub use seq2seq::{EncoderStates, Seq2Seq, Seq2SeqCache};
 pub use sub_layer::{Closing, NormAfter, SubLayer, SubLayerAdapter, SubLayerKind};
+pub use task::{HeadLayer, Pooling, TaskHead, TaskModel, pool};

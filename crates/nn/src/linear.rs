@@ -12,6 +12,11 @@ use std::sync::Arc;
 pub trait LinearAdapter: Debug + Send + Sync {
     /// Adds this adapter's part to the layer's description for one forward pass.
     fn extend(&self, tape: &mut Tape<'_>, spec: &mut LinearSpec) -> Result<()>;
+
+    /// True if it changes the layer's bias, and not only its matrix.
+    fn changes_bias(&self) -> bool {
+        false
+    }
 }
 
 /// `y = x·Wᵀ + bias`, plus what adapters add.
@@ -77,6 +82,12 @@ impl Linear {
         self.weight.dims().0
     }
 
+    /// Puts another frozen matrix of this shape in the place of the base's.
+    pub fn set_weight(&mut self, weight: FrozenWeight) {
+        let base = std::mem::replace(&mut self.weight, Weight::Frozen(weight));
+        self.base_weight.get_or_insert(base);
+    }
+
     /// Trains the whole matrix: `param` has its shape.
     pub fn train_weight(&mut self, param: Param) {
         let base = std::mem::replace(&mut self.weight, Weight::Trained(param));
@@ -117,7 +128,7 @@ impl Linear {
 
     /// True if the bias is the base's own.
     pub fn bias_is_plain(&self) -> bool {
-        !matches!(self.bias, Some(Vector::Trained(_)))
+        !matches!(self.bias, Some(Vector::Trained(_))) && !self.adapters.iter().any(|a| a.changes_bias())
     }
 
     /// The layer with its adapters for one forward pass.

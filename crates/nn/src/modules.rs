@@ -7,6 +7,7 @@ use crate::sub_layer::SubLayer;
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, Matrix};
 use engobe_autograd::{FrozenWeight, Param, Result, Tape, Var};
+use std::fmt::Debug;
 use std::sync::Arc;
 
 /// A matrix `[rows, cols]` that is frozen, or trained in full (`modules_to_save`).
@@ -27,6 +28,14 @@ impl Weight {
                 [rows, cols] => (*rows, *cols),
                 other => (other.iter().product(), 1),
             },
+        }
+    }
+
+    /// True if both are the same matrix of the base: one place in memory.
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Frozen(a), Self::Frozen(b)) => a.is_same(b),
+            _ => false,
         }
     }
 
@@ -79,6 +88,12 @@ impl Vector {
     }
 }
 
+/// Something attached to an embedding.
+pub trait EmbeddingAdapter: Debug + Send + Sync {
+    /// The rows `[n, d]` of tokens `ids` with this adapter's part in them.
+    fn apply(&self, tape: &mut Tape<'_>, ids: &Arc<[u32]>, rows: Var) -> Result<Var>;
+}
+
 /// Token embedding `[vocab, d]`.
 #[derive(Debug)]
 pub struct Embedding {
@@ -86,12 +101,13 @@ pub struct Embedding {
     weight: Weight,
     /// the base's own matrix, while another is trained in its place
     base: Option<Weight>,
+    adapters: Vec<Arc<dyn EmbeddingAdapter>>,
 }
 
 impl Embedding {
     /// An embedding at a module path.
     pub fn new(path: impl Into<String>, weight: FrozenWeight) -> Self {
-        Self { path: path.into(), weight: Weight::Frozen(weight), base: None }
+        Self { path: path.into(), weight: Weight::Frozen(weight), base: None, adapters: Vec::new() }
     }
 
     /// Module path.
@@ -110,8 +126,19 @@ impl Embedding {
         self.base.get_or_insert(base);
     }
 
-    /// Takes away what was trained in the base's place.
+    /// Attaches an adapter; each sees the rows as the one before left them.
+    pub fn attach(&mut self, adapter: Arc<dyn EmbeddingAdapter>) {
+        self.adapters.push(adapter);
+    }
+
+    /// True if the matrix is the base's own and nothing is attached.
+    pub fn is_plain(&self) -> bool {
+        self.adapters.is_empty() && matches!(self.weight, Weight::Frozen(_))
+    }
+
+    /// Takes away what was attached, and what was trained in the base's place.
     pub fn detach(&mut self) {
+        self.adapters.clear();
         if let Some(base) = self.base.take() {
             self.weight = base;
         }
@@ -120,7 +147,11 @@ impl Embedding {
     /// Rows `ids`: `[n, d]`.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, ids: Arc<[u32]>, device: &Device) -> Result<Var> {
         let weight = self.weight.on(tape);
-        ops::embedding(tape, &weight, ids, device)
+        let mut rows = ops::embedding(tape, &weight, ids.clone(), device)?;
+        for adapter in &self.adapters {
+            rows = adapter.apply(tape, &ids, rows)?;
+        }
+        Ok(rows)
     }
 }
 

@@ -3,6 +3,11 @@
 //! Golden files are outputs of transformers, PEFT and llama.cpp; `golden/` keeps them beside the scripts that made
 //! them.
 
+#[cfg(feature = "damage")]
+pub mod damage;
+#[cfg(feature = "models")]
+pub mod models;
+
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
 
@@ -32,6 +37,18 @@ pub fn cases(dir: &str) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// The directory of the base of an adapter in `golden/peft`.
+pub fn base_of(adapter: &str) -> PathBuf {
+    let expected: serde_json::Value = golden_json(format!("peft/{adapter}/expected.json"));
+    let base = expected["base"].as_str().unwrap_or_else(|| panic!("golden/peft/{adapter}: no base"));
+    golden(format!("llama/{base}"))
+}
+
+/// What [`assert_close`] expects, of what another model said.
+pub fn doubles(numbers: &[f32]) -> Vec<f64> {
+    numbers.iter().map(|v| f64::from(*v)).collect()
 }
 
 /// Panics if some element differs by more than `tolerance` times the largest expected one.

@@ -34,6 +34,9 @@ pub struct RunState {
     pub fingerprint: String,
     /// best evaluation loss so far
     pub best_eval_loss: Option<f64>,
+    /// best value of what decides on the best step, the sign such that more is better
+    #[serde(default)]
+    pub best_value: Option<f64>,
     /// step of the best evaluation
     pub best_step: Option<usize>,
     /// evaluations since the best one

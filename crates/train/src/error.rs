@@ -68,6 +68,20 @@ pub enum Error {
     /// No label in the data.
     #[error("no row has a label to learn from")]
     NoLabels,
+    /// Labels of another kind than the head's.
+    #[error("a row's label does not fit the task: {problem} is what the head was made for")]
+    Labels {
+        /// the head's kind of labels
+        problem: &'static str,
+    },
+    /// A name of a score that the task does not have.
+    #[error("metric_for_best_model {name:?}: this task's scores are {known}")]
+    Metric {
+        /// what was asked for
+        name: String,
+        /// what there is
+        known: String,
+    },
     /// Two models that cannot be compared.
     #[error("the models have vocabularies of {reference} and {candidate} tokens: they cannot be compared")]
     Vocabulary {

@@ -2,6 +2,7 @@
 
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,9 @@ pub struct StepMetrics {
     /// loss on the validation rows, if they were evaluated after this step
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval_loss: Option<f64>,
+    /// the task's scores on them
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub eval_scores: BTreeMap<String, f64>,
 }
 
 /// The file, open for appending.

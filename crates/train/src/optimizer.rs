@@ -26,9 +26,40 @@ pub struct Optimizer {
     epsilon: f64,
     weight_decay: f64,
     momentum: f64,
+    groups: Groups,
     slots: BTreeMap<String, Slot>,
     /// moments of the parameters in host memory
     moments: Moments,
+}
+
+/// Which parameters have a learning rate of their own: LoRA+, in the groups of PEFT's `create_loraplus_optimizer`.
+#[derive(Clone, Copy, Debug)]
+struct Groups {
+    ratio: Option<f64>,
+    /// learning rate beside embeddings over that of A
+    embedding: f64,
+}
+
+impl Groups {
+    fn new(plan: &Optimization) -> Self {
+        let base = plan.learning_rate;
+        let embedding = if base > 0.0 { plan.loraplus_lr_embedding / base } else { 0.0 };
+        Self { ratio: plan.loraplus_lr_ratio, embedding }
+    }
+
+    /// Learning rate and weight decay of a parameter, given those of A.
+    fn of(&self, param: &Param, lr: f64, decay: f64) -> (f64, f64) {
+        let (Some(ratio), name) = (self.ratio, param.name()) else { return (lr, decay) };
+        if name.contains(".lora_embedding_") {
+            return (lr * self.embedding, decay);
+        }
+        let late = name.contains("lora_B") || param.tensor().dims().len() == 1;
+        match (late, name.contains("bias")) {
+            (false, _) => (lr, decay),
+            (true, false) => (lr * ratio, decay),
+            (true, true) => (lr * ratio, 0.0),
+        }
+    }
 }
 
 /// State of one parameter.
@@ -109,6 +140,7 @@ impl Optimizer {
             epsilon: plan.adam_epsilon,
             weight_decay: plan.weight_decay,
             momentum: plan.momentum,
+            groups: Groups::new(plan),
             slots,
             moments: Moments::new(kind, &sizes, file)?,
         })
@@ -123,6 +155,7 @@ impl Optimizer {
                 .get_mut(param.name())
                 .ok_or_else(|| Error::Resume { what: format!("no optimizer state for {}", param.name()) })?;
             slot.steps += 1;
+            let (lr, weight_decay) = self.groups.of(param, lr, self.weight_decay);
             let rule = Rule {
                 kind: self.kind,
                 adam: AdamWStep {
@@ -130,7 +163,7 @@ impl Optimizer {
                     beta1: self.beta1 as f32,
                     beta2: self.beta2 as f32,
                     eps: self.epsilon as f32,
-                    weight_decay: self.weight_decay as f32,
+                    weight_decay: weight_decay as f32,
                     bias_correction1: (1.0 - self.beta1.powi(slot.steps as i32)) as f32,
                     bias_correction2: (1.0 - self.beta2.powi(slot.steps as i32)) as f32,
                     grad_scale: grad_scale as f32,

@@ -4,6 +4,7 @@
 //! names are the ones that users of PEFT and transformers know, and are the keys of `--config` and `--set`.
 
 use crate::memory::MemoryLimit;
+use engobe_autograd::Half;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -138,6 +139,10 @@ pub struct Optimization {
     pub momentum: f64,
     /// the file of a paged optimizer's moments; without, one in the run's directory
     pub state_file: Option<PathBuf>,
+    /// LoRA+ (Hayou et al. 2024): learning rate of B over that of A
+    pub loraplus_lr_ratio: Option<f64>,
+    /// LoRA+: peak learning rate of factors beside embeddings
+    pub loraplus_lr_embedding: f64,
 }
 
 impl Default for Optimization {
@@ -154,6 +159,8 @@ impl Default for Optimization {
             adam_epsilon: 1e-8,
             momentum: 0.0,
             state_file: None,
+            loraplus_lr_ratio: None,
+            loraplus_lr_embedding: 1e-6,
         }
     }
 }
@@ -168,9 +175,11 @@ pub struct Upkeep {
     pub save_steps: usize,
     /// checkpoints kept, newest first
     pub save_total_limit: usize,
-    /// stop after so many evaluations without a better loss; 0 = never
+    /// the score that tells which evaluation is best; without, the loss
+    pub metric_for_best_model: Option<String>,
+    /// stop after so many evaluations that are not better; 0 = never
     pub early_stopping_patience: usize,
-    /// a loss must fall by more than this to count as better
+    /// the loss must fall, or the score rise, by more than this to count as better
     pub early_stopping_threshold: f64,
     /// end with the adapter of the best evaluation rather than the last step's
     pub load_best: bool,
@@ -182,9 +191,46 @@ impl Default for Upkeep {
             eval_steps: 0,
             save_steps: 0,
             save_total_limit: 2,
+            metric_for_best_model: None,
             early_stopping_patience: 0,
             early_stopping_threshold: 0.0,
             load_best: false,
+        }
+    }
+}
+
+/// How a step keeps its activations. Arithmetic is in f32 whatever this says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeDtype {
+    /// as they were computed
+    #[default]
+    #[serde(alias = "float32")]
+    F32,
+    /// in 16 bits with the range of f32
+    #[serde(alias = "bfloat16")]
+    BF16,
+    /// in 16 bits, finer than bf16, up to 65504
+    #[serde(alias = "float16")]
+    F16,
+}
+
+impl ComputeDtype {
+    /// Name in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::BF16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+
+    /// The 16-bit type, for [`engobe_autograd::Tape::half`].
+    pub fn half(self) -> Option<Half> {
+        match self {
+            Self::F32 => None,
+            Self::BF16 => Some(Half::BF16),
+            Self::F16 => Some(Half::F16),
         }
     }
 }
@@ -195,6 +241,8 @@ impl Default for Upkeep {
 pub struct Compute {
     /// keep each block's input alone and run its forward again in the backward
     pub activation_checkpointing: bool,
+    /// how the values that the backward needs are kept, and what adapters' factors are rounded to in the forward
+    pub compute_dtype: ComputeDtype,
     /// memory that the process may hold; a run that would take more is stopped
     pub memory_limit: Option<MemoryLimit>,
 }
@@ -250,6 +298,8 @@ impl Plan {
             ("learning_rate", o.learning_rate),
             ("weight_decay", o.weight_decay),
             ("max_grad_norm", o.max_grad_norm),
+            ("loraplus_lr_ratio", o.loraplus_lr_ratio.unwrap_or(1.0)),
+            ("loraplus_lr_embedding", o.loraplus_lr_embedding),
             ("early_stopping_threshold", self.upkeep.early_stopping_threshold),
         ] {
             if !(value.is_finite() && value >= 0.0) {

@@ -1,10 +1,10 @@
 //! The arithmetic of one micro-batch: loss, and gradients if asked for.
 
 use crate::Result;
+use crate::model::Model;
 use candle_core::Tensor;
-use engobe_autograd::{Gradients, Tape, Watch, ops};
+use engobe_autograd::{Gradients, Half, Tape, Watch};
 use engobe_data::MicroBatch;
-use engobe_nn::{CausalLm, TokenBatch};
 
 /// Sums over the labelled tokens of one or more micro-batches.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -40,59 +40,36 @@ pub struct Differentiate {
     pub dropout_seed: u64,
     /// factor on the summed loss before it is differentiated: one over the window's labelled tokens
     pub scale: f32,
+    /// keep the backward's values in 16 bits
+    pub half: Option<Half>,
     /// looks on; may end the pass
     pub watch: Option<Watch>,
 }
 
-/// Loss of a micro-batch without gradients; `watch` looks on and may end the pass.
-pub fn evaluate(model: &dyn CausalLm, batch: &MicroBatch, watch: Option<Watch>) -> Result<LossSums> {
-    forward(model, Tape::inference().watch(watch), batch, None)
+/// Loss of a micro-batch without gradients, and the logits of each label's place if the model has few of them: a row
+/// each `[labels]`. `watch` looks on and may end the pass.
+pub fn predict(
+    model: Model<'_>,
+    batch: &MicroBatch,
+    watch: Option<Watch>,
+) -> Result<(LossSums, Vec<Vec<f32>>)> {
+    let pass = model.forward(&mut Tape::inference().watch(watch), batch)?;
+    Ok(pass.map_or_else(Default::default, |pass| (pass.sums, pass.logits)))
 }
 
 /// Loss of a micro-batch; its gradients are added to `grads`.
-pub fn differentiate(
-    model: &dyn CausalLm,
+pub fn differentiate<'m>(
+    model: impl Into<Model<'m>>,
     batch: &MicroBatch,
     how: Differentiate,
     grads: &mut Gradients,
 ) -> Result<LossSums> {
-    let tape = Tape::new().checkpointing(how.checkpointing).dropout_seed(how.dropout_seed).watch(how.watch);
-    forward(model, tape, batch, Some((how.scale, grads)))
-}
-
-fn forward<'m>(
-    model: &'m dyn CausalLm,
-    mut tape: Tape<'m>,
-    batch: &MicroBatch,
-    backward: Option<(f32, &mut Gradients)>,
-) -> Result<LossSums> {
-    let mut rows = Vec::with_capacity(batch.label_tokens);
-    let mut targets = Vec::with_capacity(batch.label_tokens);
-    for (i, target) in batch.targets.iter().enumerate() {
-        if let Some(target) = target {
-            rows.push(i as u32);
-            targets.push(*target);
-        }
+    let tape = Tape::new().checkpointing(how.checkpointing).half(how.half);
+    let mut tape = tape.dropout_seed(how.dropout_seed).watch(how.watch);
+    let Some(pass) = model.into().forward(&mut tape, batch)? else { return Ok(LossSums::default()) };
+    if let Some(loss) = pass.loss {
+        let seed = Tensor::full(how.scale, 1, loss.tensor().device())?;
+        tape.backward(&loss, seed, grads)?;
     }
-    if rows.is_empty() {
-        return Ok(LossSums::default());
-    }
-    let tokens = TokenBatch::packed(&batch.tokens, &batch.segments);
-    let hidden = model.hidden_states(&mut tape, &tokens, None)?;
-    // positions without a label need no logits
-    let labelled =
-        if rows.len() == tokens.len() { hidden } else { ops::select_rows(&mut tape, &hidden, rows.into())? };
-    let label_tokens = targets.len();
-    let out = model.head_loss(&mut tape, &labelled, targets.into())?;
-    drop(labelled);
-    let sums = LossSums {
-        loss: out.tokens.iter().map(|t| f64::from(t.loss)).sum(),
-        label_tokens,
-        correct: out.tokens.iter().filter(|t| t.correct).count(),
-    };
-    if let Some((scale, grads)) = backward {
-        let seed = Tensor::full(scale, 1, out.loss.tensor().device())?;
-        tape.backward(&out.loss, seed, grads)?;
-    }
-    Ok(sums)
+    Ok(pass.sums)
 }

@@ -4,18 +4,21 @@ use crate::checkpoint::{self, RunState};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::memory::guard::{Guard, OverLimit};
 use crate::metrics::{MetricsFile, StepMetrics};
+use crate::model::Model;
 use crate::optimizer::Optimizer;
 use crate::plan::Plan;
 use crate::schedule::learning_rate;
+use crate::scores;
 use crate::step::{self, Differentiate, LossSums};
 use crate::{Error, Result};
 use engobe_adapters::Adapter;
+use engobe_adapters::method::StepTaken;
 use engobe_autograd::{Gradients, Param};
 use engobe_data::{Loader, MicroBatch};
 use engobe_formats::peft::PeftAdapter;
 use engobe_formats::safetensors_file::SafetensorsFile;
 use engobe_kernels::dropout::mix;
-use engobe_nn::CausalLm;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -71,7 +74,7 @@ pub struct Outcome {
 
 /// One run.
 pub struct Trainer<'a> {
-    model: &'a dyn CausalLm,
+    model: Model<'a>,
     adapter: &'a Adapter,
     plan: &'a Plan,
     loader: Loader,
@@ -87,7 +90,7 @@ impl<'a> Trainer<'a> {
     /// Prepares a run that writes into `out`. `fingerprint` says what must not change between the parts of
     /// a resumed run (settings, data, model).
     pub fn new(
-        model: &'a dyn CausalLm,
+        model: impl Into<Model<'a>>,
         adapter: &'a Adapter,
         plan: &'a Plan,
         loader: Loader,
@@ -96,6 +99,8 @@ impl<'a> Trainer<'a> {
         fingerprint: String,
     ) -> Result<Self> {
         plan.validate()?;
+        let model = model.into();
+        check_metric(model, plan.upkeep.metric_for_best_model.as_deref())?;
         let state_file = plan.optimization.state_file.clone().unwrap_or_else(|| out.join("optimizer.state"));
         let optimizer = Optimizer::new(&plan.optimization, &adapter.params(), &state_file)?;
         let accumulation = plan.schedule.gradient_accumulation;
@@ -107,6 +112,7 @@ impl<'a> Trainer<'a> {
             Some(steps) => steps,
             None => ((steps_per_epoch as f64 * plan.schedule.epochs).ceil() as usize).max(1),
         };
+        adapter.begin(total_steps)?;
         Ok(Self {
             model,
             adapter,
@@ -150,7 +156,7 @@ impl<'a> Trainer<'a> {
             );
             return Err(Error::Resume { what });
         }
-        for param in self.adapter.params() {
+        for param in self.adapter.stateful() {
             let value = found.adapter.get(param.name()).ok_or_else(|| Error::Resume {
                 what: format!("{} has no tensor {}", dir.display(), param.name()),
             })?;
@@ -180,13 +186,18 @@ impl<'a> Trainer<'a> {
             };
             let last = self.state.step >= self.total_steps;
             if due(self.state.step, self.plan.upkeep.eval_steps) || last {
-                line.eval_loss = match self.evaluate(observer) {
-                    Ok(loss) => loss,
+                match self.evaluate(observer) {
+                    Ok(None) => {}
+                    Ok(Some(found)) => {
+                        line.eval_loss = Some(found.loss);
+                        line.eval_scores =
+                            found.scores.into_iter().filter_map(|(n, v)| Some((n, v?))).collect();
+                    }
                     Err(error) => {
                         self.state.unevaluated = Some(line);
                         return Err(self.over_limit(error, observer));
                     }
-                };
+                }
             }
             metrics.push(&line)?;
             observer.step(&line, self.total_steps);
@@ -253,6 +264,7 @@ impl<'a> Trainer<'a> {
                 checkpointing: self.plan.compute.activation_checkpointing,
                 dropout_seed: mix(step_seed, i as u64),
                 scale: 1.0 / label_tokens.max(1) as f32,
+                half: self.plan.compute.compute_dtype.half(),
                 watch: self.guard.as_ref().map(|guard| guard.watch_step(batch.tokens.len())),
             };
             sums.add(step::differentiate(self.model, batch, how, &mut grads)?);
@@ -260,7 +272,7 @@ impl<'a> Trainer<'a> {
                 guard.stepped(batch.tokens.len());
             }
         }
-        let loss = sums.mean();
+        let loss = sums.mean() + self.adapter.penalty(&mut grads)?;
         let grad_norm = grads.sum_squares()?.sqrt();
         if !(loss.is_finite() && grad_norm.is_finite()) {
             let rows: Vec<String> =
@@ -275,6 +287,8 @@ impl<'a> Trainer<'a> {
         };
         let lr = learning_rate(o, self.state.step, self.total_steps);
         self.optimizer.step(params, &grads, lr, clip)?;
+        let (step, total) = (self.state.step, self.total_steps);
+        self.adapter.after_step(&StepTaken { step, total, grads: &grads, grad_scale: clip as f32 })?;
         let seconds = started.elapsed().as_secs_f64();
         let state = &mut self.state;
         state.step += 1;
@@ -294,11 +308,12 @@ impl<'a> Trainer<'a> {
             seconds,
             epoch,
             eval_loss: None,
+            eval_scores: BTreeMap::new(),
         })
     }
 
     /// Evaluates the validation rows, keeps the best adapter, decides on stopping early.
-    fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<Option<f64>> {
+    fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<Option<Evaluation>> {
         if self.eval.is_empty() {
             return Ok(None);
         }
@@ -306,10 +321,15 @@ impl<'a> Trainer<'a> {
         let evaluation = evaluate(self.model, &self.eval, self.guard.as_mut(), &mut |_| ())?;
         let best_dir = self.best_dir();
         let state = &mut self.state;
+        let metric = upkeep.metric_for_best_model.as_deref().unwrap_or("loss");
+        let sign = if scores::less_is_better(metric) { -1.0 } else { 1.0 };
+        // a score that is not defined is no gain
+        let value = evaluation.score(metric).map_or(f64::NEG_INFINITY, |value| sign * value);
         let threshold = upkeep.early_stopping_threshold;
-        let better = state.best_eval_loss.is_none_or(|best| evaluation.loss < best - threshold);
+        let better = state.best_value.is_none_or(|best| value > best + threshold);
+        state.best_eval_loss = Some(state.best_eval_loss.map_or(evaluation.loss, |l| l.min(evaluation.loss)));
         if better {
-            state.best_eval_loss = Some(evaluation.loss);
+            state.best_value = Some(value);
             state.best_step = Some(state.step);
             state.evals_without_gain = 0;
             if upkeep.load_best {
@@ -324,7 +344,7 @@ impl<'a> Trainer<'a> {
             state.stopped_early = patience > 0 && state.evals_without_gain >= patience;
         }
         observer.evaluated(state.step, &evaluation, better);
-        Ok(Some(evaluation.loss))
+        Ok(Some(evaluation))
     }
 
     fn best_dir(&self) -> PathBuf {
@@ -354,6 +374,20 @@ impl<'a> Trainer<'a> {
             }
         }
         Ok(self.adapter.save(&self.out)?)
+    }
+}
+
+/// Refuses the name of a score that the model's task does not have. Those of single classes are known once there are
+/// predictions.
+fn check_metric(model: Model<'_>, name: Option<&str>) -> Result<()> {
+    let Some(name) = name.filter(|name| *name != "loss") else { return Ok(()) };
+    let known = model.labels().map_or(&[][..], scores::names);
+    let of_class = |labels: &engobe_data::LabelSet| {
+        name.strip_prefix("f1_").is_some_and(|class| labels.names().iter().any(|n| n.ends_with(class)))
+    };
+    match known.contains(&name) || model.labels().is_some_and(of_class) {
+        true => Ok(()),
+        false => Err(Error::Metric { name: name.to_string(), known: [&["loss"], known].concat().join(", ") }),
     }
 }
 

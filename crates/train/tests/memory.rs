@@ -5,7 +5,7 @@ use engobe_formats::peft::{LoraConfig, TargetModules};
 use engobe_models::{LoadOptions, Outline, WeightDtype};
 use engobe_train::memory::advice::{Storage, choose, fits, suggestions};
 use engobe_train::memory::{Estimate, Run, estimate};
-use engobe_train::plan::{OptimizerKind, Plan};
+use engobe_train::plan::{ComputeDtype, OptimizerKind, Plan};
 use serde_json::json;
 use std::fs;
 
@@ -136,6 +136,41 @@ fn peaks_are_those_that_were_measured() {
         plan.optimization.optimizer = optimizer;
         let peak = estimate(&run(&outline, &adapter, &plan)).peak as f64 / 1e6;
         assert!((peak / measured - 1.0).abs() < 0.1, "{sizes_of:?} {len}: {peak:.0} MB, measured {measured}");
+    }
+}
+
+#[test]
+fn what_is_kept_in_16_bits_takes_half() {
+    let mut outline = outline(SMOL, "float32", &LoadOptions::default());
+    let adapter = sizes(&mut outline, 16, None);
+    let (n, d, f, kv) = (512, 576, 1536, 192);
+    // 2 bytes each but for log-sum-exps and norms' factors; gate and up are widened beside their gradients as their own
+    // 16 bits go
+    let kept = 30 * n * (2 * (4 * d + 2 * kv + 2 * f + 7 * 16) + 4 * (9 + 2));
+    let top = 4 * n * (2 * d + d + 3 * f) + 2 * n * 2 * f;
+    let mut half = plan(512, false);
+    half.compute.compute_dtype = ComputeDtype::BF16;
+    assert_eq!(estimate(&run(&outline, &adapter, &half)).activations, kept + top);
+    let mut checkpointed = plan(512, true);
+    let full = estimate(&run(&outline, &adapter, &checkpointed)).activations;
+    checkpointed.compute.compute_dtype = ComputeDtype::F16;
+    // inputs of 30 blocks take half; the block that runs again has the same work to do in f32
+    let less = full - estimate(&run(&outline, &adapter, &checkpointed)).activations;
+    assert!(less > 2 * 29 * n * d && less < 2 * 30 * n * d + kept / 30, "{less}");
+}
+
+/// As above, with `--compute-dtype`.
+#[test]
+fn peaks_in_16_bits_are_those_that_were_measured() {
+    for (sizes_of, dtype, compute, measured) in
+        [(SMOL, "float32", ComputeDtype::BF16, 824.0), (WIDE, "bfloat16", ComputeDtype::F16, 1064.0)]
+    {
+        let mut outline = outline(sizes_of, dtype, &LoadOptions::default());
+        let adapter = sizes(&mut outline, 16, None);
+        let mut plan = plan(512, false);
+        plan.compute.compute_dtype = compute;
+        let peak = estimate(&run(&outline, &adapter, &plan)).peak as f64 / 1e6;
+        assert!((peak / measured - 1.0).abs() < 0.1, "{sizes_of:?}: {peak:.0} MB, measured {measured}");
     }
 }
 

@@ -2,13 +2,14 @@
 
 use engobe_adapters::{Adapter, Start};
 use engobe_data::{EncodeOptions, Encoder, Loader, LoaderOptions, MicroBatch, PromptStyle, TrainOn, reader};
-use engobe_formats::peft::{LoraConfig, TargetModules};
+use engobe_formats::peft::{LoraConfig, PeftConfig, TargetModules};
 use engobe_models::{LoadOptions, load_causal_lm};
 use engobe_testkit::golden;
 use engobe_train::memory::guard::Guard;
 use engobe_train::memory::resident::resident_bytes;
-use engobe_train::plan::Plan;
+use engobe_train::plan::{ComputeDtype, Plan};
 use engobe_train::{Error, Evaluation, Observer, Outcome, StepMetrics, Trainer, checkpoint, metrics};
+use serde_json::json;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -55,8 +56,6 @@ fn guarded(
     fingerprint: &str,
     guard: Option<Guard>,
 ) -> Result<Outcome, Error> {
-    let device = candle_core::Device::Cpu;
-    let mut model = load_causal_lm(&golden("llama/gqa_tied"), &LoadOptions::default()).unwrap();
     let config = LoraConfig {
         // 72 rows of 64 numbers are above the 4096 from which moments take 8 bits
         r: if plan.optimization.optimizer.is_8bit() { 72 } else { 4 },
@@ -64,7 +63,21 @@ fn guarded(
         target_modules: Some(TargetModules::AllLinear),
         ..Default::default()
     };
-    let adapter = Adapter::attach(model.as_mut(), &config, Start { seed: 1 }, &device).unwrap();
+    of_method(out, plan, steps, fingerprint, guard, PeftConfig::from(&config))
+}
+
+/// The same with an adapter of any method.
+fn of_method(
+    out: &Path,
+    plan: &Plan,
+    steps: usize,
+    fingerprint: &str,
+    guard: Option<Guard>,
+    config: PeftConfig,
+) -> Result<Outcome, Error> {
+    let device = candle_core::Device::Cpu;
+    let mut model = load_causal_lm(&golden("llama/gqa_tied"), &LoadOptions::default()).unwrap();
+    let adapter = Adapter::attach(model.as_mut(), config, Start { seed: 1 }, &device).unwrap();
     let files = reader::read(&[golden("peft/rows.jsonl")]).unwrap();
     let encode = EncodeOptions { train_on: TrainOn::All, style: PromptStyle::Auto, max_seq_len: 48 };
     let samples = Encoder::new(None, model.info().vocab_size, encode).unwrap().encode(&files).unwrap();
@@ -87,16 +100,85 @@ fn files(out: &Path) -> (Vec<u8>, Vec<(usize, u64, u64)>) {
 
 #[test]
 fn pieces_make_the_whole() {
-    for packing in [true, false] {
+    use ComputeDtype::{BF16, F16, F32};
+    for (packing, dtype, checkpointing) in
+        [(true, F32, false), (false, F32, false), (true, BF16, false), (false, BF16, true), (true, F16, true)]
+    {
         let mut plan = plan();
         plan.schedule.packing = packing;
+        plan.compute.compute_dtype = dtype;
+        plan.compute.activation_checkpointing = checkpointing;
         let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         part(whole.path(), &plan, 99, "f").unwrap();
         for steps in [1, 4, 2, 99] {
             let outcome = part(pieces.path(), &plan, steps, "f").unwrap();
             assert_eq!(outcome.interrupted, outcome.steps < 14);
         }
-        assert_eq!(files(whole.path()), files(pieces.path()), "packing {packing}");
+        assert_eq!(files(whole.path()), files(pieces.path()), "packing {packing} {dtype:?}");
+    }
+}
+
+#[test]
+fn threads_change_no_bit_in_16_bits_either() {
+    let run = |threads: usize, dtype| {
+        let mut plan = plan();
+        plan.compute.compute_dtype = dtype;
+        let out = tempfile::tempdir().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| part(out.path(), &plan, 99, "f").unwrap());
+        files(out.path())
+    };
+    let f32 = run(1, ComputeDtype::F32);
+    for dtype in [ComputeDtype::BF16, ComputeDtype::F16] {
+        let one = run(1, dtype);
+        assert_eq!(one, run(2, dtype), "{dtype:?}");
+        assert_ne!(one, f32, "{dtype:?} changed nothing");
+    }
+}
+
+/// What a start takes out of the base is taken out again; importance and what was given up are in checkpoints.
+#[test]
+fn pieces_make_the_whole_with_lora_s_kin() {
+    let all = "all-linear";
+    for (kind, settings) in [
+        ("LORA", json!({ "r": 2, "target_modules": all, "use_dora": true, "init_lora_weights": "pissa" })),
+        ("LORA", json!({ "r": 2, "target_modules": ["embed_tokens", "v_proj"], "lora_bias": false })),
+        ("LORA", json!({ "r": 2, "target_modules": ["v_proj"], "trainable_token_indices": [4, 7] })),
+        ("LORA", json!({ "r": 4, "target_modules": all, "init_lora_weights": "loftq" })),
+        ("ADALORA", json!({ "init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "target_modules": all })),
+        ("IA3", json!({ "target_modules": ["k_proj", "down_proj"] })),
+        ("VERA", json!({ "r": 6, "target_modules": all, "vera_dropout": 0.1 })),
+        ("LN_TUNING", json!({})),
+    ] {
+        let mut config = PeftConfig::new(kind);
+        for (key, value) in settings.as_object().unwrap() {
+            config.set(key, value.clone());
+        }
+        let mut plan = plan();
+        plan.optimization.loraplus_lr_ratio = (kind == "LORA").then_some(4.0);
+        let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        of_method(whole.path(), &plan, 99, "f", None, config.clone()).unwrap();
+        plan.compute.activation_checkpointing = true;
+        for steps in [3, 5, 99] {
+            of_method(pieces.path(), &plan, steps, "f", None, config.clone()).unwrap();
+        }
+        assert_eq!(files(whole.path()), files(pieces.path()), "{}", config.to_json());
+    }
+}
+
+/// Encoders of prompts are no part of an adapter's file, but of checkpoints and of what is kept of the best evaluation.
+#[test]
+fn pieces_make_the_whole_through_an_encoder() {
+    let mut projected = PeftConfig::new("PREFIX_TUNING");
+    projected.set("prefix_projection", true);
+    for config in [PeftConfig::new("P_TUNING"), projected] {
+        let (whole, pieces) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let run = |out: &Path, steps| of_method(out, &plan(), steps, "f", None, config.clone()).unwrap();
+        run(whole.path(), 99);
+        for steps in [1, 4, 2, 99] {
+            run(pieces.path(), steps);
+        }
+        assert_eq!(files(whole.path()), files(pieces.path()), "{}", config.peft_type());
     }
 }
 

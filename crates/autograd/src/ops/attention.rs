@@ -3,6 +3,7 @@
 //! Saves q, k, v, its output and one log-sum-exp a row and head; probabilities are computed again in the
 //! backward (Dao et al. 2022). Segments never see each other, so rows need no padding.
 
+use crate::var::Kept;
 use crate::{Error, Result, Tape, Var, host, host_as, ops::dims2, tensor_of, uninit};
 use candle_core::{D, DType, Device, Tensor};
 use engobe_kernels::attention::{self as kernel, AttentionShape, RelativeBias, Segment};
@@ -52,14 +53,17 @@ pub fn biased_attention<'m>(
         }
     }
     let slots = [q.slot(), k.slot(), v.slot(), bias.map(|b| b.table.slot()).unwrap_or_default()];
-    let (qt, kt, vt) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
+    let (qt, kt, vt) = (q.tensor(), k.tensor(), v.tensor());
+    // small, and one for all layers: kept as it is
     let bias = bias.map(|b| (b.table.tensor().clone(), b.zero));
-    if tape.generating().is_some() && tape.fast(&qt) {
-        return generate(&qt, &kt, &vt, &shape, &segments, bias.as_ref());
+    if tape.generating().is_some() && tape.fast(qt) {
+        return generate(qt, kt, vt, &shape, &segments, bias.as_ref());
     }
-    if !tape.fast(&qt) {
-        let y = composed(&qt, &kt, &vt, &shape, &segments, bias.as_ref())?;
+    let kept = [tape.keep(q)?, tape.keep(k)?, tape.keep(v)?];
+    if !tape.fast(qt) {
+        let y = composed(qt, kt, vt, &shape, &segments, bias.as_ref())?;
         return Ok(tape.record1(&slots, y, move |dy, sink| {
+            let [qt, kt, vt] = taken(kept)?;
             let grads = composed_backward(&qt, &kt, &vt, &dy, &shape, &segments, bias.as_ref())?;
             for (slot, grad) in slots.into_iter().zip(grads) {
                 sink.add(slot, grad)?;
@@ -75,9 +79,9 @@ pub fn biased_attention<'m>(
         kernel::attention(
             &shape,
             &segments,
-            &host(&qt)?,
-            &host(&kt)?,
-            &host(&vt)?,
+            &host(qt)?,
+            &host(kt)?,
+            &host(vt)?,
             bias,
             &mut out,
             tracked.then_some(&mut lse),
@@ -85,8 +89,9 @@ pub fn biased_attention<'m>(
         Ok(())
     })?;
     let y = tensor_of(out, (nq, width))?;
-    let saved = y.clone();
-    Ok(tape.record1(&slots, y, move |dy, sink| {
+    tape.record_keeping(&slots, y, move |saved, dy, sink| {
+        let [qt, kt, vt] = taken(kept)?;
+        let saved = saved.take()?;
         let (mut dq, mut dk, mut dv) = (uninit(nq * width), uninit(nkv * kv_width), uninit(nkv * kv_width));
         let dims = bias.as_ref().map(|(table, _)| table.dims2()).transpose()?.unwrap_or_default();
         let mut dbias = slots[3].is_tracked().then(|| uninit(dims.0 * dims.1));
@@ -115,7 +120,12 @@ pub fn biased_attention<'m>(
             Some(dbias) => sink.add(slots[3], tensor_of(dbias, dims)?),
             None => Ok(()),
         }
-    }))
+    })
+}
+
+fn taken(kept: [Kept; 3]) -> Result<[Tensor; 3]> {
+    let [q, k, v] = kept;
+    Ok([q.take()?, k.take()?, v.take()?])
 }
 
 /// A table and the index of distance 0.

@@ -31,14 +31,14 @@ pub fn scale_columns<'m>(
     let bias_slot = bias.map(Var::slot).unwrap_or_default();
     let residual_slot = residual.map(Var::slot).unwrap_or_default();
     let g = gain.tensor().clone();
-    let kept = g_slot.is_tracked().then(|| z.keep());
+    let kept = g_slot.is_tracked().then(|| tape.keep(z)).transpose()?;
     Ok(tape.record1(&[z_slot, g_slot, bias_slot, residual_slot], y, move |dy, sink| {
         sink.add_shared(residual_slot, dy.clone())?;
         if bias_slot.is_tracked() {
             sink.add(bias_slot, dy.sum(0)?)?;
         }
         if let Some(kept) = kept {
-            let z = kept.get()?;
+            let z = kept.take()?;
             let dg = if fast {
                 let mut dg = uninit(d);
                 columns::column_products(&host(&dy.contiguous()?)?, &host(&z)?, &mut dg);
@@ -119,4 +119,11 @@ pub fn concat_columns<'m>(tape: &mut Tape<'m>, parts: &[Var]) -> Result<Var> {
         }
         Ok(())
     }))
+}
+
+/// All elements in one row: `[n]`.
+pub fn flatten(tape: &mut Tape<'_>, x: &Var) -> Result<Var> {
+    let (slot, shape) = (x.slot(), x.tensor().shape().clone());
+    let y = x.tensor().flatten_all()?;
+    Ok(tape.record1(&[slot], y, move |dy, sink| sink.add_shared(slot, dy.reshape(shape)?)))
 }

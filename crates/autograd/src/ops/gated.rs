@@ -7,8 +7,7 @@ use engobe_kernels::activation::{self, Activation};
 
 /// `f(x)`.
 pub fn activate<'m>(tape: &mut Tape<'m>, f: Activation, x: &Var) -> Result<Var> {
-    let xs = x.tensor().clone();
-    let fast = tape.fast(&xs);
+    let fast = tape.fast(x.tensor());
     let forward = move |x: &Tensor| -> Result<Tensor> {
         if !fast {
             return Ok(composed(f, x)?.0);
@@ -17,9 +16,11 @@ pub fn activate<'m>(tape: &mut Tape<'m>, f: Activation, x: &Var) -> Result<Var> 
         activation::activate(f, &host(x)?, &mut out);
         tensor_of(out, x.shape().clone())
     };
-    let y = forward(&xs)?;
-    let (slot, again) = (x.slot(), xs.clone());
+    let y = forward(x.tensor())?;
+    let (slot, kept) = (x.slot(), tape.keep(x)?);
+    let again = kept.clone();
     let y = tape.record1(&[slot], y, move |dy, sink| {
+        let xs = kept.take()?;
         if !fast {
             return sink.add(slot, (composed(f, &xs)?.1 * dy)?);
         }
@@ -27,16 +28,16 @@ pub fn activate<'m>(tape: &mut Tape<'m>, f: Activation, x: &Var) -> Result<Var> 
         activation::activate_backward(f, &host(&xs)?, &host(&dy)?, &mut dx);
         sink.add(slot, tensor_of(dx, xs.shape().clone())?)
     });
-    Ok(y.made_by(move || forward(&again)))
+    Ok(y.made_by(move || forward(&again.value()?)))
 }
 
 /// `f(gate) ⊙ up`.
 pub fn gated<'m>(tape: &mut Tape<'m>, f: Activation, gate: &Var, up: &Var) -> Result<Var> {
-    let (g, u) = (gate.tensor().clone(), up.tensor().clone());
+    let (g, u) = (gate.tensor(), up.tensor());
     if g.dims() != u.dims() {
         return Err(Error::shape("gated", format!("gate {:?}, up {:?}", g.dims(), u.dims())));
     }
-    let fast = tape.fast(&g);
+    let fast = tape.fast(g);
     let forward = move |g: &Tensor, u: &Tensor| -> Result<Tensor> {
         if !fast {
             return Ok((composed(f, g)?.0 * u)?);
@@ -45,10 +46,12 @@ pub fn gated<'m>(tape: &mut Tape<'m>, f: Activation, gate: &Var, up: &Var) -> Re
         activation::gated(f, &host(g)?, &host(u)?, &mut out);
         tensor_of(out, g.shape().clone())
     };
-    let y = forward(&g, &u)?;
+    let y = forward(g, u)?;
     let slots = [gate.slot(), up.slot()];
-    let again = (g.clone(), u.clone());
+    let kept = (tape.keep(gate)?, tape.keep(up)?);
+    let again = kept.clone();
     let y = tape.record1(&slots, y, move |dy, sink| {
+        let (g, u) = (kept.0.take()?, kept.1.take()?);
         let (dg, du) = if fast {
             let (mut dg, mut du) = (uninit(g.elem_count()), uninit(g.elem_count()));
             activation::gated_backward(f, &host(&g)?, &host(&u)?, &host(&dy)?, &mut dg, &mut du);
@@ -60,7 +63,7 @@ pub fn gated<'m>(tape: &mut Tape<'m>, f: Activation, gate: &Var, up: &Var) -> Re
         sink.add(slots[0], dg)?;
         sink.add(slots[1], du)
     });
-    Ok(y.made_by(move || forward(&again.0, &again.1)))
+    Ok(y.made_by(move || forward(&again.0.value()?, &again.1.value()?)))
 }
 
 /// Value and slope of f (formulas: `engobe_kernels::activation`).

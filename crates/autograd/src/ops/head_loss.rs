@@ -5,6 +5,7 @@
 //! keeps the hidden states and one log-sum-exp a row and goes over the vocabulary again.
 
 use crate::ops::Matrix;
+use crate::ops::linear::Borrowed;
 use crate::{Error, Result, Tape, Var, host, ops::dims2, tensor_of, uninit};
 use candle_core::{D, Device, Tensor};
 use engobe_kernels::cross_entropy::{self as kernel, HeadLowRank, TokenStats};
@@ -60,10 +61,9 @@ impl Head {
     fn with_view<R>(&self, f: impl FnOnce(&kernel::Head<'_>) -> Result<R>) -> Result<R> {
         let bias = self.bias.as_ref().map(|b| host(b.tensor())).transpose()?;
         let soft_cap = self.soft_cap;
-        let call = |low_rank| {
-            self.weight
-                .with_view(|weight| f(&kernel::Head { weight, bias: bias.as_deref(), low_rank, soft_cap }))?
-        };
+        let weight = Borrowed::of(&self.weight)?;
+        let call =
+            |low_rank| f(&kernel::Head { weight: weight.view(), bias: bias.as_deref(), low_rank, soft_cap });
         match &self.low_rank {
             None => call(None),
             Some((u, b)) => {

@@ -21,9 +21,9 @@ pub fn layer_norm<'m>(
             return Err(Error::shape("layer_norm", what));
         }
     }
-    let (xs, w, b) = (x.tensor().clone(), weight.tensor().clone(), bias.map(|b| b.tensor().clone()));
+    let (xs, w, b) = (x.tensor(), weight.tensor().clone(), bias.map(|b| b.tensor().clone()));
     let slots = [x.slot(), weight.slot(), bias.map(Var::slot).unwrap_or_default()];
-    if !tape.fast(&xs) {
+    if !tape.fast(xs) {
         let centred = xs.broadcast_sub(&xs.mean_keepdim(D::Minus1)?)?;
         let rstd = ((centred.sqr()?.mean_keepdim(D::Minus1)? + f64::from(eps))?.sqrt()?).recip()?;
         let normed = centred.broadcast_mul(&rstd)?;
@@ -48,9 +48,11 @@ pub fn layer_norm<'m>(
         kernel::layer_norm(&host(x)?, &host(w)?, b.as_deref(), eps, &mut y, &mut stats);
         Ok((tensor_of(y, (n, d))?, stats))
     };
-    let (y, stats) = forward(&xs, &w, b.as_ref())?;
-    let again = (xs.clone(), w.clone());
+    let (y, stats) = forward(xs, &w, b.as_ref())?;
+    let kept = tape.keep(x)?;
+    let again = (kept.clone(), w.clone());
     let y = tape.record1(&slots, y, move |dy, sink| {
+        let xs = kept.take()?;
         let mut dx = uninit(n * d);
         let wanted = |i: usize| slots[i].is_tracked().then(|| vec![0f32; d]);
         let (mut dw, mut db) = (wanted(1), wanted(2));
@@ -71,5 +73,5 @@ pub fn layer_norm<'m>(
         }
         Ok(())
     });
-    Ok(y.made_by(move || Ok(forward(&again.0, &again.1, b.as_ref())?.0)))
+    Ok(y.made_by(move || Ok(forward(&again.0.value()?, &again.1, b.as_ref())?.0)))
 }

@@ -15,22 +15,23 @@ pub fn rms_norm<'m>(tape: &mut Tape<'m>, x: &Var, weight: &Var, eps: f32) -> Res
             format!("weight {:?} for input [{n}, {d}]", weight.tensor().dims()),
         ));
     }
-    let (xs, w) = (x.tensor().clone(), weight.tensor().clone());
-    let slots = [x.slot(), weight.slot()];
-    if !tape.fast(&xs) {
+    let (xs, w) = (x.tensor(), weight.tensor().clone());
+    let (kept, slots) = (tape.keep(x)?, [x.slot(), weight.slot()]);
+    if !tape.fast(xs) {
         let rstd = ((xs.sqr()?.mean_keepdim(D::Minus1)? + f64::from(eps))?.sqrt()?).recip()?;
         let y = xs.broadcast_mul(&rstd)?.broadcast_mul(&w)?;
         return Ok(tape.record1(&slots, y, move |dy, sink| {
-            let (dx, dw) = backward_composed(&xs, &w, &rstd, &dy)?;
+            let (dx, dw) = backward_composed(&kept.take()?, &w, &rstd, &dy)?;
             sink.add(slots[0], dx)?;
             sink.add(slots[1], dw)
         }));
     }
     let (mut y, mut rstd) = (uninit(n * d), uninit(n));
-    norm::rms_norm(&host(&xs)?, &host(&w)?, eps, &mut y, &mut rstd);
+    norm::rms_norm(&host(xs)?, &host(&w)?, eps, &mut y, &mut rstd);
     let y = tensor_of(y, (n, d))?;
-    let again = (xs.clone(), w.clone());
+    let again = (kept.clone(), w.clone());
     let y = tape.record1(&slots, y, move |dy, sink| {
+        let xs = kept.take()?;
         let mut dx = uninit(n * d);
         let mut dw = slots[1].is_tracked().then(|| vec![0f32; d]);
         norm::rms_norm_backward(&host(&xs)?, &host(&w)?, &rstd, &host(&dy)?, &mut dx, dw.as_deref_mut());
@@ -42,7 +43,7 @@ pub fn rms_norm<'m>(tape: &mut Tape<'m>, x: &Var, weight: &Var, eps: f32) -> Res
     });
     Ok(y.made_by(move || {
         let (mut y, mut rstd) = (uninit(n * d), uninit(n));
-        norm::rms_norm(&host(&again.0)?, &host(&again.1)?, eps, &mut y, &mut rstd);
+        norm::rms_norm(&host(&again.0.value()?)?, &host(&again.1)?, eps, &mut y, &mut rstd);
         tensor_of(y, (n, d))
     }))
 }

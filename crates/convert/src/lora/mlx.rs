@@ -2,9 +2,9 @@
 //! change nothing, and other scales are baked into B.
 
 use super::{Lora, Pair, cannot, floats, mapped, scaled, to_bytes, transposed};
-use crate::error::shorten;
 use crate::{Error, Mapped, Result};
 use engobe_formats::mlx::{MlxAdapter, MlxConfig};
+use engobe_formats::shorten;
 use engobe_formats::tensor::TensorView;
 use engobe_kernels::storage::StorageType;
 use engobe_models::Outline;

@@ -1,11 +1,11 @@
 //! PEFT's directories.
 
 use super::{Lora, Pair, cannot, floats, mapped, to_bytes};
-use crate::error::shorten;
 use crate::{Error, Mapped, Result};
 use engobe_adapters::Targets;
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::peft::{BiasMode, LoraConfig, PeftAdapter, TargetModules};
+use engobe_formats::shorten;
 use engobe_formats::tensor::TensorView;
 use engobe_kernels::storage::StorageType;
 use engobe_models::Outline;
@@ -77,7 +77,20 @@ fn refuse_more_than_pairs(dir: &Path, config: &LoraConfig) -> Result<()> {
         let why = format!("trained biases are no LoRA pairs; {MERGE}");
         return Err(cannot(dir, "bias", &why));
     }
-    Ok(())
+    let more = [
+        ("use_dora", config.use_dora),
+        ("lora_bias", config.lora_bias),
+        ("trainable_token_indices", config.trainable_token_indices.is_some()),
+        ("init_lora_weights", config.init_lora_weights.changes_base()),
+    ];
+    match more.iter().find(|(_, on)| *on) {
+        Some(("init_lora_weights", _)) => {
+            let why = format!("the adapter belongs to a base that its start changed; {MERGE}");
+            Err(cannot(dir, "init_lora_weights", &why))
+        }
+        Some((key, _)) => Err(cannot(dir, key, &format!("it is more than LoRA pairs; {MERGE}"))),
+        None => Ok(()),
+    }
 }
 
 /// One pair, or what does not fit together.

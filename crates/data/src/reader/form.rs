@@ -1,6 +1,10 @@
 //! The forms that rows have, by the names of their columns.
 
-use super::raw::{Place, RawRow, kind};
+mod fields;
+
+use self::fields::Fields;
+use super::label::Label;
+use super::raw::{Place, RawRow};
 use crate::Result;
 use serde_json::{Map, Value};
 
@@ -35,6 +39,22 @@ pub enum Form {
     Text {
         /// column of the text
         key: String,
+    },
+    /// a text, or two, and what it is
+    Labelled {
+        /// column of the text
+        text: String,
+        /// column of the second text
+        pair: Option<String>,
+        /// column of the label: a name, a number, or a list of either
+        label: Option<String>,
+    },
+    /// words with a tag each
+    Tagged {
+        /// column of the words
+        tokens: String,
+        /// column of the tags
+        tags: Option<String>,
     },
     /// token ids, with labels or without
     Tokenized {
@@ -82,6 +102,22 @@ pub enum Content {
     },
     /// plain text
     Text(String),
+    /// a text, or two, and what it is
+    Labelled {
+        /// the text
+        text: String,
+        /// the second text
+        pair: Option<String>,
+        /// what it is, if the row says so
+        label: Option<Label>,
+    },
+    /// words with a tag each
+    Tagged {
+        /// the words
+        tokens: Vec<String>,
+        /// a tag a word, if the row has them
+        tags: Option<Vec<Label>>,
+    },
     /// token ids
     Tokens {
         /// the ids
@@ -97,7 +133,22 @@ const COMPLETIONS: &[&str] = &["completion", "response", "answer", "output", "so
 const OUTPUTS: &[&str] = &["output", "response", "completion", "answer"];
 const INPUTS: &[&str] = &["input", "context"];
 
-const FORMS: &str = "messages (chat), prompt + completion, instruction + output (Alpaca), text, or input_ids";
+/// Columns of a text and of the second one that belongs to it, as GLUE's tasks name them too.
+const TEXT_PAIRS: &[(&str, &str)] = &[
+    ("text", "text_pair"),
+    ("text1", "text2"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+];
+const TEXTS: &[&str] = &["text", "sentence", "content"];
+const LABELS: &[&str] = &["label", "labels", "score"];
+const TOKENS: &[&str] = &["tokens", "words"];
+const TAGS: &[&str] = &["tags", "ner_tags", "pos_tags", "chunk_tags", "labels"];
+
+const FORMS: &str = "messages (chat), prompt + completion, source + target, instruction + output (Alpaca), text, \
+                     text (+ text_pair) + label, tokens + tags, or input_ids";
 
 impl Form {
     /// One line for a person.
@@ -112,6 +163,18 @@ impl Form {
                 format!("Alpaca instructions (columns instruction, {input}, {output})")
             }
             Self::Text { key } => format!("plain text (column {key})"),
+            Self::Labelled { text, pair, label } => {
+                let columns = [Some(text), pair.as_ref(), label.as_ref()];
+                let columns: Vec<&str> = columns.into_iter().flatten().map(String::as_str).collect();
+                let what = match (pair, label) {
+                    (None, _) => "labelled texts",
+                    (Some(_), Some(_)) => "labelled pairs of texts",
+                    (Some(_), None) => "pairs of texts",
+                };
+                format!("{what} (columns {})", columns.join(", "))
+            }
+            Self::Tagged { tokens, tags: Some(tags) } => format!("tagged words (columns {tokens}, {tags})"),
+            Self::Tagged { tokens, tags: None } => format!("words (column {tokens})"),
             Self::Tokenized { labels: true } => "token ids (columns input_ids, labels)".into(),
             Self::Tokenized { labels: false } => "token ids (column input_ids, all of them labels)".into(),
         }
@@ -132,6 +195,9 @@ impl Form {
             let key = (*key).to_owned();
             return Ok(if share { Self::ShareGpt { key } } else { Self::Messages { key } });
         }
+        if let Some(form) = Self::recognise_labelled(fields) {
+            return Ok(form);
+        }
         if fields.contains_key("instruction")
             && let Some(output) = first(OUTPUTS)
         {
@@ -141,10 +207,34 @@ impl Form {
         if let (Some(prompt), Some(completion)) = (first(PROMPTS), first(COMPLETIONS)) {
             return Ok(Self::PromptCompletion { prompt, completion });
         }
-        if let Some(key) = first(&["text", "content"]) {
+        if let Some(key) = first(TEXTS) {
             return Ok(Self::Text { key });
         }
+        if let Some((text, pair)) = text_pair(fields) {
+            return Ok(Self::Labelled { text, pair: Some(pair), label: None });
+        }
+        if let Some(tokens) = first(TOKENS) {
+            return Ok(Self::Tagged { tokens, tags: None });
+        }
         Err(row.place.error(unrecognised(fields)))
+    }
+
+    /// Words with tags, or texts with a label.
+    fn recognise_labelled(fields: &Map<String, Value>) -> Option<Self> {
+        let first = |names: &[&str]| names.iter().find(|n| fields.contains_key(**n)).map(|n| (*n).to_owned());
+        if let (Some(tokens), Some(tags)) = (first(TOKENS), first(TAGS)) {
+            return Some(Self::Tagged { tokens, tags: Some(tags) });
+        }
+        // an answer to a prompt may have a score beside it
+        if fields.contains_key("instruction") || first(PROMPTS).is_some_and(|p| p != "question") {
+            return None;
+        }
+        let label = Some(first(LABELS)?);
+        if let Some((text, pair)) = text_pair(fields) {
+            return Some(Self::Labelled { text, pair: Some(pair), label });
+        }
+        let text = first(TEXTS).filter(|_| label.as_deref() != Some("score"))?;
+        Some(Self::Labelled { text, pair: None, label })
     }
 
     /// As this form, with what all rows of the file show: labels may begin after the first row.
@@ -163,6 +253,14 @@ impl Form {
             Self::PromptCompletion { prompt, completion } => vec![prompt, completion, "tools"],
             Self::Alpaca { input, output } => vec!["instruction", input, output],
             Self::Text { key } => vec![key],
+            Self::Labelled { text, pair, label } => [Some(text), pair.as_ref(), label.as_ref()]
+                .into_iter()
+                .flatten()
+                .map(String::as_str)
+                .collect(),
+            Self::Tagged { tokens, tags } => {
+                [Some(tokens), tags.as_ref()].into_iter().flatten().map(String::as_str).collect()
+            }
             Self::Tokenized { .. } => vec!["input_ids", "labels"],
         };
         row.fields.keys().filter(|key| !used.contains(&key.as_str())).cloned().collect()
@@ -184,10 +282,22 @@ impl Form {
                 output: read.text(output)?,
             },
             Self::Text { key } => Content::Text(read.text(key)?),
+            Self::Labelled { text, pair, label } => Content::Labelled {
+                text: read.text(text)?,
+                pair: pair.as_ref().map(|key| read.text(key)).transpose()?,
+                label: label.as_ref().and_then(|key| read.label(key).transpose()).transpose()?,
+            },
+            Self::Tagged { tokens, tags } => read.tagged(tokens, tags.as_deref())?,
             Self::Tokenized { .. } => read.tokens()?,
         };
         Ok(Row { place, content })
     }
+}
+
+/// The columns of a pair of texts, if there are two.
+fn text_pair(fields: &Map<String, Value>) -> Option<(String, String)> {
+    let both = |(a, b): &&(&str, &str)| fields.contains_key(*a) && fields.contains_key(*b);
+    TEXT_PAIRS.iter().find(both).map(|(a, b)| ((*a).to_owned(), (*b).to_owned()))
 }
 
 fn has_labels(row: &RawRow) -> bool {
@@ -207,185 +317,4 @@ fn unrecognised(fields: &Map<String, Value>) -> String {
         "the columns do not tell what to learn: found {found}; needed are {FORMS}{}",
         near.unwrap_or_default()
     )
-}
-
-/// A row's columns, with errors that name row, form and key.
-struct Fields<'a> {
-    fields: &'a Map<String, Value>,
-    place: &'a Place,
-    form: &'a Form,
-}
-
-impl Fields<'_> {
-    fn get(&self, key: &str) -> Result<&Value> {
-        self.fields.get(key).filter(|v| !v.is_null()).ok_or_else(|| {
-            let found: Vec<&str> = self.fields.keys().map(String::as_str).collect();
-            let what = format!(
-                "{key:?} is missing; the file was read as {}; this row has {}",
-                self.form.describe(),
-                found.join(", ")
-            );
-            self.place.error(what)
-        })
-    }
-
-    fn wrong<T>(&self, key: &str, want: &str, got: &Value) -> Result<T> {
-        Err(self.place.error(format!("{key:?} must be {want}, this is {}", kind(got))))
-    }
-
-    fn text(&self, key: &str) -> Result<String> {
-        match self.get(key)? {
-            Value::String(text) => Ok(text.clone()),
-            // answers are often numbers
-            Value::Number(number) => Ok(number.to_string()),
-            other => self.wrong(key, "a string", other),
-        }
-    }
-
-    fn optional_text(&self, key: &str) -> Result<Option<String>> {
-        match self.fields.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(_) => self.text(key).map(Some),
-        }
-    }
-
-    fn list(&self, key: &str) -> Result<&Vec<Value>> {
-        match self.get(key)? {
-            Value::Array(list) => Ok(list),
-            other => self.wrong(key, "a list", other),
-        }
-    }
-
-    fn messages(&self, key: &str) -> Result<Vec<Value>> {
-        let list = self.list(key)?;
-        if list.is_empty() {
-            return Err(self
-                .place
-                .error(format!("{key:?} is an empty list; a conversation has at least one message")));
-        }
-        for (i, message) in list.iter().enumerate() {
-            let at = format!("message {} of {key:?}", i + 1);
-            let Value::Object(fields) = message else {
-                return Err(self.place.error(format!(
-                    "{at} must be an object with role and content, this is {}",
-                    kind(message)
-                )));
-            };
-            match fields.get("role") {
-                Some(Value::String(_)) => {}
-                Some(other) => {
-                    return Err(self
-                        .place
-                        .error(format!("role of {at} must be a string, this is {}", kind(other))));
-                }
-                None => return Err(self.place.error(format!("{at} has no \"role\""))),
-            }
-            let speaks =
-                ["content", "tool_calls"].iter().any(|key| fields.get(*key).is_some_and(|v| !v.is_null()));
-            if !speaks {
-                return Err(self.place.error(format!("{at} has no \"content\"")));
-            }
-        }
-        Ok(list.clone())
-    }
-
-    fn tools(&self) -> Result<Option<Value>> {
-        match self.fields.get("tools") {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::Array(tools)) if tools.is_empty() => Ok(None),
-            Some(tools @ Value::Array(_)) => Ok(Some(tools.clone())),
-            // data sets keep them as JSON text, because columns have one type
-            Some(Value::String(text)) if text.trim().is_empty() => Ok(None),
-            Some(Value::String(text)) => match serde_json::from_str(text) {
-                Ok(tools @ Value::Array(_)) => Ok(Some(tools)),
-                _ => Err(self.place.error("\"tools\" is a string that is not a JSON list")),
-            },
-            Some(other) => self.wrong("tools", "a list", other),
-        }
-    }
-
-    fn share_gpt(&self, key: &str) -> Result<Content> {
-        let mut messages = Vec::new();
-        if let Some(system) = self.optional_text("system")?.filter(|s| !s.is_empty()) {
-            messages.push(crate::template::message("system", &system));
-        }
-        for (i, turn) in self.list(key)?.iter().enumerate() {
-            let part = |name: &str| {
-                turn.get(name).and_then(Value::as_str).ok_or_else(|| {
-                    self.place.error(format!(
-                        "turn {} of {key:?} has no {name:?}; turns are {{from, value}}",
-                        i + 1
-                    ))
-                })
-            };
-            let from = part("from")?;
-            let role = match from.to_ascii_lowercase().as_str() {
-                "human" | "user" => "user",
-                "gpt" | "assistant" | "chatgpt" | "bing" | "bard" | "model" => "assistant",
-                "system" => "system",
-                "tool" | "observation" | "function_response" => "tool",
-                _ => {
-                    let what = format!(
-                        "turn {} of {key:?} is from {from:?}; known are human, gpt, system, tool",
-                        i + 1
-                    );
-                    return Err(self.place.error(what));
-                }
-            };
-            messages.push(crate::template::message(role, part("value")?));
-        }
-        if messages.is_empty() {
-            return Err(self
-                .place
-                .error(format!("{key:?} is an empty list; a conversation has at least one turn")));
-        }
-        Ok(Content::Chat { messages, tools: self.tools()?, prompt_messages: 0 })
-    }
-
-    fn pair(&self, prompt: &str, completion: &str) -> Result<Content> {
-        if self.get(prompt)?.is_array() {
-            let mut messages = self.messages(prompt)?;
-            let prompt_messages = messages.len();
-            messages.extend(self.messages(completion)?);
-            return Ok(Content::Chat { messages, tools: self.tools()?, prompt_messages });
-        }
-        Ok(Content::Pair { prompt: self.text(prompt)?, completion: self.text(completion)? })
-    }
-
-    /// Ids with their labels; a row without labels has all of its ids as labels.
-    fn tokens(&self) -> Result<Content> {
-        let number = |key: &str, i: usize, v: &Value| {
-            v.as_i64()
-                .ok_or_else(|| self.place.error(format!("{key}[{i}] must be a whole number, this is {v}")))
-        };
-        let mut ids = Vec::new();
-        for (i, v) in self.list("input_ids")?.iter().enumerate() {
-            let id = number("input_ids", i, v)?;
-            let id = u32::try_from(id)
-                .map_err(|_| self.place.error(format!("input_ids[{i}] is {id}; ids begin at 0")))?;
-            ids.push(id);
-        }
-        if self.fields.get("labels").is_none_or(Value::is_null) {
-            return Ok(Content::Tokens { ids, labels: None });
-        }
-        let list = self.list("labels")?;
-        if list.len() != ids.len() {
-            return Err(self.place.error(format!(
-                "{} labels for {} input_ids; one label a token",
-                list.len(),
-                ids.len()
-            )));
-        }
-        let mut labels = Vec::with_capacity(ids.len());
-        for (i, v) in list.iter().enumerate() {
-            labels.push(match number("labels", i, v)? {
-                -100 => None,
-                id => Some(u32::try_from(id).map_err(|_| {
-                    self.place
-                        .error(format!("labels[{i}] is {id}; a label is a token id, or -100 where masked"))
-                })?),
-            });
-        }
-        Ok(Content::Tokens { ids, labels: Some(labels) })
-    }
 }

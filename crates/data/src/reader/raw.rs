@@ -175,9 +175,17 @@ fn json(path: &Path, bytes: &[u8]) -> Result<Vec<RawRow>> {
 }
 
 /// CSV with a header. A cell that holds a JSON list or object is read as that: messages and ids can be columns.
+///
+/// Many sets of labelled texts come as TSV without a header: where the first line ends in a number, its columns are
+/// `text`, `text_pair` if there are three, and `label`.
 fn separated(path: &Path, bytes: &[u8], delimiter: u8) -> Result<Vec<RawRow>> {
     let file = name(path);
-    let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).from_reader(without_mark(bytes));
+    let bytes = without_mark(bytes);
+    let mut reader = csv::ReaderBuilder::new()
+        .delimiter(delimiter)
+        .quoting(delimiter != b'\t' || quotes_are_marks(bytes))
+        .has_headers(false)
+        .from_reader(bytes);
     let place = |number| Place { file: file.clone(), number, unit: "line" };
     let explain = |e: csv::Error, line: usize| {
         let what = match e.kind() {
@@ -189,14 +197,19 @@ fn separated(path: &Path, bytes: &[u8], delimiter: u8) -> Result<Vec<RawRow>> {
         };
         place(e.position().map_or(line, |p| p.line() as usize)).error(what)
     };
-    let header = reader.headers().map_err(|e| explain(e, 1))?.clone();
+    let mut records = reader.records();
+    let Some(first) = records.next().transpose().map_err(|e| explain(e, 1))? else { return Ok(Vec::new()) };
+    let (header, first) = match headerless(&first) {
+        Some(header) => (header, Some(Ok(first))),
+        None => (first, None),
+    };
     if let Some(twice) =
         header.iter().enumerate().find(|(i, name)| header.iter().take(*i).any(|n| n == *name))
     {
         return Err(place(1).error(format!("column {:?} stands twice in the header", twice.1)));
     }
     let mut rows = Vec::new();
-    for record in reader.records() {
+    for record in first.into_iter().chain(records) {
         let record = record.map_err(|e| explain(e, rows.len() + 2))?;
         let place = place(record.position().map_or(rows.len() + 2, |p| p.line() as usize));
         let fields =
@@ -206,9 +219,55 @@ fn separated(path: &Path, bytes: &[u8], delimiter: u8) -> Result<Vec<RawRow>> {
     Ok(rows)
 }
 
+/// The columns of a file whose first line is a row already.
+fn headerless(first: &csv::StringRecord) -> Option<csv::StringRecord> {
+    let label = first.iter().next_back()?.trim();
+    let columns: &[&str] = match first.len() {
+        2 => &["text", "label"],
+        3 => &["text", "text_pair", "label"],
+        _ => return None,
+    };
+    label.parse::<f64>().ok().filter(|n| n.is_finite()).map(|_| columns.to_vec().into())
+}
+
+/// True if quotes enclose cells of a TSV file: each cell that begins with one ends with one on its line. GLUE's files
+/// have quotes that are part of the text.
+fn quotes_are_marks(bytes: &[u8]) -> bool {
+    let mut lines = bytes.split(|b| *b == b'\n').map(|l| l.strip_suffix(b"\r").unwrap_or(l));
+    lines.all(|line| {
+        line.split(|b| *b == b'\t').all(|cell| match cell.strip_prefix(b"\"") {
+            None => true,
+            Some(rest) => {
+                let inner = rest.strip_suffix(b"\"");
+                // a quote within a quoted cell stands twice
+                inner.is_some_and(|inner| !odd_quotes(inner))
+            }
+        })
+    })
+}
+
+fn odd_quotes(cell: &[u8]) -> bool {
+    cell.split(|b| *b != b'"').any(|run| run.len() % 2 == 1)
+}
+
 fn cell_value(key: &str, cell: &str) -> Value {
-    let structured =
-        ["messages", "conversations", "conversation", "tools", "input_ids", "labels", "prompt", "completion"];
+    let structured = [
+        "messages",
+        "conversations",
+        "conversation",
+        "tools",
+        "input_ids",
+        "labels",
+        "prompt",
+        "completion",
+        "tokens",
+        "words",
+        "tags",
+        "ner_tags",
+        "pos_tags",
+        "chunk_tags",
+        "label",
+    ];
     if structured.contains(&key)
         && cell.starts_with(['[', '{'])
         && let Ok(value) = serde_json::from_str(cell)

@@ -1,5 +1,6 @@
 //! Tokenizers of Hugging Face directories.
 
+use super::pair::PairLayout;
 use super::{Specials, TextTokenizer};
 use crate::{Error, Result};
 use serde_json::Value;
@@ -47,8 +48,10 @@ pub(super) fn load(dir: &Path) -> Result<TextTokenizer> {
     specials.end_ids = generation_ends(dir)?;
 
     let (prefix, suffix) = added_around(&inner).map_err(|e| Error::tokenizer(&origin, e))?;
+    let pair = PairLayout::of(&inner).map_err(|e| Error::tokenizer(&origin, e))?;
     inner.with_post_processor(None::<PostProcessorWrapper>);
     let mut tokenizer = TextTokenizer::assemble(inner, origin, prefix, suffix, specials);
+    tokenizer.pair = pair;
     (tokenizer.chat_template, tokenizer.tool_template) = templates(dir, &config)?;
     Ok(tokenizer)
 }

@@ -1,8 +1,91 @@
-//! `engobe convert`, and how merged models are verified.
+//! What makes models and adapters out of others: `engobe merge`, `engobe quantize`, `engobe convert`.
 
 use super::Common;
 use clap::Args;
 use std::path::PathBuf;
+
+/// `engobe merge`
+#[derive(Debug, Args)]
+#[command(after_help = MERGE_HELP)]
+pub struct MergeArgs {
+    /// Hugging Face directory, .gguf file, hub id, or known name
+    #[arg(long, value_name = "MODEL", required_unless_present = "combine", conflicts_with = "combine")]
+    pub model: Option<String>,
+    /// PEFT directory; with --combine several, each with its weight: DIR=0.7
+    #[arg(long, value_name = "DIR", required = true)]
+    pub adapter: Vec<String>,
+    /// Make one LoRA adapter of several: cat, svd, linear, ties, dare_linear, dare_ties, magnitude_prune,
+    /// or one of the last four with _svd
+    #[arg(long, value_name = "HOW")]
+    pub combine: Option<String>,
+    /// With --combine: share of elements that ties, dare and magnitude_prune keep
+    #[arg(long, value_name = "SHARE", requires = "combine")]
+    pub density: Option<f32>,
+    /// With --combine: rank of what svd gives [the largest of the adapters]
+    #[arg(long, value_name = "R", requires = "combine")]
+    pub svd_rank: Option<usize>,
+    /// With --combine: seed of what dare drops
+    #[arg(long, value_name = "N", requires = "combine", default_value_t = 42)]
+    pub seed: u64,
+    /// Directory to write, or a file that ends in .gguf; must not exist, or be empty
+    #[arg(long, value_name = "PATH")]
+    pub out: PathBuf,
+    /// f32, bf16, f16 [as stored; f32 for quantized weights]; for .gguf as convert's --type
+    #[arg(long, value_name = "TYPE", visible_alias = "type")]
+    pub dtype: Option<String>,
+    /// Most bytes in one file, in GB
+    #[arg(long, value_name = "GB", default_value_t = 5.0)]
+    pub max_shard_size: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub verify: VerifyArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
+
+const MERGE_HELP: &str = "\
+Examples:
+  engobe merge --model smollm2-135m --adapter my-adapter --out merged --dtype bf16
+  engobe merge --model smollm2-135m --adapter my-adapter --out merged.gguf
+  engobe merge --model ./Llama-3.2-1B --adapter my-adapter --out m.gguf --type q4_k --verify-data rows.jsonl
+  engobe merge --adapter ./a=0.7 --adapter ./b=0.3 --combine linear --out combined
+
+Where weights are quantized, rounding the sum of weight and adapter can lose what was learned.
+So the merged model is run beside base + adapter: mean KL divergence a token, perplexity and
+likeliest tokens are compared, and what is too far away is not written.";
+
+/// `engobe quantize`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  engobe quantize --model ./Llama-3.2-1B --to nf4 --double-quant --out llama-nf4\n  engobe quantize --model ./Llama-3.2-1B --to int8 --out llama-int8"
+)]
+pub struct QuantizeArgs {
+    /// Hugging Face directory, .gguf file, hub id, or known name; its weights in f32, bf16 or f16
+    #[arg(long, value_name = "MODEL")]
+    pub model: String,
+    /// nf4, fp4 or int8
+    #[arg(long, value_name = "TYPE")]
+    pub to: String,
+    /// Quantize the factors of 4-bit blocks too
+    #[arg(long)]
+    pub double_quant: bool,
+    /// Elements in a 4-bit block: 32 to 4096, a power of two [default: 64]
+    #[arg(long, value_name = "N")]
+    pub block_size: Option<usize>,
+    /// Directory to write; must not exist, or be empty
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Most bytes in one file, in GB
+    #[arg(long, value_name = "GB", default_value_t = 5.0, allow_negative_numbers = true)]
+    pub max_shard_size: f64,
+    /// Threads [all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
 
 /// `engobe convert`
 #[derive(Debug, Args)]

@@ -7,10 +7,10 @@ fn the_command_line_is_sound() {
     Cli::description().debug_assert();
 }
 
-fn train(args: &[&str]) -> SettingFlags {
+fn train(args: &[&str]) -> settings::SettingFlags {
     let args = ["engobe", "train"].iter().chain(args).copied();
     match Cli::read_from(args).unwrap().command {
-        Task::Train(args) => args.settings,
+        Task::Train(args) => args.settings.flags,
         other => panic!("{other:?}"),
     }
 }

@@ -38,7 +38,7 @@ pub struct Row {
 /// Trains each method and compares them.
 pub fn run(args: &CompareArgs) -> Result<()> {
     let mut note = Note::new(&args.common);
-    let all = Given::collect(args.config.as_deref(), &args.settings.given, &args.set)?;
+    let all = args.settings.given()?;
     let runs = each(&all, &args.methods, &args.only)?;
     let missing = |name: &str| Usage(format!("--{name} is missing"));
     let model = all.text("model").ok_or_else(|| missing("model"))?.to_string();
@@ -130,12 +130,12 @@ fn one(
         bail!("stopped after step {} of {method}", summary.outcome.steps);
     }
     training::tell(summary, note);
-    let file = out.join("adapter_model.safetensors");
+    let size = |name: &str| std::fs::metadata(out.join(name)).ok().map(|m| m.len());
     let last = summary.history.iter().rev().find_map(|m| m.eval_loss);
     Ok(Row {
         method: method.to_string(),
         parameters: summary.trainable_parameters,
-        file_bytes: std::fs::metadata(&file).map_or(0, |m| m.len()),
+        file_bytes: size("adapter_model.safetensors").or_else(|| size("adapter.safetensors")).unwrap_or(0),
         peak_bytes: base_bytes + peak,
         seconds: summary.outcome.seconds,
         eval_loss: last,

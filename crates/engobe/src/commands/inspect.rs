@@ -101,7 +101,10 @@ fn adapter(path: &Path) -> Result<Found> {
     let facts = config.as_object().into_iter().flatten().filter(|(_, v)| set(v));
     let facts = facts.map(|(k, v)| (k.clone(), v.clone())).collect();
     let mut found = Found {
-        kind: "PEFT adapter",
+        kind: match file.config.peft_type() {
+            engobe_formats::adapter_hub::BOTTLENECK => "AdapterHub adapter",
+            _ => "PEFT adapter",
+        },
         path: path.to_path_buf(),
         facts,
         tensors: file.tensors.into_values().collect(),

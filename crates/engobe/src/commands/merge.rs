@@ -4,24 +4,26 @@ use crate::Usage;
 use crate::args::MergeArgs;
 use crate::beside::Beside;
 use crate::commands::convert;
+use crate::companions;
 use crate::terminal::{Note, Progress, print, print_json};
 use crate::verification::{self, Verdict};
 use crate::workbench::{self, Bench};
 use anyhow::{Context, Result, bail};
+use engobe_adapters::combine::{Combination, CombineOptions, combine};
 use engobe_adapters::merge::{MergeOptions, Merged, merge};
 use engobe_convert::GgufType;
-use engobe_formats::atomic::write_atomic;
 use engobe_formats::checkpoint::Checkpoint;
-use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::storage::StorageType;
 use engobe_models::LoadOptions;
 use serde_json::{Value, json};
-use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Bakes an adapter into its model.
 pub fn run(args: &MergeArgs) -> Result<()> {
     let mut note = Note::new(&args.common);
+    if let Some(how) = &args.combine {
+        return combined(args, how);
+    }
     verification::check_args(&args.verify)?;
     if !(args.max_shard_size.is_finite() && args.max_shard_size > 0.0) {
         bail!(Usage(format!("--max-shard-size {}: expected a number of GB above 0", args.max_shard_size)));
@@ -54,6 +56,55 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     ))
 }
 
+/// The model and the adapter.
+fn one(args: &MergeArgs) -> Result<(&str, PathBuf)> {
+    match (&args.model, args.adapter.as_slice()) {
+        (Some(model), [adapter]) => Ok((model, PathBuf::from(adapter))),
+        _ => bail!(Usage(
+            "--adapter: one adapter is baked into a model; --combine makes one of several".to_string()
+        )),
+    }
+}
+
+/// Several adapters as one.
+fn combined(args: &MergeArgs, how: &str) -> Result<()> {
+    let Some(combination) = Combination::find(how) else {
+        bail!(Usage(format!("--combine {how}: expected one of {}", Combination::names())));
+    };
+    let density = match (args.density, combination.prunes()) {
+        (Some(d), true) if d > 0.0 && d <= 1.0 => d,
+        (Some(d), true) => bail!(Usage(format!("--density {d}: expected a share above 0 and up to 1"))),
+        (None, true) => {
+            bail!(Usage(format!("--combine {how} needs --density: the share of elements to keep")))
+        }
+        (Some(_), false) => bail!(Usage(format!("--density: {how} keeps all elements"))),
+        (None, false) => 1.0,
+    };
+    if args.svd_rank == Some(0) {
+        bail!(Usage("--svd-rank 0: expected a rank above 0".to_string()));
+    }
+    let parts = args.adapter.iter().map(|given| weighted(given)).collect::<Result<Vec<_>>>()?;
+    let place = Beside::dir(&args.out)?;
+    let options = CombineOptions { how: combination, density, rank: args.svd_rank, seed: args.seed };
+    combine(&parts, &options, place.path())?;
+    place.keep()?;
+    if args.common.json {
+        let weights: Vec<Value> =
+            parts.iter().map(|(dir, w)| json!({ "adapter": dir, "weight": w })).collect();
+        return print_json(&json!({ "out": args.out, "combine": how, "adapters": weights }));
+    }
+    print(&format!("{}: {} adapters as one ({how})\n", args.out.display(), parts.len()))
+}
+
+/// `DIR=WEIGHT`; a directory alone has the weight 1.
+fn weighted(given: &str) -> Result<(PathBuf, f32)> {
+    let Some((dir, weight)) = given.rsplit_once('=') else { return Ok((PathBuf::from(given), 1.0)) };
+    match weight.parse::<f32>() {
+        Ok(weight) if weight.is_finite() && !dir.is_empty() => Ok((PathBuf::from(dir), weight)),
+        _ => bail!(Usage(format!("--adapter {given}: expected a directory and its weight, as in {dir}=0.7"))),
+    }
+}
+
 /// What there is to tell.
 struct Done {
     merged: Merged,
@@ -64,12 +115,12 @@ struct Done {
 
 /// A GGUF file.
 fn into_file(args: &MergeArgs, note: &mut Note) -> Result<Done> {
-    let model = workbench::resolve(&args.model, &args.common, note)?;
+    let (name, adapter) = one(args)?;
+    let model = workbench::resolve(name, &args.common, note)?;
     let wanted = convert::gguf_type(args.dtype.as_deref(), &model, true)?;
     let place = Beside::file(&args.out)?;
-    let mut bench = Bench::load(&model, Some(&args.adapter), &LoadOptions::default())?;
-    let written =
-        convert::bake(&mut bench, wanted, place.path(), &convert::name(&args.model, &args.out), note)?;
+    let mut bench = Bench::load(&model, Some(&adapter), &LoadOptions::default())?;
+    let written = convert::bake(&mut bench, wanted, place.path(), &convert::name(name, &args.out), note)?;
     let verdict = convert::verify(&args.verify, &bench, wanted, place.path(), note)?;
     place.keep()?;
     let merged = Merged {
@@ -83,9 +134,10 @@ fn into_file(args: &MergeArgs, note: &mut Note) -> Result<Done> {
 /// A Hugging Face directory.
 fn into_directory(args: &MergeArgs, note: &mut Note) -> Result<Done> {
     let dtype = args.dtype.as_deref().map(storage).transpose()?;
-    let model = workbench::resolve(&args.model, &args.common, note)?;
+    let (name, adapter) = one(args)?;
+    let model = workbench::resolve(name, &args.common, note)?;
     let place = Beside::dir(&args.out)?;
-    let mut bench = Bench::load(&model, Some(&args.adapter), &LoadOptions::default())?;
+    let mut bench = Bench::load(&model, Some(&adapter), &LoadOptions::default())?;
     let (merged, types) = write(args, &mut bench, place.path(), dtype, note)?;
     let asked = args.verify.verify || !args.verify.verify_data.is_empty() || args.verify.max_kl.is_some();
     let verdict = match asked || (verification::is_quantized(&model)? && !args.verify.no_verify) {
@@ -107,20 +159,6 @@ fn storage(name: &str) -> Result<StorageType> {
         }
         _ => bail!(Usage(format!("--dtype {name}: expected f32, bf16 or f16"))),
     })
-}
-
-/// Makes the directory, or takes an empty one.
-pub(super) fn prepare(out: &Path) -> Result<()> {
-    match fs::read_dir(out) {
-        Ok(mut entries) => match entries.next() {
-            None => Ok(()),
-            Some(_) => bail!("{}: is not empty; choose a new directory for --out", out.display()),
-        },
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            fs::create_dir_all(out).with_context(|| out.display().to_string())
-        }
-        Err(e) => Err(e).with_context(|| out.display().to_string()),
-    }
 }
 
 fn write(
@@ -156,49 +194,19 @@ fn write(
     drop(progress);
     let mut types: Vec<StorageType> = types.into_inner().into_iter().collect();
     types.sort_by_key(|t| t.to_string());
-    copy_companions(bench, model, out, &merged, &types)?;
+    write_companions(bench, model, out, &merged, &types)?;
     Ok((merged, types.iter().map(|t| t.to_string().to_lowercase()).collect()))
 }
 
-/// Files beside the weights that travel with a model.
-pub(super) const COMPANIONS: [&str; 9] = [
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-];
-
 /// Tokenizer and configuration; `config.json` comes last, for without it nothing takes the directory for a model.
-fn copy_companions(
+fn write_companions(
     bench: &Bench,
     model: &Path,
     out: &Path,
     merged: &Merged,
     types: &[StorageType],
 ) -> Result<()> {
-    let mut config = if model.is_dir() {
-        for name in COMPANIONS {
-            let from = model.join(name);
-            if from.exists() {
-                let bytes = fs::read(&from).with_context(|| from.display().to_string())?;
-                write_atomic(&out.join(name), &bytes)?;
-            }
-        }
-        Value::Object(HfConfig::open(model)?.raw().clone())
-    } else {
-        if let Some(tokenizer) = &bench.tokenizer {
-            tokenizer.save(out)?;
-        }
-        let gguf = engobe_formats::gguf::Gguf::open(model)?;
-        let ends = json!({ "eos_token_id": bench.end_ids()? });
-        write_atomic(&out.join("generation_config.json"), &serde_json::to_vec_pretty(&ends)?)?;
-        engobe_models::hf_config_of(&gguf)?
-    };
+    let mut config = companions::write(model, bench.tokenizer.as_ref(), out)?;
     config["tie_word_embeddings"] = json!(merged.tied_head);
     if let Some(config) = config.as_object_mut() {
         // what is written is not quantized any more
@@ -214,5 +222,5 @@ fn copy_companions(
             }
         }
     }
-    Ok(write_atomic(&out.join("config.json"), &serde_json::to_vec_pretty(&config)?)?)
+    companions::write_json(&out.join("config.json"), &config)
 }

@@ -4,17 +4,17 @@ use crate::Usage;
 use crate::args::TrainArgs;
 use crate::forecast::{Forecast, flags};
 use crate::memory::bytes_text;
-use crate::settings::Given;
 use crate::terminal::{Note, print, print_json};
 use crate::workbench::{self, thousands};
 use anyhow::Result;
 use engobe_train::memory::advice::{Suggestion, fits};
 use engobe_train::memory::{Estimate, MemoryLimit};
+use engobe_train::plan::ComputeDtype;
 use serde_json::{Value, json};
 
 /// Says what a run would take.
 pub fn run(args: &TrainArgs) -> Result<()> {
-    let given = Given::collect(args.config.as_deref(), &args.settings.given, &args.set)?;
+    let given = args.settings.given()?;
     let mut note = Note::new(&args.common);
     let plan = given.plan()?;
     let model = given.text("model").ok_or(Usage("--model is missing".to_string()))?;
@@ -50,7 +50,11 @@ fn table(forecast: &Forecast, e: &Estimate, limit: Option<MemoryLimit>, found: &
     let kinds: Vec<String> = storages(forecast).into_iter().map(|(storage, _)| storage).collect();
     let s = &plan.schedule;
     let recomputed = if plan.compute.activation_checkpointing { ", checkpointed" } else { "" };
-    let tokens = format!("{} x {} tokens{recomputed}", s.batch_size, s.max_seq_len);
+    let kept = match plan.compute.compute_dtype {
+        ComputeDtype::F32 => String::new(),
+        half => format!(", kept in {}", half.name()),
+    };
+    let tokens = format!("{} x {} tokens{recomputed}{kept}", s.batch_size, s.max_seq_len);
     let optimizer = match e.optimizer_file {
         0 => plan.optimization.optimizer.name().to_string(),
         bytes => {

@@ -1,22 +1,19 @@
 //! `engobe quantize`
 
-use super::merge::{COMPANIONS, prepare};
 use crate::Usage;
 use crate::args::QuantizeArgs;
+use crate::beside::Beside;
+use crate::companions;
 use crate::memory::{self, bytes_text};
 use crate::quantization::{Asked, COMMAND};
 use crate::terminal::{Note, Progress, print, print_json};
 use crate::workbench;
 use anyhow::{Context, Result, bail};
-use engobe_formats::atomic::write_atomic;
 use engobe_formats::bitsandbytes::quantization_config;
-use engobe_formats::gguf::Gguf;
-use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::quantize::Scheme;
 use engobe_kernels::storage::StorageType;
 use engobe_models::{QuantizedModel, quantize};
-use serde_json::{Value, json};
-use std::fs;
+use serde_json::json;
 use std::path::Path;
 
 /// Writes a quantized copy of a model.
@@ -30,13 +27,9 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
     }
     workbench::set_threads(args.threads)?;
     let model = workbench::resolve(&args.model, &args.common, &mut note)?;
-    prepare(&args.out)?;
-    let done = write(args, &model, scheme, &note);
-    if done.is_err() {
-        // nothing but what was begun here lies in it
-        let _ = fs::remove_dir_all(&args.out);
-    }
-    let done = done?;
+    let place = Beside::dir(&args.out)?;
+    let done = write(args, &model, place.path(), scheme, &note)?;
+    place.keep()?;
     if args.common.json {
         return print_json(&json!({
             "out": args.out,
@@ -58,40 +51,30 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
     ))
 }
 
-fn write(args: &QuantizeArgs, model: &Path, scheme: Scheme, note: &Note) -> Result<QuantizedModel> {
+fn write(
+    args: &QuantizeArgs,
+    model: &Path,
+    out: &Path,
+    scheme: Scheme,
+    note: &Note,
+) -> Result<QuantizedModel> {
     let mut progress = Progress::new("tensors", 1, 0, note);
     let mut tell = |done, of| progress.of(done, of, || "quantized".to_string());
     let shard = (args.max_shard_size * 1e9) as usize;
-    let done = quantize(model, scheme, &args.out, shard, &mut tell)?;
+    let done = quantize(model, scheme, out, shard, &mut tell)?;
     drop(progress);
-    write_companions(model, &args.out, scheme, &done)?;
+    write_companions(model, out, scheme, &done)?;
     Ok(done)
 }
 
 /// Tokenizer and configuration; `config.json` comes last, for without it nothing takes the directory for a model.
 fn write_companions(model: &Path, out: &Path, scheme: Scheme, done: &QuantizedModel) -> Result<()> {
-    let mut config = if model.is_dir() {
-        for name in COMPANIONS {
-            let from = model.join(name);
-            if from.exists() {
-                let bytes = fs::read(&from).with_context(|| from.display().to_string())?;
-                write_atomic(&out.join(name), &bytes)?;
-            }
-        }
-        Value::Object(HfConfig::open(model)?.raw().clone())
-    } else {
-        if let Some(tokenizer) = workbench::tokenizer(model)? {
-            tokenizer.save(out)?;
-            let ends = json!({ "eos_token_id": tokenizer.end_ids() });
-            write_atomic(&out.join("generation_config.json"), &serde_json::to_vec_pretty(&ends)?)?;
-        }
-        engobe_models::hf_config_of(&Gguf::open(model)?)?
-    };
+    let mut config = companions::write(model, workbench::tokenizer(model)?.as_ref(), out)?;
     let compute = match done.original {
         StorageType::BF16 => "bfloat16",
         StorageType::F16 => "float16",
         _ => "float32",
     };
     config["quantization_config"] = quantization_config(scheme, &done.skipped, compute);
-    Ok(write_atomic(&out.join("config.json"), &serde_json::to_vec_pretty(&config)?)?)
+    companions::write_json(&out.join("config.json"), &config)
 }

@@ -1,7 +1,6 @@
 //! `engobe train`
 
 use crate::args::TrainArgs;
-use crate::settings::Given;
 use crate::terminal::{Note, print_json};
 use crate::training::{self, Summary};
 use anyhow::Result;
@@ -9,7 +8,7 @@ use serde_json::json;
 
 /// Trains an adapter.
 pub fn run(args: &TrainArgs) -> Result<()> {
-    let given = Given::collect(args.config.as_deref(), &args.settings.given, &args.set)?;
+    let given = args.settings.given()?;
     let summary = training::run(&given, args.resume, &args.common)?;
     training::tell(&summary, &mut Note::new(&args.common));
     if args.common.json {
@@ -25,6 +24,7 @@ fn to_json(summary: &Summary) -> serde_json::Value {
         "total_steps": o.total_steps,
         "final_loss": o.final_loss,
         "best_eval_loss": o.best_eval_loss,
+        "eval_scores": summary.history.iter().rev().find(|m| !m.eval_scores.is_empty()).map(|m| &m.eval_scores),
         "tokens": o.tokens,
         "label_tokens": o.label_tokens,
         "tokens_per_second": summary.tokens_per_second(),

@@ -2,6 +2,8 @@
 
 use anyhow::{Result, anyhow};
 use engobe_train::StepMetrics;
+use plotters::coord::Shift;
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 const SIZE: (u32, u32) = (900, 420);
@@ -17,6 +19,9 @@ pub fn loss_svg(history: &[StepMetrics]) -> Result<String> {
     Ok(svg)
 }
 
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+type Plane = Cartesian2d<RangedCoordf64, RangedCoordf64>;
+
 fn draw(svg: &mut String, history: &[StepMetrics]) -> Result<(), Box<dyn std::error::Error>> {
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     root.fill(&WHITE)?;
@@ -24,17 +29,7 @@ fn draw(svg: &mut String, history: &[StepMetrics]) -> Result<(), Box<dyn std::er
     let evals: Vec<(f64, f64)> = history.iter().filter_map(|m| Some((m.step as f64, m.eval_loss?))).collect();
     let (low, high) = range(losses.iter().chain(&evals).map(|p| p.1));
     let last = losses.last().map_or(1.0, |p| p.0).max(2.0);
-    let mut chart = ChartBuilder::on(&root)
-        .margin(12)
-        .x_label_area_size(40)
-        .y_label_area_size(56)
-        .build_cartesian_2d(1.0..last, low..high)?;
-    chart
-        .configure_mesh()
-        .light_line_style(WHITE)
-        .x_desc("step")
-        .y_desc("loss (nats per label token)")
-        .draw()?;
+    let mut chart = axes(&root, last, (low, high), "loss (nats per label token)")?;
     chart.draw_series(LineSeries::new(losses.iter().copied(), TRAIN.mix(0.45)))?;
     chart
         .draw_series(LineSeries::new(calm(&losses), CALM.stroke_width(2)))?
@@ -49,6 +44,22 @@ fn draw(svg: &mut String, history: &[StepMetrics]) -> Result<(), Box<dyn std::er
     chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK.mix(0.2)).draw()?;
     root.present()?;
     Ok(())
+}
+
+/// Axes of steps and losses, with a grid.
+fn axes<'a>(
+    root: &Area<'a>,
+    last_step: f64,
+    (low, high): (f64, f64),
+    losses: &str,
+) -> Result<ChartContext<'a, SVGBackend<'a>, Plane>, Box<dyn std::error::Error>> {
+    let mut chart = ChartBuilder::on(root)
+        .margin(12)
+        .x_label_area_size(40)
+        .y_label_area_size(56)
+        .build_cartesian_2d(1.0..last_step, low..high)?;
+    chart.configure_mesh().light_line_style(WHITE).x_desc("step").y_desc(losses).draw()?;
+    Ok(chart)
 }
 
 /// One method's losses for [`compare_svg`].
@@ -79,17 +90,8 @@ fn draw_curves(svg: &mut String, curves: &[Curve<'_>]) -> Result<(), Box<dyn std
     let all = calmed.iter().flatten().map(|p| p.1).chain(curves.iter().flat_map(evals).map(|p| p.1));
     let (low, high) = range(all);
     let last = calmed.iter().flatten().map(|p| p.0).fold(2.0, f64::max);
-    let mut chart = ChartBuilder::on(&root)
-        .margin(12)
-        .x_label_area_size(40)
-        .y_label_area_size(56)
-        .build_cartesian_2d(1.0..last, low..high)?;
-    chart
-        .configure_mesh()
-        .light_line_style(WHITE)
-        .x_desc("step")
-        .y_desc("loss: line in training (running mean), point on validation rows")
-        .draw()?;
+    let mut chart =
+        axes(&root, last, (low, high), "loss: line in training (running mean), point on validation rows")?;
     for (i, (curve, points)) in curves.iter().zip(&calmed).enumerate() {
         let colour = Palette99::pick(i).to_rgba();
         chart
@@ -131,7 +133,18 @@ mod tests {
 
     fn step(step: usize, loss: f64, eval_loss: Option<f64>) -> StepMetrics {
         let (lr, grad_norm, seconds, epoch) = (0.0, 0.0, 0.0, 0.0);
-        StepMetrics { step, loss, lr, grad_norm, tokens: 1, label_tokens: 1, seconds, epoch, eval_loss }
+        StepMetrics {
+            step,
+            loss,
+            lr,
+            grad_norm,
+            tokens: 1,
+            label_tokens: 1,
+            seconds,
+            epoch,
+            eval_loss,
+            eval_scores: Default::default(),
+        }
     }
 
     #[test]

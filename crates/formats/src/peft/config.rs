@@ -1,42 +1,12 @@
 //! `adapter_config.json` of LoRA adapters: PEFT 0.21's `LoraConfig`.
 
+use super::choices::{
+    BiasMode, InitLoraWeights, LoftqConfig, TargetModules, TokenIndices, init, loftq, tokens,
+};
 use super::raw::{KnownKeys, PeftConfig, list_json, modules_json, number_json};
 use crate::Result;
 use serde_json::{Map, Value, json};
 use std::path::Path;
-
-/// Which modules a setting names.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TargetModules {
-    /// names, or ends of names
-    List(Vec<String>),
-    /// a regular expression for the whole name
-    Regex(String),
-    /// every linear layer but the output head
-    AllLinear,
-}
-
-/// How a new adapter starts (`init_lora_weights`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InitLoraWeights {
-    /// `true`: A by Kaiming's rule, B zero
-    Kaiming,
-    /// `"gaussian"`: A normal with standard deviation 1/r, B zero
-    Gaussian,
-    /// `false`: A and B both random; for tests
-    Random,
-}
-
-/// Which biases are trained (`bias`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BiasMode {
-    /// none
-    None,
-    /// all of the model
-    All,
-    /// those of adapted layers
-    LoraOnly,
-}
 
 /// LoRA's configuration. Fields are PEFT's.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,6 +37,16 @@ pub struct LoraConfig {
     pub modules_to_save: Vec<String>,
     /// start
     pub init_lora_weights: InitLoraWeights,
+    /// weights as a direction and a trained magnitude (Liu et al. 2024)
+    pub use_dora: bool,
+    /// a bias behind B
+    pub lora_bias: bool,
+    /// settings of `"loftq"`
+    pub loftq_config: Option<LoftqConfig>,
+    /// tokens whose embeddings are trained
+    pub trainable_token_indices: Option<TokenIndices>,
+    /// what is trained of a tied embedding, the head has as well
+    pub ensure_weight_tying: bool,
     /// adapted matrices lie as `[in, out]` in the base's files (GPT-2's `Conv1D`), which PEFT must know to merge
     pub fan_in_fan_out: bool,
     /// the base model's name or path, as a note
@@ -92,6 +72,11 @@ impl Default for LoraConfig {
             bias: BiasMode::None,
             modules_to_save: Vec::new(),
             init_lora_weights: InitLoraWeights::Kaiming,
+            use_dora: false,
+            lora_bias: false,
+            loftq_config: None,
+            trainable_token_indices: None,
+            ensure_weight_tying: false,
             fan_in_fan_out: false,
             base_model_name_or_path: None,
             task_type: Some("CAUSAL_LM".to_string()),
@@ -103,23 +88,18 @@ impl Default for LoraConfig {
 const NOTES: [&str; 3] = ["fan_in_fan_out", "megatron_core", "qalora_group_size"];
 
 /// Keys of features that engobe does not have. They may only be off.
-const NOT_YET: [&str; 19] = [
+const NOT_YET: [&str; 14] = [
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "kasa_config",
     "layer_replication",
-    "loftq_config",
-    "lora_bias",
     "lora_ga_config",
     "megatron_config",
     "monteclora_config",
     "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
     "convert_mode",
@@ -127,7 +107,7 @@ const NOT_YET: [&str; 19] = [
 
 impl LoraConfig {
     /// Keys that say what the adapter is, as users set them.
-    pub const SETTINGS: [&str; 13] = [
+    pub const SETTINGS: [&str; 18] = [
         "r",
         "lora_alpha",
         "lora_dropout",
@@ -141,6 +121,11 @@ impl LoraConfig {
         "bias",
         "modules_to_save",
         "init_lora_weights",
+        "use_dora",
+        "lora_bias",
+        "loftq_config",
+        "trainable_token_indices",
+        "ensure_weight_tying",
     ];
 
     /// Reads a file.
@@ -185,6 +170,35 @@ impl LoraConfig {
         if let Some((pattern, a)) = self.alpha_pattern.iter().find(|(_, a)| !(a.is_finite() && *a > 0.0)) {
             return Err(("alpha_pattern", format!("{a} for {pattern:?}"), positive));
         }
+        if self.lora_bias {
+            let init = self.init_lora_weights;
+            if !matches!(init, InitLoraWeights::Kaiming | InitLoraWeights::Random) {
+                return Err(("lora_bias", "true".to_string(), "false, or init_lora_weights true or false"));
+            }
+            if self.use_dora {
+                return Err(("lora_bias", "true".to_string(), "false beside use_dora"));
+            }
+        }
+        if let Some(loftq) = self.loftq_config {
+            if !matches!(loftq.bits, 4 | 8) {
+                return Err(("loftq_config", format!("loftq_bits {}", loftq.bits), "loftq_bits 4 or 8"));
+            }
+            if loftq.iterations == 0 {
+                return Err(("loftq_config", "loftq_iter 0".to_string(), "loftq_iter above 0"));
+            }
+        }
+        let lists: Vec<&Vec<usize>> = match &self.trainable_token_indices {
+            None => Vec::new(),
+            Some(TokenIndices::Input(ids)) => vec![ids],
+            Some(TokenIndices::Modules(modules)) => modules.iter().map(|(_, ids)| ids).collect(),
+        };
+        for ids in lists {
+            let mut seen = ids.clone();
+            seen.sort_unstable();
+            if let Some(twice) = seen.windows(2).find(|w| w[0] == w[1]) {
+                return Err(("trainable_token_indices", format!("{} twice", twice[0]), "each token once"));
+            }
+        }
         match &self.target_modules {
             Some(TargetModules::List(names)) if names.is_empty() => {
                 Err(("target_modules", "an empty list".to_string(), "at least one name"))
@@ -220,15 +234,12 @@ impl LoraConfig {
                 BiasMode::None,
             )?,
             modules_to_save: raw.names("modules_to_save")?,
-            init_lora_weights: match raw.get("init_lora_weights") {
-                None | Some(Value::Bool(true)) => InitLoraWeights::Kaiming,
-                Some(Value::Bool(false)) => InitLoraWeights::Random,
-                Some(Value::String(s)) if s.eq_ignore_ascii_case("gaussian") => InitLoraWeights::Gaussian,
-                Some(other) => {
-                    let right = "true, false or \"gaussian\" (others change the base weights or are not supported yet)";
-                    return Err(raw.bad("init_lora_weights", &other.to_string(), right));
-                }
-            },
+            init_lora_weights: init(raw)?,
+            use_dora: raw.flag("use_dora")?,
+            lora_bias: raw.flag("lora_bias")?,
+            loftq_config: loftq(raw)?,
+            trainable_token_indices: tokens(raw, "trainable_token_indices")?,
+            ensure_weight_tying: raw.flag("ensure_weight_tying")?,
             fan_in_fan_out: raw.flag("fan_in_fan_out")?,
             base_model_name_or_path: text("base_model_name_or_path"),
             task_type: text("task_type"),
@@ -244,13 +255,25 @@ impl From<&LoraConfig> for PeftConfig {
         {
             raw.set(off, Value::Null);
         }
-        for off in ["megatron_config", "target_parameters", "trainable_token_indices"] {
+        for off in ["megatron_config", "target_parameters"] {
             raw.set(off, Value::Null);
         }
-        for off in ["ensure_weight_tying", "lora_bias", "use_dora"] {
-            raw.set(off, false);
-        }
-        raw.set("loftq_config", json!({}));
+        let tokens = match &c.trainable_token_indices {
+            None => Value::Null,
+            Some(TokenIndices::Input(ids)) => json!(ids),
+            Some(TokenIndices::Modules(modules)) => {
+                Value::Object(modules.iter().map(|(name, ids)| (name.clone(), json!(ids))).collect())
+            }
+        };
+        let loftq = match c.loftq_config {
+            None => json!({}),
+            Some(l) => json!({ "loftq_bits": l.bits, "loftq_iter": l.iterations }),
+        };
+        raw.set("ensure_weight_tying", c.ensure_weight_tying);
+        raw.set("loftq_config", loftq);
+        raw.set("lora_bias", c.lora_bias);
+        raw.set("trainable_token_indices", tokens);
+        raw.set("use_dora", c.use_dora);
         raw.set("megatron_core", "megatron.core");
         let alphas: Map<String, Value> =
             c.alpha_pattern.iter().map(|(p, a)| (p.clone(), number_json(*a))).collect();
@@ -260,17 +283,12 @@ impl From<&LoraConfig> for PeftConfig {
             BiasMode::All => "all",
             BiasMode::LoraOnly => "lora_only",
         };
-        let init = match c.init_lora_weights {
-            InitLoraWeights::Kaiming => json!(true),
-            InitLoraWeights::Gaussian => json!("gaussian"),
-            InitLoraWeights::Random => json!(false),
-        };
         raw.set("alpha_pattern", alphas);
         raw.set("base_model_name_or_path", c.base_model_name_or_path.clone());
         raw.set("bias", bias);
         raw.set("fan_in_fan_out", c.fan_in_fan_out);
         raw.set("exclude_modules", modules_json(&c.exclude_modules));
-        raw.set("init_lora_weights", init);
+        raw.set("init_lora_weights", c.init_lora_weights.to_json());
         raw.set("layers_pattern", list_json(&c.layers_pattern));
         raw.set("layers_to_transform", json!(c.layers_to_transform));
         raw.set("lora_alpha", number_json(c.lora_alpha));
@@ -306,9 +324,20 @@ mod tests {
             modules_to_save: vec!["norm".into()],
             bias: BiasMode::LoraOnly,
             init_lora_weights: InitLoraWeights::Gaussian,
+            loftq_config: Some(LoftqConfig { bits: 8, iterations: 3 }),
+            use_dora: true,
+            trainable_token_indices: Some(TokenIndices::Input(vec![3, 1])),
+            ensure_weight_tying: true,
             ..Default::default()
         };
         assert_eq!(parse(&config.to_json()).unwrap(), config);
+        let tokens = TokenIndices::Modules(vec![("embed_tokens".into(), vec![7])]);
+        let inits = [InitLoraWeights::Pissa(None), InitLoraWeights::Pissa(Some(4)), InitLoraWeights::Olora];
+        for init_lora_weights in inits.into_iter().chain([InitLoraWeights::Loftq]) {
+            let tokens = Some(tokens.clone());
+            let config = LoraConfig { init_lora_weights, trainable_token_indices: tokens, ..config.clone() };
+            assert_eq!(parse(&config.to_json()).unwrap(), config);
+        }
     }
 
     #[test]
@@ -319,9 +348,13 @@ mod tests {
             (r#"{"peft_type":"LORA","r":-1}"#, "r is -1"),
             (r#"{"peft_type":"LORA","r":0}"#, "r is 0"),
             (r#"{"peft_type":"LORA","lora_alpha":0}"#, "lora_alpha is 0"),
-            (r#"{"peft_type":"LORA","use_dora":true}"#, "use_dora"),
+            (r#"{"peft_type":"LORA","use_qalora":true}"#, "use_qalora"),
+            (r#"{"peft_type":"LORA","use_dora":true,"lora_bias":true}"#, "lora_bias is true"),
+            (r#"{"peft_type":"LORA","loftq_config":{"loftq_bits":3}}"#, "loftq_bits 3"),
+            (r#"{"peft_type":"LORA","trainable_token_indices":[1,-1]}"#, "trainable_token_indices"),
+            (r#"{"peft_type":"LORA","trainable_token_indices":[1,2,1]}"#, "1 twice"),
             (r#"{"peft_type":"LORA","lora_alfa":3}"#, "did you mean \"lora_alpha\""),
-            (r#"{"peft_type":"LORA","init_lora_weights":"pissa"}"#, "pissa"),
+            (r#"{"peft_type":"LORA","init_lora_weights":"corda"}"#, "corda"),
             (r#"{"peft_type":"LORA","target_modules":[]}"#, "empty list"),
             (r#"{"peft_type":"LORA","rank_pattern":{"q":0}}"#, "rank_pattern"),
             (r#"{"peft_type":"LORA","bias":"some"}"#, "some"),

@@ -1,15 +1,17 @@
 //! Adapters in PEFT's format: a directory with `adapter_config.json` and `adapter_model.safetensors`.
 
+mod choices;
 mod config;
 mod raw;
 
-pub use config::{BiasMode, InitLoraWeights, LoraConfig, TargetModules};
+pub use choices::{BiasMode, InitLoraWeights, LoftqConfig, TargetModules, TokenIndices, tokens};
+pub use config::LoraConfig;
 pub use raw::{KnownKeys, PeftConfig, list_json, modules_json, number_json};
 
 use crate::atomic::write_atomic;
 use crate::safetensors_file::{SafetensorsFile, write_safetensors};
 use crate::tensor::TensorView;
-use crate::{Error, Result};
+use crate::{Error, Result, adapter_hub};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -30,6 +32,9 @@ impl PeftAdapter {
     /// Reads a directory.
     pub fn load(dir: &Path) -> Result<Self> {
         let config = PeftConfig::load(&dir.join(CONFIG))?;
+        if config.peft_type() == adapter_hub::BOTTLENECK {
+            return adapter_hub::load(dir, config);
+        }
         let path = dir.join(WEIGHTS);
         if !path.exists() && dir.join("adapter_model.bin").exists() {
             let what = "has its weights in adapter_model.bin only, which can run code when read; save it again with safe_serialization=True";
@@ -52,10 +57,14 @@ impl PeftAdapter {
         config: impl Into<PeftConfig>,
         tensors: &[(String, Vec<usize>, B)],
     ) -> Result<()> {
+        let config = config.into();
+        if config.peft_type() == adapter_hub::BOTTLENECK {
+            return adapter_hub::save(dir, &config, tensors);
+        }
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
         write_safetensors(&dir.join(WEIGHTS), tensors, &metadata)?;
-        write_atomic(&dir.join(CONFIG), config.into().to_json().as_bytes())
+        write_atomic(&dir.join(CONFIG), config.to_json().as_bytes())
     }
 }
 

@@ -1,7 +1,7 @@
 //! `adapter_config.json` of any method: a map of settings, read and checked by what the method knows.
 
 use super::TargetModules;
-use crate::{Error, Result, nearest};
+use crate::{Error, Result, adapter_hub, nearest};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -87,6 +87,7 @@ impl PeftConfig {
             Ok(_) => return Err(Error::corrupt(path, "is not a JSON object")),
             Err(e) => return Err(Error::corrupt(path, format!("is not valid JSON: {e}"))),
         };
+        let map = if adapter_hub::is_ours(&map) { adapter_hub::to_peft(map) } else { map };
         let this = Self { path: path.to_path_buf(), map };
         match this.get("peft_type") {
             Some(Value::String(_)) => Ok(this),
@@ -174,6 +175,23 @@ impl PeftConfig {
         let Some(value) = self.get(key) else { return Ok(None) };
         let number = value.as_u64().and_then(|n| usize::try_from(n).ok());
         number.map(Some).ok_or_else(|| self.bad(key, &value.to_string(), "a whole number above 0"))
+    }
+
+    /// A whole number of which there must be one at least.
+    pub fn count(&self, key: &str) -> Result<Option<usize>> {
+        match self.whole(key)? {
+            Some(0) => Err(self.bad(key, "0", "a whole number above 0")),
+            count => Ok(count),
+        }
+    }
+
+    /// A probability of being dropped; 0 if it is not there.
+    pub fn dropout(&self, key: &str) -> Result<f64> {
+        let dropout = self.number(key)?.unwrap_or(0.0);
+        match (0.0..1.0).contains(&dropout) {
+            true => Ok(dropout),
+            false => Err(self.bad(key, &dropout.to_string(), "a probability in [0, 1)")),
+        }
     }
 
     /// A number.

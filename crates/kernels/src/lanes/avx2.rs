@@ -62,12 +62,11 @@ unsafe fn products(u: __m256i, a: __m256i) -> __m256i {
 // SAFETY (every block below): what `Lanes` asks of its callers.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Avx2 {
+    narrow_lanes!();
+
     type Bytes = [__m256i; 2];
     type Ints = [__m256i; 2];
     type Floats = [__m256; 2];
-    type Quad = __m128;
-    type Small = __m128i;
-    type Eight = __m256;
     /// sixteen-bit factors, twice in each lane
     type Factors = [__m256i; 2];
 
@@ -187,66 +186,6 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn half(p: *const u8) -> f32 {
-        unsafe { super::x86_half(p) }
-    }
-
-    #[inline(always)]
-    unsafe fn small(p: *const u8) -> __m128i {
-        unsafe { _mm_loadu_si128(p.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn small_of(words: [u64; 2]) -> __m128i {
-        unsafe { super::x86_small_of(words) }
-    }
-
-    #[inline(always)]
-    unsafe fn small_twice(word: u64) -> __m128i {
-        unsafe {
-            let x = _mm_cvtsi64_si128(word as i64);
-            _mm_unpacklo_epi8(x, x)
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn small_low(x: __m128i) -> __m128i {
-        unsafe { _mm_and_si128(x, _mm_set1_epi8(15)) }
-    }
-
-    #[inline(always)]
-    unsafe fn small_high(x: __m128i) -> __m128i {
-        unsafe { _mm_and_si128(_mm_srli_epi16::<4>(x), _mm_set1_epi8(15)) }
-    }
-
-    #[inline(always)]
-    unsafe fn small_minus<const VALUE: i8>(x: __m128i) -> __m128i {
-        unsafe { _mm_sub_epi8(x, _mm_set1_epi8(VALUE)) }
-    }
-
-    #[inline(always)]
-    unsafe fn small_elements(x: __m128i) -> [i8; 16] {
-        let mut out = [0; 16];
-        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), x) };
-        out
-    }
-
-    #[inline(always)]
-    unsafe fn zero_eight() -> __m256 {
-        unsafe { _mm256_setzero_ps() }
-    }
-
-    #[inline(always)]
-    unsafe fn add_products(sum: __m256, n: __m128i, p: *const [i16; 16], factor: f32) -> __m256 {
-        unsafe { super::x86_add_products(sum, n, p, factor) }
-    }
-
-    #[inline(always)]
-    unsafe fn total_eight(x: __m256) -> f32 {
-        unsafe { super::x86_total_eight(x) }
-    }
-
-    #[inline(always)]
     unsafe fn zero_ints() -> [__m256i; 2] {
         unsafe { [_mm256_setzero_si256(); 2] }
     }
@@ -318,32 +257,7 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn zero_quad() -> __m128 {
-        unsafe { _mm_setzero_ps() }
-    }
-
-    #[inline(always)]
-    unsafe fn scales(a: *const u8, b: *const u8, y: *const f32) -> __m128 {
-        unsafe { super::x86_scales(a, b, y) }
-    }
-
-    #[inline(always)]
-    unsafe fn scales_and_minima(a: *const u8, b: *const u8, y: *const f32) -> __m128 {
-        unsafe { super::x86_scales_and_minima(a, b, y) }
-    }
-
-    #[inline(always)]
-    unsafe fn add_quads(a: __m128, b: __m128) -> __m128 {
-        unsafe { _mm_add_ps(a, b) }
-    }
-
-    #[inline(always)]
     unsafe fn spread(q: __m128) -> [__m256; 2] {
         unsafe { [_mm256_broadcastss_ps(q), _mm256_broadcastss_ps(_mm_movehl_ps(q, q))] }
-    }
-
-    #[inline(always)]
-    unsafe fn odd_sum(q: __m128) -> f32 {
-        unsafe { super::x86_odd_sum(q) }
     }
 }

@@ -34,12 +34,11 @@ const EVEN: [i32; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2];
 // SAFETY (every block below): what `Lanes` asks of its callers.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Avx512 {
+    narrow_lanes!();
+
     type Bytes = __m512i;
     type Ints = __m512i;
     type Floats = __m512;
-    type Quad = __m128;
-    type Small = __m128i;
-    type Eight = __m256;
     type Factors = __m512i;
 
     #[inline(always)]
@@ -146,66 +145,6 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn half(p: *const u8) -> f32 {
-        unsafe { super::x86_half(p) }
-    }
-
-    #[inline(always)]
-    unsafe fn small(p: *const u8) -> __m128i {
-        unsafe { _mm_loadu_si128(p.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn small_of(words: [u64; 2]) -> __m128i {
-        unsafe { super::x86_small_of(words) }
-    }
-
-    #[inline(always)]
-    unsafe fn small_twice(word: u64) -> __m128i {
-        unsafe {
-            let x = _mm_cvtsi64_si128(word as i64);
-            _mm_unpacklo_epi8(x, x)
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn small_low(x: __m128i) -> __m128i {
-        unsafe { _mm_and_si128(x, _mm_set1_epi8(15)) }
-    }
-
-    #[inline(always)]
-    unsafe fn small_high(x: __m128i) -> __m128i {
-        unsafe { _mm_and_si128(_mm_srli_epi16::<4>(x), _mm_set1_epi8(15)) }
-    }
-
-    #[inline(always)]
-    unsafe fn small_minus<const VALUE: i8>(x: __m128i) -> __m128i {
-        unsafe { _mm_sub_epi8(x, _mm_set1_epi8(VALUE)) }
-    }
-
-    #[inline(always)]
-    unsafe fn small_elements(x: __m128i) -> [i8; 16] {
-        let mut out = [0; 16];
-        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), x) };
-        out
-    }
-
-    #[inline(always)]
-    unsafe fn zero_eight() -> __m256 {
-        unsafe { _mm256_setzero_ps() }
-    }
-
-    #[inline(always)]
-    unsafe fn add_products(sum: __m256, n: __m128i, p: *const [i16; 16], factor: f32) -> __m256 {
-        unsafe { super::x86_add_products(sum, n, p, factor) }
-    }
-
-    #[inline(always)]
-    unsafe fn total_eight(x: __m256) -> f32 {
-        unsafe { super::x86_total_eight(x) }
-    }
-
-    #[inline(always)]
     unsafe fn zero_ints() -> __m512i {
         unsafe { _mm512_setzero_si512() }
     }
@@ -259,32 +198,7 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn zero_quad() -> __m128 {
-        unsafe { _mm_setzero_ps() }
-    }
-
-    #[inline(always)]
-    unsafe fn scales(a: *const u8, b: *const u8, y: *const f32) -> __m128 {
-        unsafe { super::x86_scales(a, b, y) }
-    }
-
-    #[inline(always)]
-    unsafe fn scales_and_minima(a: *const u8, b: *const u8, y: *const f32) -> __m128 {
-        unsafe { super::x86_scales_and_minima(a, b, y) }
-    }
-
-    #[inline(always)]
-    unsafe fn add_quads(a: __m128, b: __m128) -> __m128 {
-        unsafe { _mm_add_ps(a, b) }
-    }
-
-    #[inline(always)]
     unsafe fn spread(q: __m128) -> __m512 {
         unsafe { _mm512_permutexvar_ps(_mm512_loadu_si512(EVEN.as_ptr().cast()), _mm512_castps128_ps512(q)) }
-    }
-
-    #[inline(always)]
-    unsafe fn odd_sum(q: __m128) -> f32 {
-        unsafe { super::x86_odd_sum(q) }
     }
 }

@@ -32,9 +32,9 @@ pub(super) unsafe fn rows(
     // SAFETY: passed on.
     unsafe {
         match w.block_storage() {
-            StorageType::BF16 => bf16(backend, &task, rows),
-            StorageType::F16 => f16(backend, &task, rows),
-            _ => f32(backend, &task, rows),
+            StorageType::BF16 => over::<Bf16>(backend, &task, rows),
+            StorageType::F16 => over::<F16>(backend, &task, rows),
+            _ => over::<F32>(backend, &task, rows),
         }
     }
 }
@@ -91,17 +91,7 @@ impl Float for Bf16 {
 by_backend!(
     /// # Safety
     /// As for [`rows`].
-    unsafe fn f32(task: &Task<'_, '_>, rows: Range<usize>) = run, F32
-);
-by_backend!(
-    /// # Safety
-    /// As for [`rows`].
-    unsafe fn f16(task: &Task<'_, '_>, rows: Range<usize>) = run, F16
-);
-by_backend!(
-    /// # Safety
-    /// As for [`rows`].
-    unsafe fn bf16(task: &Task<'_, '_>, rows: Range<usize>) = run, Bf16
+    unsafe fn over<F: Float>(task: &Task<'_, '_>, rows: Range<usize>) = run
 );
 
 /// # Safety

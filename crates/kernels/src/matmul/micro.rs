@@ -355,11 +355,7 @@ unsafe fn portable(tile: &Tile) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dropout::mix;
-
-    fn numbers(seed: u64, n: usize) -> Vec<f32> {
-        (0..n as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
-    }
+    use crate::test_numbers::numbers;
 
     /// c of a product with the given strides, on one version.
     fn product(isa: Isa, rows: usize, width: usize, k: usize, turned: bool, accumulate: bool) -> Vec<f32> {

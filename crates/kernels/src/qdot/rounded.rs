@@ -256,8 +256,7 @@ mod tests {
     }
 
     fn numbers(seed: u64, n: usize) -> Vec<f32> {
-        use crate::dropout::mix;
-        (0..n as u64).map(|i| ((mix(seed, i) >> 40) as f32 / (1u64 << 23) as f32 - 1.0) * 3.0).collect()
+        crate::test_numbers::numbers(seed, n).into_iter().map(|x| x * 3.0).collect()
     }
 
     #[test]

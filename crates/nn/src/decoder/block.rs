@@ -2,7 +2,7 @@
 
 use super::{Attention, CacheSlot, Context, Mlp};
 use crate::{KvPrefix, ModuleMut, Norm, Result, SiteMut, SubLayer, SubLayerKind};
-use engobe_autograd::{Tape, Var, ops};
+use engobe_autograd::{Tape, Var};
 
 /// Where a block's norms stand; A is attention, F the feed-forward.
 #[derive(Debug)]

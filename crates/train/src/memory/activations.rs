@@ -14,6 +14,10 @@
 //! output head         n·4d + parts of dH + logits of a block of the vocabulary
 //! ```
 //!
+//! With `compute_dtype` bf16 or f16, what is kept takes 2 bytes a number (log-sum-exps and norms' factors 4). Ops of the
+//! backward widen it: gate and up beside their gradients, q, k, v and the output beside theirs, a block's input when the
+//! block runs again; the 16 bits go as the 32 come.
+//!
 //! Blocks of other kinds keep `extra` floats more for each token (norms of heads, norms after sub-layers); a plain MLP
 //! keeps less than a gated one, for which it is taken. Norms, gated products and masked inputs are not kept: they are made again. Without checkpointing, all adapted blocks
 //! are kept when the head or the last block's backward is at work. With it, each block keeps its input (n·d), and one
@@ -70,6 +74,8 @@ pub struct StepSizes {
     pub trained_head: bool,
     /// blocks keep their input alone
     pub checkpointing: bool,
+    /// what is kept takes 16 bits
+    pub half: bool,
     /// gradients are there from the second micro-batch on
     pub accumulates: bool,
     /// elements of the adapter
@@ -89,6 +95,11 @@ impl StepSizes {
             match block_of(&layer.path) {
                 Some(block) => *by_block.entry(block).or_default() += layer.rank,
                 None => trained_head = true,
+            }
+        }
+        for (path, floats) in &run.adapter.kept {
+            if let Some(block) = block_of(path) {
+                *by_block.entry(block).or_default() += floats;
             }
         }
         // a bias or module that is trained in full may lie in any block
@@ -113,6 +124,7 @@ impl StepSizes {
             dropout: run.adapter.dropout,
             trained_head,
             checkpointing: run.plan.compute.activation_checkpointing,
+            half: run.plan.compute.compute_dtype.half().is_some(),
             accumulates: schedule.gradient_accumulation > 1,
             parameters: run.adapter.num_parameters(),
             eval_tokens: run.eval_tokens,
@@ -131,8 +143,18 @@ impl StepSizes {
     /// What block `i` of the adapted ones keeps for its backward.
     fn kept(&self, i: usize) -> usize {
         let (a, kv) = self.widths();
-        F * self.n()
-            * (2 * self.d + 2 * a + 2 * kv + 2 * self.f + self.heads + 2 + self.extra + self.ranks[i])
+        let values = 2 * self.d + 2 * a + 2 * kv + 2 * self.f + self.extra + self.ranks[i];
+        self.n() * (self.each() * values + F * (self.heads + 2))
+    }
+
+    /// Bytes of a number that is kept.
+    fn each(&self) -> usize {
+        if self.half { F / 2 } else { F }
+    }
+
+    /// What `numbers` that were kept take when they are widened, less what is let go.
+    fn widened(&self, numbers: usize) -> usize {
+        if self.half { (F - F / 2) * numbers } else { 0 }
     }
 
     /// What the backward of a block holds on top of what was kept.
@@ -140,11 +162,13 @@ impl StepSizes {
         let (a, kv) = self.widths();
         let (n, d, f) = (self.n(), self.d, self.f);
         let down = n * (d + 2 * f) + if self.dropout { 2 * n * f } else { 0 };
-        let gated = n * (d + 3 * f);
+        let gated = n * (d + 3 * f) + self.widened(2 * n * f) / F;
         let padded_rows = self.len.next_multiple_of(PANEL) * self.rows;
         let packed = padded_rows * 2 * kv + n * self.kv_heads * self.head_dim.next_multiple_of(PANEL);
         let attention = n * (2 * a + 2 * kv) + packed + 2 * a * self.rows * self.seen();
-        F * down.max(gated).max(attention.saturating_sub(2 * n * f))
+        let attention = F * attention + self.widened(n * (2 * a + 2 * kv));
+        // gate and up are gone by then
+        (F * down.max(gated)).max(attention.saturating_sub(self.each() * 2 * n * f))
     }
 
     /// Keys that the parts of a row's queries see, summed: what their dk and dv take for each of a head's elements.
@@ -215,8 +239,9 @@ pub fn step(s: &StepSizes) -> Step {
     let hidden = F * n * s.d;
     let gradients = F * s.parameters;
     let from_start = if s.accumulates { gradients } else { 0 };
+    let input = s.each() * n * s.d;
     let kept = match s.checkpointing {
-        true => blocks * hidden,
+        true => blocks * input,
         false => (0..blocks).map(|i| s.kept(i)).sum(),
     };
     let head = s.head(n, true);
@@ -224,12 +249,18 @@ pub fn step(s: &StepSizes) -> Step {
     if blocks > 0 {
         // the hidden states that the head read are still there; the gradient of the block's output
         let around = 2 * hidden;
+        // run again, a block reads its input in f32 and keeps it once more
+        let around_input = if s.half { hidden } else { 0 };
         let block = |i: usize| match s.checkpointing {
-            true => s.kept(i) - hidden + s.backward().max(s.forward(n)),
+            true => s.kept(i) - input + around_input + s.backward().max(s.forward(n)),
             false => s.backward(),
         };
         activations += around + block(blocks - 1);
-        let left = if s.checkpointing { hidden } else { s.kept(0) };
+        let left = if s.checkpointing { input } else { s.kept(0) };
+        if s.half {
+            // what flows through the last block is f32 beside what is kept of it
+            peak = peak.max(kept + hidden + s.forward(n) + from_start);
+        }
         peak = peak.max(activations + from_start).max(left + around + block(0) + gradients);
     }
     if s.eval_tokens > 0 {

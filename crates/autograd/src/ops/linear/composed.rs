@@ -2,6 +2,7 @@
 
 use super::{Group, Matrix, Saved};
 use crate::tape::Slot;
+use crate::var::Kept;
 use crate::{GradSink, Result};
 use candle_core::Tensor;
 
@@ -24,10 +25,11 @@ impl Group {
             });
         }
         let mut us = Vec::new();
-        for d in &self.deltas {
+        let (a, b) = (self.factors(|l| &l.a)?, self.factors(|l| &l.b)?);
+        for (d, (a, b)) in self.deltas.iter().zip(a.iter().zip(&b)) {
             let lr = &d.low_rank;
-            let u = d.input(x)?.matmul(&lr.a.tensor().t()?)?;
-            let mut delta = u.matmul(&lr.b.tensor().t()?)?;
+            let u = d.input(x)?.matmul(&a.t()?)?;
+            let mut delta = u.matmul(&b.t()?)?;
             if let Some(bias) = &lr.b_bias {
                 delta = delta.broadcast_add(bias.tensor())?;
             }
@@ -45,7 +47,9 @@ impl Group {
         x_slot: Slot,
         sink: &mut GradSink<'_>,
     ) -> Result<()> {
-        let x = saved.x.map(|x| x.get()).transpose()?;
+        let x = saved.x.map(Kept::take).transpose()?;
+        let us = saved.us.into_iter().map(Kept::take).collect::<Result<Vec<_>>>()?;
+        let (a, b) = (self.factors(|l| &l.a)?, self.factors(|l| &l.b)?);
         let mut dx: Option<Tensor> = None;
         let mut add = |term: Tensor| -> Result<()> {
             dx = Some(match dx.take() {
@@ -65,18 +69,18 @@ impl Group {
                 add(dy.matmul(&spec.weight.to_tensor(dy)?)?)?;
             }
         }
-        for (d, u) in self.deltas.iter().zip(&saved.us) {
+        for (d, (u, (a, b))) in self.deltas.iter().zip(us.iter().zip(a.iter().zip(&b))) {
             let Some(dy) = &dys[d.layer] else { continue };
             let (lr, scale) = (&d.low_rank, f64::from(d.low_rank.scale));
             if lr.b.is_tracked() {
                 sink.add(lr.b.slot(), (dy.t()?.matmul(u)? * scale)?)?;
             }
-            let du = (dy.matmul(lr.b.tensor())? * scale)?;
+            let du = (dy.matmul(b)? * scale)?;
             if let (true, Some(x)) = (lr.a.is_tracked(), &x) {
                 sink.add(lr.a.slot(), du.t()?.matmul(&d.input(x)?)?)?;
             }
             if x_slot.is_tracked() {
-                add(d.masked(du.matmul(lr.a.tensor())?)?)?;
+                add(d.masked(du.matmul(a)?)?)?;
             }
         }
         match dx {

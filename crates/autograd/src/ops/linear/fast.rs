@@ -1,35 +1,12 @@
 //! The linear ops on the kernels' products: few parallel jobs, each with all that can run side by side.
 
-use super::{Group, Matrix, Saved};
+use super::{Borrowed, Group, Saved, preset};
 use crate::tape::{Slot, add_in_place};
+use crate::var::Kept;
 use crate::{GradSink, Host, Result, host, tensor_of, uninit};
 use candle_core::Tensor;
 use engobe_kernels::mat::{MatMut, MatRef};
 use engobe_kernels::matmul::{self, Job, Right, Term};
-use engobe_kernels::storage::WeightView;
-
-/// A weight borrowed for one call.
-enum Borrowed<'a> {
-    Frozen(WeightView<'a>),
-    Trained(Host<'a>, usize, usize),
-}
-
-impl Borrowed<'_> {
-    fn of(matrix: &Matrix) -> Result<Borrowed<'_>> {
-        let (rows, cols) = matrix.dims()?;
-        Ok(match matrix {
-            Matrix::Frozen(w) => Borrowed::Frozen(w.view()?),
-            Matrix::Trained(v) => Borrowed::Trained(host(v.tensor())?, rows, cols),
-        })
-    }
-
-    fn view(&self) -> WeightView<'_> {
-        match self {
-            Self::Frozen(w) => *w,
-            Self::Trained(data, rows, cols) => WeightView::f32(data, *rows, *cols),
-        }
-    }
-}
 
 /// Tensors as slices.
 fn hosts<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<Vec<Host<'a>>> {
@@ -47,16 +24,16 @@ impl Group {
         let us = self.project(x)?;
         let mut outs = Vec::with_capacity(self.specs.len());
         let mut accumulate = Vec::with_capacity(self.specs.len());
-        for (layer, spec) in self.specs.iter().enumerate() {
-            let (out, _) = spec.weight.dims()?;
-            let mut y = uninit(n * out);
-            accumulate.push(self.preset(layer, residual, out, &mut y)?);
+        for spec in &self.specs {
+            let mut y = uninit(n * spec.weight.dims()?.0);
+            accumulate.push(preset(spec, residual, &mut y)?);
             outs.push(y);
         }
         {
             let x = host(x)?;
             let x = MatRef::new(&x, n, self.width);
-            let (u, b) = (hosts(&us)?, hosts(self.deltas.iter().map(|d| d.low_rank.b.tensor()))?);
+            let b = self.factors(|low_rank| &low_rank.b)?;
+            let (u, b) = (hosts(&us)?, hosts(&b)?);
             let weights = self.specs.iter().map(|s| Borrowed::of(&s.weight)).collect::<Result<Vec<_>>>()?;
             let mut ys: Vec<MatMut> =
                 outs.iter_mut().zip(&weights).map(|(y, w)| MatMut::new(y, n, w.view().rows())).collect();
@@ -95,40 +72,13 @@ impl Group {
         Ok((outs.collect::<Result<_>>()?, us))
     }
 
-    /// Fills `y` `[n, out]` with what the layer's sum starts from; false if there is nothing and y is untouched.
-    fn preset(&self, layer: usize, residual: Option<&Tensor>, out: usize, y: &mut [f32]) -> Result<bool> {
-        let mut bias = match &self.specs[layer].bias {
-            Some(bias) => Some(host(bias.tensor())?.to_vec()),
-            None => None,
-        };
-        for d in self.deltas.iter().filter(|d| d.layer == layer) {
-            let Some(b_bias) = &d.low_rank.b_bias else { continue };
-            let sum = bias.get_or_insert_with(|| vec![0.0; out]);
-            let b_bias = host(b_bias.tensor())?;
-            sum.iter_mut().zip(b_bias.iter()).for_each(|(s, b)| *s += d.low_rank.scale * b);
-        }
-        match (residual, &bias) {
-            (None, None) => return Ok(false),
-            (Some(residual), None) => y.copy_from_slice(&host(residual)?),
-            (None, Some(bias)) => y.chunks_exact_mut(out).for_each(|row| row.copy_from_slice(bias)),
-            (Some(residual), Some(bias)) => {
-                let residual = host(residual)?;
-                for (row, residual) in y.chunks_exact_mut(out).zip(residual.chunks_exact(out)) {
-                    for ((y, r), b) in row.iter_mut().zip(residual).zip(bias) {
-                        *y = r + b;
-                    }
-                }
-            }
-        }
-        Ok(true)
-    }
-
     /// The u of every delta.
     pub(super) fn project(&self, x: &Tensor) -> Result<Vec<Tensor>> {
         let inputs = self.deltas.iter().map(|d| d.input(x)).collect::<Result<Vec<_>>>()?;
         let mut us: Vec<Vec<f32>> = self.deltas.iter().map(|d| uninit(self.n * d.rank())).collect();
         {
-            let (xs, a) = (hosts(&inputs)?, hosts(self.deltas.iter().map(|d| d.low_rank.a.tensor()))?);
+            let a = self.factors(|low_rank| &low_rank.a)?;
+            let (xs, a) = (hosts(&inputs)?, hosts(&a)?);
             let mut cs: Vec<MatMut> =
                 us.iter_mut().zip(&self.deltas).map(|(u, d)| MatMut::new(u, self.n, d.rank())).collect();
             let jobs: Vec<Job> = cs
@@ -153,7 +103,9 @@ impl Group {
         sink: &mut GradSink<'_>,
     ) -> Result<()> {
         let (n, width) = (self.n, self.width);
-        let x = saved.x.map(|x| x.get()).transpose()?;
+        let x = saved.x.map(Kept::take).transpose()?;
+        let us = saved.us.into_iter().map(Kept::take).collect::<Result<Vec<_>>>()?;
+        let a = self.factors(|low_rank| &low_rank.a)?;
         let dus = self.delta_output_grads(dys, x_slot)?;
         let inputs = self.deltas.iter().map(|d| x.as_ref().map(|x| d.input(x)).transpose());
         let inputs = inputs.collect::<Result<Vec<_>>>()?;
@@ -161,7 +113,7 @@ impl Group {
         let du = dus.iter().map(|du| du.as_ref().map(host).transpose()).collect::<Result<Vec<_>>>()?;
         let xs = inputs.iter().map(|x| x.as_ref().map(host).transpose()).collect::<Result<Vec<_>>>()?;
         let base_x = x.as_ref().map(host).transpose()?;
-        let (us, a) = (hosts(&saved.us)?, hosts(self.deltas.iter().map(|d| d.low_rank.a.tensor()))?);
+        let (us, a) = (hosts(&us)?, hosts(&a)?);
         let weights = self.specs.iter().map(|s| Borrowed::of(&s.weight)).collect::<Result<Vec<_>>>()?;
 
         let mut wanted: Vec<Wanted<'_>> = Vec::new();
@@ -222,7 +174,8 @@ impl Group {
     fn delta_output_grads(&self, dys: &[Option<Tensor>], x_slot: Slot) -> Result<Vec<Option<Tensor>>> {
         let n = self.n;
         let dy = dys.iter().map(|dy| dy.as_ref().map(host).transpose()).collect::<Result<Vec<_>>>()?;
-        let b = hosts(self.deltas.iter().map(|d| d.low_rank.b.tensor()))?;
+        let b = self.factors(|low_rank| &low_rank.b)?;
+        let b = hosts(&b)?;
         let mut wanted = Vec::new();
         for (i, d) in self.deltas.iter().enumerate() {
             let Some(dy) = &dy[d.layer] else { continue };

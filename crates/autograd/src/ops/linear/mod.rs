@@ -19,16 +19,22 @@
 //!
 //! B·A is never formed. On the CPU (`fast.rs`) the whole forward is two parallel jobs (all u; then all y, the deltas
 //! riding along as one more term of their layer's sum), the backward as well (all du; then dx, dA and dB together).
+//! On a tape that keeps 16 bits, A and B enter these products rounded to them (and du, dx come from the rounded ones, as
+//! autocast has it); their gradients go to the f32 parameters unrounded.
+//!
 //! Saved: x (once, and only if some A or W wants a gradient; not even then if it is cheap to make again) and u.
 //! Source: Hu et al. 2021 (LoRA).
 
 mod composed;
 mod fast;
 
+use crate::host::{narrowed, widened};
 use crate::ops::{self, dims2, dropout, generation};
-use crate::tape::{Kept, Slot};
-use crate::{Error, FrozenWeight, GradSink, Result, Tape, Var, host};
+use crate::tape::Slot;
+use crate::var::Kept;
+use crate::{Error, FrozenWeight, GradSink, Host, Result, Tape, Var, host};
 use candle_core::{DType, Device, Tensor};
+use engobe_kernels::narrow::Half;
 use engobe_kernels::storage::WeightView;
 
 /// A matrix `[out, in]` that is frozen or trained.
@@ -64,15 +70,36 @@ impl Matrix {
             Self::Trained(v) => Ok(v.tensor().to_dtype(DType::F32)?),
         }
     }
+}
 
-    /// Runs `f` on the matrix as the kernels take it.
-    pub(crate) fn with_view<R>(&self, f: impl FnOnce(WeightView<'_>) -> R) -> Result<R> {
+/// A matrix borrowed for one call, as the kernels take it.
+pub(crate) enum Borrowed<'a> {
+    /// in the storage that it has
+    Frozen(WeightView<'a>),
+    /// floats, rows, columns
+    Trained(Host<'a>, usize, usize),
+}
+
+impl<'a> Borrowed<'a> {
+    /// A weight.
+    pub(crate) fn of(matrix: &'a Matrix) -> Result<Self> {
+        match matrix {
+            Matrix::Frozen(w) => Ok(Self::Frozen(w.view()?)),
+            Matrix::Trained(v) => Self::var(v),
+        }
+    }
+
+    /// A matrix on the tape.
+    pub(crate) fn var(v: &'a Var) -> Result<Self> {
+        let (rows, cols) = dims2("weight", v.tensor())?;
+        Ok(Self::Trained(host(v.tensor())?, rows, cols))
+    }
+
+    /// `[rows, cols]`
+    pub(crate) fn view(&self) -> WeightView<'_> {
         match self {
-            Self::Frozen(w) => Ok(f(w.view()?)),
-            Self::Trained(v) => {
-                let (rows, cols) = self.dims()?;
-                Ok(f(WeightView::f32(&host(v.tensor())?, rows, cols)))
-            }
+            Self::Frozen(view) => *view,
+            Self::Trained(data, rows, cols) => WeightView::f32(data, *rows, *cols),
         }
     }
 }
@@ -207,13 +234,15 @@ struct Group {
     n: usize,
     /// columns of x
     width: usize,
+    /// what the deltas' factors are rounded to
+    half: Option<Half>,
 }
 
 /// What the backward needs beside the group.
 struct Saved {
     x: Option<Kept>,
     /// u of every delta, unscaled: `[n, r]`
-    us: Vec<Tensor>,
+    us: Vec<Kept>,
 }
 
 fn forward<'m>(
@@ -249,10 +278,11 @@ fn scaled<'m>(
         match spec.input_scale.take() {
             None => shared.push((i, spec)),
             Some(factors) => {
-                let (x_again, l) = (x.again(), factors.tensor().clone());
+                let (kept, l) = (tape.keep(x)?, factors.tensor().clone());
                 let input = ops::scale_columns(tape, x, &factors, None, None)?;
                 let fast = tape.fast(x.tensor());
-                let input = input.made_by(move || ops::columns::forward(fast, &x_again()?, &l, None, None));
+                let input =
+                    input.made_by(move || ops::columns::forward(fast, &kept.value()?, &l, None, None));
                 outs[i] = Some(one(unscaled(tape, &input, vec![spec], inside, false)?)?);
             }
         }
@@ -293,7 +323,7 @@ fn unscaled<'m>(
             deltas.push(Delta { layer, low_rank: low_rank.clone(), mask });
         }
     }
-    let group = Group { specs, deltas, n, width };
+    let group = Group { specs, deltas, n, width, half: tape.half_type() };
     let residual_value = residual.map(Var::tensor);
     let (outs, us) = match fast {
         true if last && tape.is_second_run() => (group.no_outputs()?, group.project(x.tensor())?),
@@ -312,7 +342,8 @@ fn unscaled<'m>(
     }
     let keeps_x = group.specs.iter().any(|s| s.weight.slot().is_tracked())
         || group.deltas.iter().any(|d| d.low_rank.a.is_tracked());
-    let saved = Saved { x: keeps_x.then(|| x.keep()), us };
+    let us = us.into_iter().map(|u| tape.keep(&Var::constant(u))).collect::<Result<_>>()?;
+    let saved = Saved { x: keeps_x.then(|| tape.keep(x)).transpose()?, us };
     let x_slot = x.slot();
     Ok(tape.record(&inputs, outs, move |mut grads, sink| {
         let dys: Vec<Option<Tensor>> = (0..group.specs.len()).map(|i| grads.take(i)).collect();
@@ -330,6 +361,15 @@ fn unscaled<'m>(
 }
 
 impl Group {
+    /// A factor of every delta as it goes into products: on a tape of 16 bits rounded to them, for this op alone.
+    fn factors(&self, of: fn(&LowRank) -> &Var) -> Result<Vec<Tensor>> {
+        let factor = |d: &Delta| match (of(&d.low_rank).tensor(), self.half) {
+            (factor, None) => Ok(factor.clone()),
+            (factor, Some(half)) => widened(&narrowed(factor, half)?),
+        };
+        self.deltas.iter().map(factor).collect()
+    }
+
     /// Tensors with the outputs' shapes that hold nothing.
     fn no_outputs(&self) -> Result<Vec<Tensor>> {
         let nothing = Tensor::zeros((1, 1), DType::F32, &Device::Cpu)?;
@@ -352,6 +392,36 @@ impl Group {
         }
         Ok(())
     }
+}
+
+/// Fills `y` `[n, out]` with what the layer's sum starts from: the residual, the bias, and those of its deltas; false if
+/// there is nothing and y is untouched.
+pub(super) fn preset(spec: &LinearSpec, residual: Option<&Tensor>, y: &mut [f32]) -> Result<bool> {
+    let (out, _) = spec.weight.dims()?;
+    let mut bias = match &spec.bias {
+        Some(bias) => Some(host(bias.tensor())?.to_vec()),
+        None => None,
+    };
+    for delta in &spec.low_rank {
+        let Some(b_bias) = &delta.b_bias else { continue };
+        let sum = bias.get_or_insert_with(|| vec![0.0; out]);
+        let b_bias = host(b_bias.tensor())?;
+        sum.iter_mut().zip(b_bias.iter()).for_each(|(s, b)| *s += delta.scale * b);
+    }
+    match (residual, &bias) {
+        (None, None) => return Ok(false),
+        (Some(residual), None) => y.copy_from_slice(&host(residual)?),
+        (None, Some(bias)) => y.chunks_exact_mut(out).for_each(|row| row.copy_from_slice(bias)),
+        (Some(residual), Some(bias)) => {
+            let residual = host(residual)?;
+            for (row, residual) in y.chunks_exact_mut(out).zip(residual.chunks_exact(out)) {
+                for ((y, r), b) in row.iter_mut().zip(residual).zip(bias) {
+                    *y = r + b;
+                }
+            }
+        }
+    }
+    Ok(true)
 }
 
 fn check(specs: &[LinearSpec], n: usize, width: usize, residual: Option<&Var>) -> Result<()> {

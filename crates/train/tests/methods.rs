@@ -1,20 +1,20 @@
-//! Prompts, their encoders and prefixes in training: beside PEFT's, and against themselves.
+//! Prompts, their encoders, prefixes and bottlenecks in training: beside PEFT's and AdapterHub's, and against themselves.
+
+mod support;
 
 use candle_core::Device;
 use engobe_adapters::{Adapter, Start};
-use engobe_autograd::{Gradients, Tape, Var, host};
-use engobe_data::{EncodeOptions, Encoder, Loader, LoaderOptions, MicroBatch, PromptStyle, TrainOn, reader};
+use engobe_autograd::{Gradients, host};
+use engobe_data::MicroBatch;
 use engobe_formats::peft::{PeftAdapter, PeftConfig};
 use engobe_formats::safetensors_file::SafetensorsFile;
-use engobe_models::{LoadOptions, load_causal_lm};
-use engobe_nn::{CausalLm, TokenBatch};
-use engobe_testkit::{assert_close, assert_relative, cases, golden, golden_json};
+use engobe_nn::CausalLm;
+use engobe_testkit::models::{self, tiny};
+use engobe_testkit::{assert_close, assert_relative, cases, doubles, golden, golden_json};
 use engobe_train::plan::Plan;
 use engobe_train::step::{Differentiate, differentiate};
-use engobe_train::{Silent, Trainer, metrics};
 use serde::Deserialize;
 use serde_json::json;
-use std::sync::Arc;
 
 #[derive(Deserialize)]
 struct Expected {
@@ -34,22 +34,14 @@ const LOGITS: f64 = 2e-5;
 const LOSS: f64 = 2e-5;
 const NORM: f64 = 2e-4;
 
-fn base(name: &str) -> Box<dyn CausalLm> {
-    load_causal_lm(&golden(format!("llama/{name}")), &LoadOptions::default()).unwrap()
-}
-
 /// Logits after the last of `ids`.
 fn logits(model: &dyn CausalLm, ids: &[u32]) -> Vec<f32> {
-    let batch = TokenBatch::packed(ids, std::slice::from_ref(&(0..ids.len())));
-    let mut tape = Tape::inference();
-    let hidden = model.hidden_states(&mut tape, &batch, None).unwrap().into_tensor();
-    let all = model.logits(&mut tape, &Var::constant(hidden)).unwrap();
-    host(&all).unwrap()[(ids.len() - 1) * model.info().vocab_size..].to_vec()
+    models::logits(model, ids).pop().unwrap()
 }
 
 /// The adapter of a case as it is trained: with the encoder that a file of PEFT's leaves out.
-fn to_train(model: &mut dyn CausalLm, name: &str) -> Adapter {
-    let dir = golden(format!("virtual_tokens/{name}"));
+fn to_train(model: &mut dyn CausalLm, case: &str) -> Adapter {
+    let dir = golden(case);
     let encoder = dir.join("encoder.safetensors");
     if !encoder.exists() {
         return Adapter::load(model, &dir, &Device::Cpu).unwrap();
@@ -63,11 +55,20 @@ fn to_train(model: &mut dyn CausalLm, name: &str) -> Adapter {
 
 #[test]
 fn curves_and_logits_are_those_of_peft() {
-    let names = cases("virtual_tokens");
-    assert!(names.len() >= 7, "{names:?}");
-    for name in names {
-        let expected: Expected = golden_json(format!("virtual_tokens/{name}/expected.json"));
-        let mut model = base(&expected.base);
+    assert!(curves("virtual_tokens") >= 7);
+}
+
+#[test]
+fn curves_and_logits_are_those_of_adapter_hub() {
+    assert!(curves("bottleneck") >= 5);
+}
+
+/// Trains every case of a directory beside what is expected of it; says how many there are.
+fn curves(dir: &str) -> usize {
+    let names = cases(dir);
+    for name in names.iter().map(|name| format!("{dir}/{name}")) {
+        let expected: Expected = golden_json(format!("{name}/expected.json"));
+        let mut model = tiny(&expected.base);
         let adapter = to_train(model.as_mut(), &name);
         assert_eq!(adapter.num_parameters(), expected.trainable_parameters, "{name}");
         let what = |when: &str| format!("{name}: logits {when}");
@@ -82,18 +83,8 @@ fn curves_and_logits_are_those_of_peft() {
         plan.schedule.batch_size = 2;
         plan.schedule.gradient_accumulation = expected.accumulation;
         plan.optimization.learning_rate = expected.learning_rate;
-        let files = reader::read(&[golden("peft/rows.jsonl")]).unwrap();
-        let options =
-            EncodeOptions { train_on: TrainOn::Completions, style: PromptStyle::Auto, max_seq_len: 64 };
-        let encoder = Encoder::new(None, model.info().vocab_size, options).unwrap();
-        let samples = Arc::new(encoder.encode(&files).unwrap());
-        let order = LoaderOptions { batch_size: 2, max_seq_len: 64, packing: false, shuffle: false, seed: 0 };
         let out = tempfile::tempdir().unwrap();
-        let loader = Loader::new(samples, order);
-        let mut trainer =
-            Trainer::new(model.as_ref(), &adapter, &plan, loader, vec![], out.path(), String::new()).unwrap();
-        trainer.run(&mut Silent).unwrap();
-        let found = metrics::read(&out.path().join("metrics.jsonl")).unwrap();
+        let found = support::train(model.as_ref(), &adapter, &plan, out.path());
         assert_eq!(found.len(), expected.losses.len());
         for (line, (loss, norm)) in found.iter().zip(expected.losses.iter().zip(&expected.grad_norms)) {
             assert_relative(line.loss, *loss, LOSS, &format!("{name}: loss of step {}", line.step));
@@ -101,7 +92,7 @@ fn curves_and_logits_are_those_of_peft() {
         }
         assert_close(&logits(model.as_ref(), &expected.probe), &expected.logits_after, 1e-4, &what("after"));
         // what was written, without its encoder, says the same
-        let mut again = base(&expected.base);
+        let mut again = tiny(&expected.base);
         Adapter::load(again.as_mut(), out.path(), &Device::Cpu).unwrap();
         assert_eq!(
             logits(again.as_ref(), &expected.probe),
@@ -109,6 +100,32 @@ fn curves_and_logits_are_those_of_peft() {
             "{name}"
         );
     }
+    names.len()
+}
+
+/// AdaLoRA may give up all directions of a layer; its tensors then have no elements, and load all the same.
+#[test]
+fn a_layer_that_was_given_up_is_saved_and_loaded() {
+    let mut model = tiny("gqa_tied");
+    let mut config = PeftConfig::new("ADALORA");
+    for (key, value) in
+        [("init_r", json!(2)), ("target_r", json!(1)), ("target_modules", json!("all-linear"))]
+    {
+        config.set(key, value);
+    }
+    let adapter = Adapter::attach(model.as_mut(), config, Start { seed: 1 }, &Device::Cpu).unwrap();
+    let mut plan = Plan::default();
+    plan.schedule.max_steps = Some(20);
+    plan.schedule.batch_size = 2;
+    plan.optimization.learning_rate = 1e-2;
+    let out = tempfile::tempdir().unwrap();
+    support::train(model.as_ref(), &adapter, &plan, out.path());
+    let mut again = tiny("gqa_tied");
+    let loaded = Adapter::load(again.as_mut(), out.path(), &Device::Cpu).unwrap();
+    assert!(loaded.params().iter().any(|p| p.is_empty()), "no layer was given up: the test shows nothing");
+    let ids: Vec<u32> = (1..20).collect();
+    // directions of nothing are left out of the file: sums in another order
+    assert_close(&logits(again.as_ref(), &ids), &doubles(&logits(model.as_ref(), &ids)), 1e-5, "loaded");
 }
 
 /// Rows of uneven lengths end to end, every third token a label.
@@ -122,7 +139,8 @@ fn micro_batch(lens: &[usize]) -> MicroBatch {
     let tokens: Vec<u32> = (0..n as u32).map(|i| (i * 7 + 3) % 40).collect();
     let targets: Vec<Option<u32>> = (0..n as u32).map(|i| (i % 3 == 0).then_some((i * 5 + 1) % 40)).collect();
     let label_tokens = targets.iter().flatten().count();
-    MicroBatch { tokens, targets, segments, label_tokens, rows: (0..lens.len()).collect() }
+    let rows = (0..lens.len()).collect();
+    MicroBatch { tokens, targets, segments, label_tokens, rows, ..MicroBatch::default() }
 }
 
 /// The rows of a batch, each by itself.
@@ -135,6 +153,7 @@ fn apart(batch: &MicroBatch) -> Vec<MicroBatch> {
             targets,
             segments: std::iter::once(0..s.len()).collect(),
             rows: vec![row],
+            ..MicroBatch::default()
         }
     };
     batch.segments.iter().enumerate().map(one).collect()
@@ -144,12 +163,18 @@ fn apart(batch: &MicroBatch) -> Vec<MicroBatch> {
 /// rows differs, and nothing else.
 #[test]
 fn packing_and_checkpointing_change_no_gradient() {
-    for (peft_type, projection) in
-        [("PROMPT_TUNING", false), ("P_TUNING", false), ("PREFIX_TUNING", false), ("PREFIX_TUNING", true)]
-    {
-        let mut model = base("gqa_tied");
+    for (peft_type, projection) in [
+        ("PROMPT_TUNING", false),
+        ("P_TUNING", false),
+        ("PREFIX_TUNING", false),
+        ("PREFIX_TUNING", true),
+        ("BOTTLENECK", false),
+    ] {
+        let mut model = tiny("gqa_tied");
         let mut config = PeftConfig::new(peft_type);
-        config.set("num_virtual_tokens", 3);
+        if peft_type != "BOTTLENECK" {
+            config.set("num_virtual_tokens", 3);
+        }
         if projection {
             config.set("prefix_projection", json!(true));
         }
@@ -158,7 +183,8 @@ fn packing_and_checkpointing_change_no_gradient() {
             let mut grads = Gradients::new();
             let mut loss = 0.0;
             for batch in batches {
-                let how = Differentiate { checkpointing, dropout_seed: 0, scale: 0.1, watch: None };
+                let how =
+                    Differentiate { checkpointing, dropout_seed: 0, scale: 0.1, half: None, watch: None };
                 loss += differentiate(model.as_ref(), batch, how, &mut grads).unwrap().loss;
             }
             let of = |p: &engobe_autograd::Param| host(grads.get(p).unwrap()).unwrap().to_vec();

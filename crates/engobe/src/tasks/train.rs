@@ -1,0 +1,105 @@
+//! Training on labels.
+
+use super::{TaskBench, for_task, known_names, labels_of_adapter, tell_files, tell_fresh, tree};
+use crate::settings::Given;
+use crate::terminal::{Note, since_start};
+use crate::training::{Run, Summary, Watcher, attach, fingerprint, go_on, loader_options, split_rows};
+use crate::{dataset, report, scoring};
+use anyhow::{Result, bail};
+use engobe_adapters::method::StartText;
+use engobe_data::task::lint_task;
+use engobe_data::{DataFile, Goal, LabelSet, Loader, Sample, Task, reader};
+use engobe_formats::atomic::write_atomic;
+use engobe_train::{Plan, Trainer};
+use std::sync::Arc;
+
+/// Trains a head and an adapter on labelled rows.
+pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Note) -> Result<Summary> {
+    if plan.compute.memory_limit.is_some() {
+        bail!("memory_limit: what the task {task} takes is not worked out yet; leave it out");
+    }
+    let mut plan = plan.clone();
+    if !given.has("packing") {
+        // a batch is so many rows: the loss is their mean, as everywhere else
+        plan.schedule.packing = false;
+    }
+    let init = given.path("init_adapter");
+    let files = reader::read(&given.paths("data"))?;
+    let labels = match &init {
+        Some(dir) => labels_of_adapter(task, run.path, dir, &files)?,
+        None => LabelSet::of_rows(task, &files, &known_names(run.path)?)?,
+    };
+    note.line(&format!("labels: {}", describe(&labels)));
+    let mut bench = TaskBench::load(run.path, labels, &run.options, plan.schedule.seed)?;
+    tell_fresh(&bench.model, note);
+    let asked = for_task(given, run.name, &bench)?;
+    let (seed, device, text) = (plan.schedule.seed, &run.options.device, StartText::default());
+    let adapter = attach(given, tree(&mut bench), asked, &text, seed, device, note)?;
+    let line = bench.trainable_line(&adapter);
+    note.line(&line);
+    let (train, val) = read_rows(given, &plan, &bench, files, note)?;
+    let table = given.resolved(&plan, &adapter.config())?;
+    let settings = toml::to_string(&table)?;
+    write_atomic(&run.out.join("run.toml"), settings.as_bytes())?;
+    bench.labels.save(&run.out)?;
+    let fingerprint = fingerprint(&table, run.path, &train)?;
+    let loader = Loader::new(Arc::new(train), loader_options(&plan));
+    let eval = scoring::eval_batches(&val);
+    let mut trainer = Trainer::new(bench.model(), &adapter, &plan, loader, eval, &run.out, fingerprint)?;
+    if run.resume {
+        go_on(&mut trainer, note)?;
+    }
+    let startup_seconds = since_start().as_secs_f64();
+    let mut watcher = Watcher::new(&trainer, note);
+    let outcome = trainer.run(&mut watcher)?;
+    drop((watcher, trainer));
+    let summary = Summary::new(outcome, startup_seconds, &adapter, run.out.clone())?;
+    let title = run.name.to_string();
+    report::write(
+        &summary.out,
+        &report::RunReport { title, summary: &summary, settings, shown: Vec::new() },
+    )?;
+    Ok(summary)
+}
+
+fn describe(labels: &LabelSet) -> String {
+    const SHOWN: usize = 12;
+    if labels.problem == engobe_data::Problem::Regression {
+        return "numbers".to_string();
+    }
+    let mut names: Vec<&str> = labels.names().iter().take(SHOWN).map(String::as_str).collect();
+    if labels.len() > SHOWN {
+        names.push("...");
+    }
+    format!("{} ({}; {})", labels.len(), names.join(", "), labels.problem.name())
+}
+
+/// Samples to train on and to validate on, checked.
+fn read_rows(
+    given: &Given,
+    plan: &Plan,
+    bench: &TaskBench,
+    files: Vec<DataFile>,
+    note: &mut Note,
+) -> Result<(Vec<Sample>, Vec<Sample>)> {
+    let max_seq_len = plan.schedule.max_seq_len;
+    let encoder = bench.encoder(max_seq_len);
+    let allow = dataset::allowed(&given.names("allow"))?;
+    let mut train = dataset::Dataset { samples: encoder.encode(&files)?, files };
+    tell_files(&train.files, &train.samples, note);
+    let mut val = dataset::Dataset::default();
+    let (val_paths, share) = (given.paths("val_data"), given.number("val_split").unwrap_or(0.0));
+    if !val_paths.is_empty() {
+        val.files = reader::read(&val_paths)?;
+        val.samples = encoder.encode(&val.files)?;
+        tell_files(&val.files, &val.samples, note);
+    } else if share != 0.0 {
+        val = split_rows(&mut train, share, plan.schedule.seed)?;
+    }
+    let special = bench.tokenizer.special_around();
+    let report = lint_task(&train.samples, &val.samples, Some(&bench.labels), special, max_seq_len);
+    dataset::enforce(&report, &allow, note)?;
+    // rows without a label were allowed: they are left out
+    let labelled = |samples: Vec<Sample>| samples.into_iter().filter(|s| s.goal != Goal::Nothing).collect();
+    Ok((labelled(train.samples), labelled(val.samples)))
+}

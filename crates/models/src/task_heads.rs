@@ -1,0 +1,211 @@
+//! Heads of task models as transformers builds them (`…ForSequenceClassification`, `…ForTokenClassification`), by family.
+//!
+//! A layer that the checkpoint has, in the shape that is needed, is taken from it. One that it lacks begins as
+//! transformers begins it: weights normal with the configuration's `initializer_range`, biases zero.
+
+use crate::encoders::{activation, bad};
+use crate::registry::check_quantization;
+use crate::scope::Naming;
+use crate::{Error, LoadOptions, Result, Weights, encoder_architecture};
+use candle_core::{Device, Shape, Tensor};
+use engobe_autograd::tensor_of;
+use engobe_formats::checkpoint::Checkpoint;
+use engobe_formats::hf_config::HfConfig;
+use engobe_kernels::activation::Activation;
+use engobe_kernels::random;
+use engobe_nn::{FrozenWeight, HeadLayer, LayerNorm, Linear, Norm, Pooling, TaskHead, TaskModel};
+use std::path::Path;
+
+/// What a head is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadKind {
+    /// logits of a text
+    Sequence,
+    /// logits of tokens
+    Token,
+}
+
+/// Loads the encoder of a Hugging Face directory with a head of `labels` logits; `seed` decides how new layers begin.
+///
+/// # Errors
+/// An architecture without such a head, or a checkpoint without the pooler that the head reads.
+pub fn load_task_model(
+    path: &Path,
+    options: &LoadOptions,
+    kind: HeadKind,
+    labels: usize,
+    seed: u64,
+) -> Result<TaskModel> {
+    let config = HfConfig::open(path)?;
+    check_quantization(&config)?;
+    let architecture = encoder_architecture(&config)?;
+    let checkpoint = Checkpoint::open(path)?;
+    let weights = Weights::hugging_face(&checkpoint, options)?;
+    let encoder = (architecture.build)(&config, &weights, Naming::UnderTask)?;
+    let d = encoder.info().hidden_size;
+    let mut builder = HeadBuilder { config: &config, weights: &weights, d, labels, seed, fresh: Vec::new() };
+    let (pooling, layers) = match (kind, architecture.model_type) {
+        (HeadKind::Sequence, "bert") => builder.bert(architecture.prefix)?,
+        (HeadKind::Sequence, "roberta") => builder.roberta()?,
+        (HeadKind::Sequence, "distilbert") => builder.distilbert()?,
+        (HeadKind::Sequence, "deberta-v2") => builder.deberta()?,
+        (kind, "modernbert") => builder.modernbert(kind)?,
+        (HeadKind::Token, _) => builder.tokens()?,
+        (HeadKind::Sequence, other) => {
+            let known = "bert, roberta, distilbert, deberta-v2, modernbert".to_string();
+            return Err(Error::Architecture {
+                path: config.path().to_path_buf(),
+                found: other.to_string(),
+                known,
+            });
+        }
+    };
+    let fresh = std::mem::take(&mut builder.fresh);
+    // PEFT trains what ends in "classifier"; whatever else begins at random must be kept as well
+    let mut saved = vec!["classifier".to_string()];
+    for path in &fresh {
+        if !path.split('.').any(|part| part.ends_with("classifier")) {
+            saved.push(path.clone());
+        }
+    }
+    Ok(TaskModel::new(encoder, TaskHead { pooling, layers, saved, fresh }))
+}
+
+struct HeadBuilder<'a> {
+    config: &'a HfConfig,
+    weights: &'a Weights<'a>,
+    d: usize,
+    labels: usize,
+    seed: u64,
+    fresh: Vec<String>,
+}
+
+type Parts = (Option<Pooling>, Vec<HeadLayer>);
+
+impl HeadBuilder<'_> {
+    /// The pooler's output, dropout, `classifier`.
+    fn bert(&mut self, prefix: &str) -> Result<Parts> {
+        let pooler = "pooler.dense.weight";
+        if !self.weights.contains(pooler) && !self.weights.contains(&format!("{prefix}.{pooler}")) {
+            return Err(bad(
+                self.config,
+                pooler,
+                "missing from the weights",
+                "a checkpoint with BERT's pooler",
+            ));
+        }
+        let dropout = self.dropout()?;
+        Ok((Some(Pooling::Pooler), vec![self.layer("classifier", self.labels, dropout, None)?]))
+    }
+
+    fn roberta(&mut self) -> Result<Parts> {
+        let dropout = self.dropout()?;
+        let dense = self.layer("classifier.dense", self.d, dropout, Some(Activation::Tanh))?;
+        Ok((
+            Some(Pooling::First),
+            vec![dense, self.layer("classifier.out_proj", self.labels, dropout, None)?],
+        ))
+    }
+
+    fn distilbert(&mut self) -> Result<Parts> {
+        let dropout = self.probability("seq_classif_dropout", 0.2)?;
+        let before = self.layer("pre_classifier", self.d, 0.0, Some(Activation::Relu))?;
+        Ok((Some(Pooling::First), vec![before, self.layer("classifier", self.labels, dropout, None)?]))
+    }
+
+    /// The pooler belongs to the head: checkpoints of the bare model have none.
+    fn deberta(&mut self) -> Result<Parts> {
+        let act = activation(self.config, "pooler_hidden_act", "gelu")?;
+        let pooler_dropout = self.probability("pooler_dropout", 0.0)?;
+        let dropout = match self.config.opt_f64("cls_dropout")? {
+            Some(p) => p as f32,
+            None => self.probability("hidden_dropout_prob", 0.1)?,
+        };
+        let dense = self.layer("pooler.dense", self.d, pooler_dropout, Some(act))?;
+        Ok((Some(Pooling::First), vec![dense, self.layer("classifier", self.labels, dropout, None)?]))
+    }
+
+    fn modernbert(&mut self, kind: HeadKind) -> Result<Parts> {
+        let act = activation(self.config, "classifier_activation", "gelu")?;
+        let eps = self.config.opt_f64("norm_eps")?.unwrap_or(1e-5) as f32;
+        let (bias, norm_bias) =
+            (self.config.bool_or("classifier_bias", false)?, self.config.bool_or("norm_bias", false)?);
+        let dropout = self.probability("classifier_dropout", 0.0)?;
+        let d = self.d;
+        let linear = self.linear("head.dense", d, d, bias)?;
+        let vector = |name: &str, start: f32| -> Result<Tensor> {
+            match self.weights.contains(name) {
+                true => self.weights.vector(name, d),
+                false => Ok(on(self.weights.device(), vec![start; d], d)?),
+            }
+        };
+        let norm_bias = norm_bias.then(|| vector("head.norm.bias", 0.0)).transpose()?;
+        let norm = Norm::Layer(LayerNorm::new("head.norm", vector("head.norm.weight", 1.0)?, norm_bias, eps));
+        let head = HeadLayer { dropout: 0.0, linear, activation: Some(act), norm: Some(norm) };
+        let pooling = match (kind, self.config.opt_str("classifier_pooling")?.unwrap_or("cls")) {
+            (HeadKind::Token, _) => None,
+            (HeadKind::Sequence, "cls") => Some(Pooling::First),
+            (HeadKind::Sequence, "mean") => Some(Pooling::Mean),
+            (_, other) => return Err(bad(self.config, "classifier_pooling", other, "\"cls\" or \"mean\"")),
+        };
+        Ok((pooling, vec![head, self.layer("classifier", self.labels, dropout, None)?]))
+    }
+
+    fn tokens(&mut self) -> Result<Parts> {
+        let dropout = match self.config.opt_f64("dropout")? {
+            // DistilBERT's name for it
+            Some(p) if self.config.get("hidden_dropout_prob").is_none() => p as f32,
+            _ => self.dropout()?,
+        };
+        Ok((None, vec![self.layer("classifier", self.labels, dropout, None)?]))
+    }
+
+    /// `classifier_dropout`, else the model's own.
+    fn dropout(&self) -> Result<f32> {
+        match self.config.opt_f64("classifier_dropout")? {
+            Some(p) => Ok(p as f32),
+            None => self.probability("hidden_dropout_prob", 0.1),
+        }
+    }
+
+    fn probability(&self, key: &str, default: f64) -> Result<f32> {
+        let p = self.config.opt_f64(key)?.unwrap_or(default);
+        match (0.0..1.0).contains(&p) {
+            true => Ok(p as f32),
+            false => Err(bad(self.config, key, p, "a number from 0 on and below 1")),
+        }
+    }
+
+    fn layer(
+        &mut self,
+        path: &str,
+        out: usize,
+        dropout: f32,
+        activation: Option<Activation>,
+    ) -> Result<HeadLayer> {
+        let linear = self.linear(path, out, self.d, true)?;
+        Ok(HeadLayer { dropout, linear, activation, norm: None })
+    }
+
+    fn linear(&mut self, path: &str, out: usize, width: usize, bias: bool) -> Result<Linear> {
+        let [weight, bias_name] = ["weight", "bias"].map(|kind| format!("{path}.{kind}"));
+        let there = self.weights.shape(&weight).is_some_and(|shape| shape == [out, width])
+            && (!bias || self.weights.contains(&bias_name));
+        if there {
+            let bias = bias.then(|| self.weights.vector(&bias_name, out)).transpose()?;
+            return Ok(Linear::new(path, self.weights.matrix(&weight, out, width)?, bias));
+        }
+        self.fresh.push(path.to_string());
+        let device = self.weights.device();
+        let deviation = self.config.opt_f64("initializer_range")?.unwrap_or(0.02);
+        let values = random::normal(random::seed_of(self.seed, path), out * width, deviation);
+        let weight = FrozenWeight::from_tensor(&on(device, values, (out, width))?)?;
+        let bias = bias.then(|| on(device, vec![0.0; out], out)).transpose()?;
+        Ok(Linear::new(path, weight, bias))
+    }
+}
+
+/// A tensor on `device`.
+fn on(device: &Device, values: Vec<f32>, shape: impl Into<Shape>) -> engobe_autograd::Result<Tensor> {
+    Ok(tensor_of(values, shape)?.to_device(device)?)
+}

@@ -1,0 +1,38 @@
+"""What the golden scripts share. Importing it also makes `common` and `parity` of checks/ importable."""
+
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "checks"))
+
+
+def mix(seed, index):
+    """A 64-bit hash, as engobe_kernels::dropout::mix: numbers that a test makes again instead of storing them."""
+    mask = (1 << 64) - 1
+    z = (seed ^ ((index + 1) * 0x9E3779B97F4A7C15)) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def write_rounded(path, value):
+    """JSON, its numbers to seven places."""
+    text = json.dumps(value, default=float)
+    path.write_text(json.dumps(json.loads(text, parse_float=lambda f: round(float(f), 7))))
+
+
+def write_expected(directory, expected):
+    """expected.json, its numbers to seven places."""
+    write_rounded(directory / "expected.json", expected)
+
+
+def save_adapter(peft, directory, base):
+    """A PEFT directory over `base`, a path below the repository's root."""
+    peft.save_pretrained(directory)
+    (directory / "README.md").unlink(missing_ok=True)
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = base
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
