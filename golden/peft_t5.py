@@ -1,4 +1,4 @@
-"""Training curves of PEFT's LoRA on the tiny T5 models of golden/t5, from adapters that are kept beside them.
+"""Training curves of PEFT's methods on the tiny T5 models of golden/t5, from adapters that are kept beside them.
 
     pip install -r golden/requirements.txt && python golden/peft_t5.py
 
@@ -17,15 +17,23 @@ from shared import HERE, save_adapter, write_expected
 from tiny import padded
 
 from parity import perturb
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import T5ForConditionalGeneration
 
 STEPS, LR = 10, 1e-3
+FEED_FORWARD = ["q", "k", "wi_0", "wo"]
 # name -> base, settings
 CASES = {
-    "default": ("v10", dict(r=4, lora_alpha=8)),
-    "feed_forward": ("v11", dict(r=3, lora_alpha=6, target_modules=["q", "k", "wi_0", "wo"])),
-    "saved": ("uneven", dict(r=4, lora_alpha=8, target_modules=["EncDecAttention.v", "o"], modules_to_save=["relative_attention_bias"])),
+    "default": ("v10", LoraConfig(r=4, lora_alpha=8)),
+    "feed_forward": ("v11", LoraConfig(r=3, lora_alpha=6, target_modules=FEED_FORWARD)),
+    "saved": (
+        "uneven",
+        LoraConfig(r=4, lora_alpha=8, target_modules=["EncDecAttention.v", "o"], modules_to_save=["relative_attention_bias"]),
+    ),
+    "ia3": ("v11", IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"])),
+    # PEFT makes a second prompt for the decoder, which nothing reads
+    "prompt": ("v10", PromptTuningConfig(num_virtual_tokens=5)),
+    "prompt_source": ("uneven", PromptTuningConfig(num_virtual_tokens=2, num_transformer_submodules=1)),
 }
 
 
@@ -60,16 +68,20 @@ def curve(peft, base):
 
 def main(wanted):
     out = HERE / "peft_t5"
-    for seed, (name, (base, lora)) in enumerate(CASES.items()):
+    for seed, (name, (base, config)) in enumerate(CASES.items()):
         if wanted and name not in wanted:
             continue
         shutil.rmtree(out / name, ignore_errors=True)
-        peft = get_peft_model(base_model(base), LoraConfig(task_type="SEQ_2_SEQ_LM", lora_dropout=0.0, **lora)).train()
+        torch.manual_seed(seed)
+        config.task_type = "SEQ_2_SEQ_LM"
+        peft = get_peft_model(base_model(base), config).train()
         perturb(peft, seed)
         save_adapter(peft, out / name, f"golden/t5/{base}")
         losses, norms = curve(peft.double(), base)
-        trainable = peft.get_nb_trainable_parameters()[0]
-        write_expected(out / name, {"base": base, "losses": losses, "grad_norms": norms, "trainable_parameters": trainable})
+        used = sum(p.numel() for p in peft.parameters() if p.requires_grad)
+        if config.peft_type == "PROMPT_TUNING":
+            used //= config.num_transformer_submodules
+        write_expected(out / name, {"base": base, "losses": losses, "grad_norms": norms, "trainable_parameters": used})
 
 
 if __name__ == "__main__":

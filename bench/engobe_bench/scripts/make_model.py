@@ -1,12 +1,12 @@
 """Random weights of a known model's shape, as transformers saves them.
 
-    python make_model.py OUT {float32,bfloat16,float16} {smollm2,gpt2}
+    python make_model.py OUT {float32,bfloat16,float16} {smollm2,gpt2,t5}
 """
 
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, LlamaConfig, T5Config
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -29,12 +29,15 @@ SHAPES = {
     ),
     # openai-community/gpt2's sizes are the defaults; dropout is off on both sides
     "gpt2": GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    # google-t5/t5-small's sizes; dropout is off on both sides
+    "t5": T5Config(d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, vocab_size=32128, dropout_rate=0.0, decoder_start_token_id=0),
 }
 
 
 def main(out, dtype, shape):
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(SHAPES[shape]).to(getattr(torch, dtype)).save_pretrained(out)
+    auto = AutoModelForSeq2SeqLM if SHAPES[shape].is_encoder_decoder else AutoModelForCausalLM
+    auto.from_config(SHAPES[shape]).to(getattr(torch, dtype)).save_pretrained(out)
 
 
 main(*sys.argv[1:])

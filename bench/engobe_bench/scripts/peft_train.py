@@ -14,7 +14,7 @@ import json
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -61,8 +61,10 @@ def main():
     if args.nf4:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         more = {"quantization_config": config, "device_map": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attention, **more)
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    texts = AutoConfig.from_pretrained(args.model).is_encoder_decoder
+    auto, task = (AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM") if texts else (AutoModelForCausalLM, "CAUSAL_LM")
+    model = auto.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attention, **more)
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type=task)
     model = get_peft_model(model, lora)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -91,8 +93,8 @@ def main():
                 "loss": value,
                 "tokens": int(batch["attention_mask"].sum()),
                 "padded_tokens": batch["input_ids"].numel(),
-                # the first position of a row is nobody's target
-                "label_tokens": int((batch["labels"][:, 1:] != -100).sum()),
+                # the first position of a decoder's row is nobody's target
+                "label_tokens": int((batch["labels"][:, 0 if texts else 1 :] != -100).sum()),
             }
         )
     print(

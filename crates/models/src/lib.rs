@@ -41,10 +41,9 @@ pub use encoders::{ENCODERS, EncoderArchitecture, encoder_architecture, load_enc
 pub use outline::{GgufSettings, LinearOutline, Outline};
 pub use quantize::{QuantizedModel, quantize};
 pub use scope::Naming;
-pub use seq2seq::load_seq2seq;
+pub use seq2seq::{SEQ2SEQS, Seq2SeqArchitecture, load_seq2seq, seq2seq_architecture};
 pub use settings::DecoderSizes;
 pub use stored::Stored;
-pub use t5::{T5, T5Config};
 pub use task_heads::{HeadKind, load_task_model};
 pub use weights::{WeightDtype, Weights};
 

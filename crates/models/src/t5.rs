@@ -6,14 +6,15 @@
 
 mod config;
 
-pub use config::T5Config;
-
 use crate::scope::Scope;
+use crate::seq2seq::Seq2SeqArchitecture;
+use crate::settings::DecoderSizes;
 use crate::{Result, Weights};
 use candle_core::{DType, Device, Tensor};
-use config::bucket_of;
+use config::{T5Config, bucket_of};
 use engobe_autograd::ops::{self, HeadLoss, ScoreBias};
 use engobe_autograd::{Result as OpResult, Tape, Var};
+use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::attention::{AttentionShape, RelativeBias, Segment};
 use engobe_nn::decoder::{Attention, CacheSlot, Context, Mlp, Projection, Up};
 use engobe_nn::{
@@ -23,9 +24,33 @@ use engobe_nn::{
 use rayon::prelude::*;
 use std::sync::Arc;
 
+/// The architecture.
+pub static ARCHITECTURE: Seq2SeqArchitecture = Seq2SeqArchitecture { model_type: "t5", sizes, build };
+
+fn build(config: &HfConfig, weights: &Weights<'_>) -> Result<Box<dyn Seq2Seq>> {
+    Ok(Box::new(T5::load(&T5Config::from_hf(config)?, weights)?))
+}
+
+fn sizes(config: &HfConfig) -> Result<DecoderSizes> {
+    let c = T5Config::from_hf(config)?;
+    Ok(DecoderSizes {
+        layers: c.num_layers + c.num_decoder_layers,
+        hidden: c.d_model,
+        heads: c.num_heads,
+        kv_heads: c.num_heads,
+        head_dim: c.d_kv,
+        mlp: c.d_ff,
+        vocab: c.vocab_size,
+        max_positions: c.n_positions,
+        tied_head: c.scale_outputs,
+        // a decoder's block keeps the queries, keys, values and output of its attention to the encoder as well
+        extra_kept: c.d_model + 4 * c.width(),
+    })
+}
+
 /// A T5 model with its output head.
 #[derive(Debug)]
-pub struct T5 {
+struct T5 {
     info: ModelInfo,
     config: T5Config,
     shared: Embedding,
@@ -80,7 +105,7 @@ enum Sources<'a> {
 
 impl T5 {
     /// Builds the model over the weights of a checkpoint.
-    pub fn load(config: &T5Config, weights: &Weights<'_>) -> Result<Self> {
+    fn load(config: &T5Config, weights: &Weights<'_>) -> Result<Self> {
         let c = config;
         let root = Scope::root(weights);
         let shared = root.embedding("shared", c.vocab_size, c.d_model)?;

@@ -1,4 +1,4 @@
-//! LoRA on T5 beside PEFT's: losses and gradient norms of ten steps, from the adapters of `golden/peft_t5`.
+//! Methods on T5 beside PEFT's: losses and gradient norms of ten steps, from the adapters of `golden/peft_t5`.
 
 use candle_core::{Device, Tensor};
 use engobe_adapters::Adapter;
@@ -24,7 +24,9 @@ struct Rows {
     labels: Vec<Vec<u32>>,
 }
 
-/// The issue asks for 1e-3. Ten steps let rounding grow; a wrong rule shows above 1e-4.
+/// The issue asks for 1e-3; a wrong rule shows above 1e-4. What is expected was computed in f64, so what differs is our
+/// rounding in f32. It grows where AdamW's first step takes the sign of a gradient that is rounding alone: torch's own f32
+/// is off by up to 4e-5 in the norm of the second step of `saved`.
 const LOSS: f64 = 1e-5;
 const NORM: f64 = 5e-5;
 
@@ -74,7 +76,7 @@ fn curve(name: &str, expected: &Expected, checkpointing: bool) -> Vec<(f64, f64)
 #[test]
 fn curves_are_those_of_peft() {
     let names = cases("peft_t5");
-    assert_eq!(names, ["default", "feed_forward", "saved"]);
+    assert_eq!(names, ["default", "feed_forward", "ia3", "prompt", "prompt_source", "saved"]);
     for name in names {
         let expected: Expected = golden_json(format!("peft_t5/{name}/expected.json"));
         assert_eq!(expected.losses.len(), 10);

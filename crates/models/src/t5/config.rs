@@ -8,7 +8,7 @@ use engobe_kernels::activation::Activation;
 /// What `T5Config` of transformers holds, as far as the arithmetic needs it.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)] // the names of transformers where they are its own
-pub struct T5Config {
+pub(super) struct T5Config {
     pub vocab_size: usize,
     pub d_model: usize,
     pub d_kv: usize,
