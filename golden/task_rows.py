@@ -3,16 +3,20 @@ For T5 texts and pairs alone.
 
     pip install -r golden/requirements.txt && python golden/task_rows.py [NAME ...]
 
-Writes crates/data/tests/golden/tasks/{bert,roberta,t5}/: a tiny tokenizer of each kind, and cases.json.
+Writes crates/data/tests/golden/tasks/{bert,roberta,deberta,t5}/: a tiny tokenizer of each kind, and cases.json.
 """
 
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import DebertaV2Tokenizer, PreTrainedTokenizerFast
 
 OUT = Path(__file__).resolve().parent.parent / "crates/data/tests/golden/tasks"
 TEXT = [
@@ -58,6 +62,30 @@ def t5():
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", model_input_names=["input_ids", "attention_mask"])
 
 
+def charsmap():
+    """SentencePiece's compiled normalization of a few characters; a released model's own has 240 KB."""
+    with tempfile.TemporaryDirectory() as folder:
+        rules = Path(folder) / "rules.tsv"
+        rules.write_text("FB01\t66 69\nBD\t31 2F 32\n201C\t22\nA0\t20\n")
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT), model_prefix=f"{folder}/m", vocab_size=60, model_type="unigram",
+                                                 normalization_rule_tsv=str(rules), minloglevel=2)
+        proto = sentencepiece_model_pb2.ModelProto.FromString((Path(folder) / "m.model").read_bytes())
+    return proto.normalizer_spec.precompiled_charsmap
+
+
+def deberta():
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    t = Tokenizer(models.Unigram())
+    t.pre_tokenizer = pre_tokenizers.Metaspace()
+    t.train_from_iterator(TEXT, trainers.UnigramTrainer(vocab_size=110, special_tokens=special, unk_token="[UNK]"))
+    vocab = [tuple(piece) for piece in json.loads(t.to_str())["model"]["vocab"]]
+    made = DebertaV2Tokenizer(vocab=vocab, unk_id=3)
+    # as in microsoft/deberta-v3-base's tokenizer.json
+    made.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Strip(), normalizers.Precompiled(charsmap()), normalizers.Replace(Regex(" {2,}"), " ")])
+    return made
+
+
 def words_of(tokenizer, words, length, spaced):
     # RoBERTa's tokenizer is used with add_prefix_space=True for words
     given = [w if w.startswith(" ") else " " + w for w in words] if spaced else words
@@ -67,14 +95,14 @@ def words_of(tokenizer, words, length, spaced):
 
 
 def main(wanted):
-    for name, make in {"bert": bert, "roberta": roberta, "t5": t5}.items():
+    for name, make in {"bert": bert, "roberta": roberta, "deberta": deberta, "t5": t5}.items():
         if wanted and name not in wanted:
             continue
         shutil.rmtree(OUT / name, ignore_errors=True)
         tokenizer = make()
         tokenizer.save_pretrained(OUT / name)
         texts = []
-        for text, pair in [(t, None) for t in TEXT + [""]] + PAIRS:
+        for text, pair in [(t, None) for t in TEXT + ["", "ﬁne  ½ “a\u00a0b\n c"]] + PAIRS:
             for length in LENGTHS:
                 # as a batch: a single call takes an empty second text for none
                 e = tokenizer([text], [pair] if pair is not None else None, truncation="longest_first", max_length=length)

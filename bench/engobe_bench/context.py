@@ -14,6 +14,8 @@ from .proc import Failed, run
 # lengths in tokens of prompts and answers of 64 Alpaca rows (SmolLM2's tokenizer and chat template), for machines
 # that don't have the rows themselves
 ALPACA_LENGTHS = Path(__file__).resolve().parent / "alpaca_lengths.json"
+# lengths in tokens of 256 sentences of SST-2's training rows (BERT's tokenizer, [CLS] and [SEP] counted)
+SST2_LENGTHS = Path(__file__).resolve().parent / "sst2_lengths.json"
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Context:
         return path
 
     def model(self, dtype, shape="smollm2"):
-        """Random weights of the SmolLM2-135M, GPT-2 (124M) or T5-small shape, stored as float32, bfloat16 or float16."""
+        """Random weights of the SmolLM2-135M, GPT-2 (124M), MiniLM or T5-small shape, stored as float32, bfloat16 or float16."""
         return self.made(f"{shape}-shape-{dtype}", lambda out: self.script("make_model.py", out, dtype, shape))
 
     def rows(self, count, tokens, labelled=1.0, vocab=49152):
@@ -85,6 +87,18 @@ class Context:
             out.write_text("".join(lines))
 
         return self.made(f"alpaca-like-{count}x{max_tokens}.jsonl", make)
+
+    def sst2_rows(self, count):
+        """Texts of random words, of which each is a token of the MiniLM-shaped model, in rows as long as SST-2's."""
+
+        def make(out):
+            rng, lines = random.Random(0), ["sentence\tlabel\n"]
+            for n in json.loads(SST2_LENGTHS.read_text())[:count]:
+                words = " ".join(f"w{rng.randrange(30000)}" for _ in range(n - 2))
+                lines.append(f"{words}\t{rng.randrange(2)}\n")
+            out.write_text("".join(lines))
+
+        return self.made(f"sst2-like-{count}.tsv", make)
 
     def gguf(self):
         """SmolLM2-135M-Instruct as a GGUF file."""

@@ -5,7 +5,7 @@ With N tokens, L of them labelled, rank r on every linear layer, a multiplicatio
     base linears     2·N·in·out forward, 2·N·in·out for the input's gradient; frozen, so nothing for the weight's
     adapters         2·N·r·(in+out) each for the forward, the input's gradient, and the gradients of A and B
     head             2·L·d·V forward, 2·L·d·V for the hidden state's gradient: labelled positions only
-    attention        4·heads·head_dim a (query, visible key) pair forward, 8 backward; causal, within a row
+    attention        4·heads·head_dim a (query, visible key) pair forward, 8 backward; within a row, in decoders causal
 
 q, k and v of the first layer owe no gradient to their input: nothing trainable lies below it. What a program computes
 a second time (probabilities in the backward, blocks under checkpointing) is not counted: doing it is its own cost.
@@ -33,6 +33,7 @@ class Shape:
     linears: tuple
     # how many those are
     first: int
+    causal: bool = True
     # (in, out) of a decoder layer's linears, for as many layers; `linears` are then the encoder's
     decoder: tuple = ()
 
@@ -40,6 +41,9 @@ class Shape:
 SMOLLM2 = Shape(30, 576, 49152, 9, 64, ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)), 3)
 T5_SMALL = Shape(6, 512, 32128, 8, 64, (*[(512, 512)] * 4, (512, 2048), (2048, 512)), 3, (*[(512, 512)] * 8, (512, 2048), (2048, 512)))
 GPT2 = Shape(12, 768, 50257, 12, 64, ((768, 2304), (768, 768), (768, 3072), (3072, 768)), 1)
+
+# all-MiniLM-L6-v2's; its head reads one token a row
+MINILM = Shape(6, 384, 2, 12, 32, ((384, 384), (384, 384), (384, 384), (384, 384), (384, 1536), (1536, 384)), 3, causal=False)
 
 
 def step_flops(rows, label_tokens, rank=16, shape=SMOLLM2):
@@ -50,7 +54,10 @@ def step_flops(rows, label_tokens, rank=16, shape=SMOLLM2):
     lora = sum(2 * rank * (i + o) for i, o in both)
     # input gradients that nobody needs
     first = shape.linears[: shape.first] * (2 if shape.decoder else 1)
-    pairs = sum(n * (n + 1) // 2 + (2 * n * n if shape.decoder else 0) for n in rows)
+    pairs = sum(n * (n + 1) // 2 if shape.causal else n * n for n in rows)
+    if shape.decoder:
+        # the encoder's, and those between source and target
+        pairs += sum(2 * n * n for n in rows)
     return {
         "base": tokens * (2 * shape.layers * base - sum(2 * i * o for i, o in first)),
         "adapters": tokens * (3 * shape.layers * lora - sum(2 * rank * i for i, o in first)),

@@ -15,7 +15,7 @@ def step_values(steps, warmup, started_to_first_step):
     """What a training run comes to. Steps after the warm-up count; all of them stay in the raw results.
 
     Rates over even steps come from the median step; `label_tokens_per_second` is labels by time over all steps after
-    the warm-up, for steps that differ in size.
+    the warm-up, for steps that differ in size; `all_tokens_per_second` is the same of tokens.
     """
     steady = steps[warmup:]
     seconds = median(s["seconds"] for s in steady)
@@ -23,6 +23,7 @@ def step_values(steps, warmup, started_to_first_step):
     return {
         "step_seconds": seconds,
         "tokens_per_second": steady[0]["tokens"] / seconds,
+        "all_tokens_per_second": sum(s["tokens"] for s in steady) / spent,
         "label_tokens_per_second": sum(s["label_tokens"] for s in steady) / spent,
         "startup_seconds": started_to_first_step,
         "first_loss": steps[0]["loss"],
@@ -56,12 +57,12 @@ def peft_train(ctx, model, data, batch, steps, warmup, dtype="float32", attentio
     return {**cost, "steps": said["steps"], "values": values, "attention": attention}
 
 
-def fastest_attention(ctx, key, model, data, batch, dtype):
+def fastest_attention(ctx, key, model, data, batch, dtype, flags=()):
     """Which of transformers' attentions is faster for this work; tried once, both kept in the results."""
     if key not in ctx.choices:
         found = {}
         for attention in ("sdpa", "eager"):
-            one = peft_train(ctx, model, data, batch, steps=4, warmup=1, dtype=dtype, attention=attention)
+            one = peft_train(ctx, model, data, batch, steps=4, warmup=1, dtype=dtype, attention=attention, flags=flags)
             found[attention] = one["values"]["step_seconds"]
             ctx.trials.append({"for": key, **one})
         ctx.choices[key] = min(found, key=found.get)

@@ -1,7 +1,7 @@
 """W7: the step of W1 over 4-bit weights, beside engobe's own over f32 and beside PEFT over bitsandbytes."""
 
 from .. import stats
-from ..workload import Entrant, Section, middle, values
+from ..workload import Section, middle, values
 from .training import GGUF, Engobe, Peft, Training
 
 OWN, PEER = "engobe", "PEFT NF4+dq"
@@ -18,9 +18,6 @@ LINES = [
 
 class Quantized(Training):
     """Compared with itself and the peer alone: the machine's rate is W1's matter."""
-
-    def entrants(self, ctx):
-        return [Entrant(s.name, self.our_run(s) if isinstance(s, Engobe) else self.their_run(s)) for s in self.sides]
 
     def section(self, ctx, measured):
         header = ["", "engobe tok/s", "of own f32", "goal", "PEFT + bitsandbytes tok/s", "ratio", "goal", "engobe peak RSS", "goal", "peer peak RSS"]
@@ -71,4 +68,5 @@ QUANTIZED = Quantized(
     pairs=(),
     steps=4,
     warmup=1,
+    rated=False,
 )

@@ -1,10 +1,10 @@
-"""W1 to W4, G1 and T1: LoRA steps beside PyTorch + PEFT."""
+"""W1 to W4, G1 to G3, M1 and T1: LoRA steps beside PyTorch + PEFT."""
 
 import json
 from dataclasses import dataclass
 
 from .. import sides, stats
-from ..flops import GPT2, SMOLLM2, T5_SMALL, step_flops, total
+from ..flops import GPT2, MINILM, SMOLLM2, T5_SMALL, step_flops, total
 from ..workload import Entrant, Section, Workload, middle, values
 
 # what a side's weights are stored in, and what they are called
@@ -44,27 +44,38 @@ class Pair:
 class Training(Workload):
     """A kind of training step: rows, and those who take it."""
 
-    def __init__(self, key, title, rows, batch, engobe_flags, sides, pairs, steps=6, warmup=2, unit="tokens_per_second", epoch=False, shape="smollm2"):
+    # what all peers are told
+    peft_flags = ()
+
+    def __init__(self, key, title, rows, batch, engobe_flags, sides, pairs, steps=6, warmup=2, unit="tokens_per_second", epoch=False, shape="smollm2", rated=True):
         self.key, self.title, self.rows, self.batch = key, title, rows, batch
         self.engobe_flags, self.sides, self.pairs = engobe_flags, sides, pairs
         self.steps, self.warmup, self.unit, self.epoch, self.shape = steps, warmup, unit, epoch, shape
+        # the machine's rate on SmolLM2's shapes is of interest
+        self.rated = rated
 
     def prepare(self, ctx):
         self.data = self.rows(ctx)
-        self.read = [json.loads(line) for line in self.data.read_text().splitlines()]
+        self.read = self.lengths()
         for side in self.sides:
             self.model(ctx, side)
             if isinstance(side, Peft) and not ctx.quick:
                 self.attention(ctx, side)
+
+    def lengths(self):
+        """The rows: what matters are their numbers of tokens and labels."""
+        return [json.loads(line) for line in self.data.read_text().splitlines()]
 
     def model(self, ctx, side):
         return ctx.gguf() if side.stored == GGUF else ctx.model(side.stored, self.shape)
 
     def attention(self, ctx, side):
         shape = f"batch {self.batch} of {self.data.stem.split('-')[0]} rows of up to {max(len(r['input_ids']) for r in self.read)}, {self.shape} in {side.stored}"
-        return sides.fastest_attention(ctx, shape, self.model(ctx, side), self.data, self.batch, side.stored)
+        return sides.fastest_attention(ctx, shape, self.model(ctx, side), self.data, self.batch, side.stored, self.peft_flags)
 
     def entrants(self, ctx):
+        if not self.rated:
+            return [Entrant(s.name, self.our_run(s) if isinstance(s, Engobe) else self.their_run(s)) for s in self.sides]
         # the machine's rate is taken between ours and theirs, as disturbed or undisturbed as they are
         ours = [Entrant(s.name, self.our_run(s)) for s in self.sides if isinstance(s, Engobe)]
         theirs = [Entrant(s.name, self.their_run(s)) for s in self.sides if isinstance(s, Peft)]
@@ -91,7 +102,7 @@ class Training(Workload):
             steps = -(-len(self.read) // self.batch) if self.epoch else self.count(ctx)
             attention = "sdpa" if ctx.quick else self.attention(ctx, side)
             return sides.peft_train(
-                ctx, self.model(ctx, side), self.data, self.batch, steps, self.warmup, side.stored, attention, side.flags
+                ctx, self.model(ctx, side), self.data, self.batch, steps, self.warmup, side.stored, attention, (*self.peft_flags, *side.flags)
             )
 
         return run
@@ -108,7 +119,7 @@ class Training(Workload):
 
     def gflop_per_unit(self):
         """GFLOP that the mathematics needs for one token, or one label token."""
-        shape = {"smollm2": SMOLLM2, "gpt2": GPT2, "t5": T5_SMALL}[self.shape]
+        shape = {"smollm2": SMOLLM2, "gpt2": GPT2, "minilm": MINILM, "t5": T5_SMALL}[self.shape]
         flops = total(step_flops([len(r["input_ids"]) for r in self.read], self.labels(), shape=shape)) / 1e9
         labels = self.unit == "label_tokens_per_second"
         return flops / (self.labels() if labels else sum(len(r["input_ids"]) for r in self.read))
@@ -163,11 +174,22 @@ class Training(Workload):
         plain, kept = middle(measured, "engobe", "step_seconds"), middle(measured, "engobe, checkpointing", "step_seconds")
         if plain and kept:
             notes.append(f"Activation checkpointing takes {kept / plain:.2f}x the time (goal: at most 1.35x).")
-        if self.epoch:
+        if self.epoch or self.unit == "all_tokens_per_second":
             padded = [sum(s["padded_tokens"] for s in m["steps"]) / sum(s["tokens"] for s in m["steps"]) for m in measured.get("PEFT", [])]
             if padded:
                 notes.append(f"PEFT's padded batches hold {padded[0]:.2f}x the tokens of their rows.")
         return notes
+
+
+class Classification(Training):
+    """Labels of texts, which both sides tokenize before the first step."""
+
+    peft_flags = ("--seq-cls",)
+
+    def lengths(self):
+        # a token a word, [CLS] and [SEP]
+        texts = [line.split("\t")[0] for line in self.data.read_text().splitlines()[1:]]
+        return [{"input_ids": [0] * (len(text.split()) + 2), "labels": [-100, 0]} for text in texts]
 
 
 BOTH = (Engobe(), Peft(), Engobe("engobe bf16", BF16), Peft("PEFT bf16", BF16))
@@ -232,6 +254,36 @@ TRAINING = [
         pairs=(Pair("engobe", "PEFT", "", 1.8),),
         shape="gpt2",
     ),
+    *(
+        Training(
+            key,
+            f"the same, B={batch} T=512",
+            rows=lambda ctx: ctx.rows(24, 512),
+            batch=batch,
+            engobe_flags=["--batch-size", batch, "--max-seq-len", 512, "--no-shuffle"],
+            sides=(Engobe(), Peft()),
+            pairs=(Pair("engobe", "PEFT", "", 1.8),),
+            shape="gpt2",
+            steps=4,
+            warmup=1,
+            rated=False,
+        )
+        for key, batch in (("G2", 1), ("G3", 4))
+    ),
+    Classification(
+        "M1",
+        "LoRA r=16 on all linear layers of the MiniLM-L6 shape, two classes, 16 texts as long as SST-2's",
+        rows=lambda ctx: ctx.sst2_rows(256),
+        batch=16,
+        engobe_flags=["--batch-size", 16, "--max-seq-len", 128, "--no-shuffle", "--task", "seq-cls"],
+        sides=(Engobe(), Peft()),
+        pairs=(Pair("engobe", "PEFT", "", 1.8),),
+        steps=14,
+        warmup=2,
+        unit="all_tokens_per_second",
+        shape="minilm",
+        rated=False,
+    ),
     # sources and targets of 128 tokens; what is counted are the sources' tokens
     Training(
         "T1",
@@ -242,5 +294,6 @@ TRAINING = [
         sides=(Engobe(), Peft()),
         pairs=(Pair("engobe", "PEFT", "", 1.8),),
         shape="t5",
+        rated=False,
     ),
 ]

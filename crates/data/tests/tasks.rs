@@ -48,7 +48,7 @@ fn rows(name: &str, content: &str) -> Result<DataFile, String> {
 
 #[test]
 fn texts_pairs_and_words_are_tokenized_as_transformers_does() {
-    for name in ["bert", "roberta", "t5"] {
+    for name in ["bert", "roberta", "deberta", "t5"] {
         let tokenizer = tokenizer(name);
         let cases: Cases = engobe_testkit::json(&golden(name).join("cases.json"));
         for case in cases.texts {

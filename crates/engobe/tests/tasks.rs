@@ -12,10 +12,15 @@ fn text(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// The tiny BERT of `golden/encoders` with a tokenizer.
+/// The tiny BERT of `golden/encoders`.
 fn model(dir: &Path) -> PathBuf {
+    model_of(dir, "bert", "bert", 120)
+}
+
+/// A tiny model of `golden/encoders` with a tokenizer.
+fn model_of(dir: &Path, encoder: &str, tokenizer: &str, vocab: usize) -> PathBuf {
     let to = dir.join("model");
-    with_tokenizer("encoders/bert", "bert", 120, &["word_embeddings.weight"], &to);
+    with_tokenizer(&format!("encoders/{encoder}"), tokenizer, vocab, &["word_embeddings.weight"], &to);
     to
 }
 
@@ -128,6 +133,24 @@ fn a_classifier_from_rows_to_predictions() {
             .unwrap();
     assert!(done.status.success());
     assert_eq!(fs::read_to_string(&said).unwrap().lines().count(), 2);
+}
+
+#[test]
+fn deberta_from_rows_to_predictions() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let (data, val) = (at("train.tsv"), at("val.tsv"));
+    let model = model_of(dir.path(), "deberta_v2_conv_task", "deberta", 70);
+    rows(&data, 0, 8);
+    rows(&val, 8, 12);
+    let done = json(&mut engobe(&train(&model, &data, &val, &at("run"), &["--max-steps", "40"])));
+    assert_eq!(done["eval_scores"]["accuracy"], 1.0, "{done}");
+    let (m, adapter, v) = (text(&model), text(&at("run")), text(&val));
+    let found = json(&mut engobe(&["eval", "--model", &m, "--adapter", &adapter, "--data", &v]));
+    assert_eq!((&found["accuracy"], &found["task"]), (&1.0.into(), &"seq-cls".into()));
+    let saved = SafetensorsFile::open(&at("run/adapter_model.safetensors")).unwrap();
+    let name = "base_model.model.deberta.encoder.layer.1.attention.self.value_proj.lora_A.weight";
+    assert!(saved.tensors().any(|t| t.name == name));
 }
 
 #[test]

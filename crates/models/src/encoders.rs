@@ -31,6 +31,7 @@ pub static ENCODERS: &[&EncoderArchitecture] = &[
     &crate::bert::ARCHITECTURE,
     &crate::roberta::ARCHITECTURE,
     &crate::distilbert::ARCHITECTURE,
+    &crate::deberta_v2::ARCHITECTURE,
     &crate::modernbert::ARCHITECTURE,
 ];
 

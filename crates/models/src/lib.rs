@@ -6,6 +6,7 @@
 
 mod bert;
 mod blank;
+mod deberta_v2;
 mod distilbert;
 mod encoders;
 mod family;

@@ -2,6 +2,7 @@
 //! a bare encoder without the prefix (`encoder.layer.0`) that they have in a task model (`bert.encoder.layer.0`).
 
 use crate::{Result, Weights};
+use candle_core::{Device, Tensor};
 use engobe_nn::{Embedding, LayerNorm, Linear, RmsNorm};
 
 /// How an encoder's modules are named.
@@ -62,6 +63,17 @@ impl<'a> Scope<'a> {
         let weight = self.weights.linear(&self.file(name, "weight"), out, width)?;
         let bias = bias.then(|| self.weights.vector(&self.file(name, "bias"), out)).transpose()?;
         Ok(Linear::new(self.path(name), weight, bias))
+    }
+
+    /// The kernel `[d, d, size]` of a convolution over `d` channels, and its bias.
+    pub fn convolution(&self, name: &str, d: usize, size: usize) -> Result<(Vec<f32>, Tensor)> {
+        let kernel = self.weights.numbers(&self.file(name, "weight"), &[d, d, size])?;
+        Ok((kernel, self.weights.vector(&self.file(name, "bias"), d)?))
+    }
+
+    /// Where the weights live.
+    pub fn device(&self) -> &Device {
+        self.weights.device()
     }
 
     /// A token embedding.

@@ -2,7 +2,7 @@
 
 mod bytes;
 
-use self::bytes::{all_finite, check_finite, check_shape, convert, mapped, transpose};
+use self::bytes::{all_finite, check_finite, check_shape, convert, mapped, numbers, transpose};
 use crate::blank::Blank;
 use crate::registry::Described;
 use crate::stored::Stored;
@@ -12,7 +12,6 @@ use engobe_autograd::{Error as OpError, FrozenWeight, HostBytes, HostScales, ten
 use engobe_formats::bitsandbytes::{self, Quantized, Scales};
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::tensor::TensorView;
-use engobe_kernels::codec;
 use engobe_kernels::quantize::{QuantizeError, QuantizedWeight, Scheme};
 use engobe_kernels::storage::{StorageType, WeightView};
 
@@ -354,17 +353,20 @@ impl<'a> Weights<'a> {
         Ok(FrozenWeight::from_tensor(&weight.to_tensor(&self.device)?)?)
     }
 
+    /// A small tensor of any shape, in f32 on the CPU.
+    pub fn numbers(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        match self.source {
+            Source::Checkpoint(checkpoint) => numbers(checkpoint.get(&self.name(name))?, shape),
+            Source::Blank(..) => Ok(vec![0.0; shape.iter().product()]),
+        }
+    }
+
     /// A vector `[len]` in f32.
     pub fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
         let Source::Checkpoint(checkpoint) = self.source else {
             return Ok(tensor_of(vec![0.0; len], len)?);
         };
-        let view = checkpoint.get(&self.name(name))?;
-        check_shape(view, &[len])?;
-        let storage = view.storage()?;
-        check_finite(view, storage)?;
-        let mut out = vec![0f32; len];
-        codec::decode(storage, view.bytes(), &mut out);
+        let mut out = numbers(checkpoint.get(&self.name(name))?, &[len])?;
         out = self.stored(name).values_from_gguf(&out, len);
         Ok(tensor_of(out, len)?.to_device(&self.device).map_err(engobe_autograd::Error::from)?)
     }

@@ -92,7 +92,7 @@ impl EncoderStack {
 }
 
 /// Rows of the batch's token types; without any, all are of type 0.
-pub(crate) fn embed_types<'m>(
+pub fn embed_types<'m>(
     tape: &mut Tape<'m>,
     table: &'m Embedding,
     batch: &TokenBatch,

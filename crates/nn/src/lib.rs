@@ -21,7 +21,7 @@ mod task;
 
 pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
-pub use encoder::{Encoder, EncoderStack, Pooler};
+pub use encoder::{Encoder, EncoderStack, Pooler, embed_types};
 pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
 pub use entry::{Entry, InputRows};
 pub use linear::{Linear, LinearAdapter, linear_group};

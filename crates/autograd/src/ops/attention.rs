@@ -187,7 +187,7 @@ fn widened(t: &Tensor, segments: &[Segment]) -> Result<Tensor> {
 }
 
 /// Number of queries and of keys.
-fn check(
+pub(super) fn check(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
@@ -230,7 +230,12 @@ fn check(
 }
 
 /// `[rows, heads·hd]` rows of a segment as `[heads, rows, hd]`, key/value heads repeated for their group.
-fn heads_of(t: &Tensor, rows: &std::ops::Range<usize>, heads: usize, group: usize) -> Result<Tensor> {
+pub(super) fn heads_of(
+    t: &Tensor,
+    rows: &std::ops::Range<usize>,
+    heads: usize,
+    group: usize,
+) -> Result<Tensor> {
     let hd = t.dim(1)? / heads;
     let t = t.narrow(0, rows.start, rows.len())?.reshape((rows.len(), heads, 1, hd))?;
     let t = t.broadcast_as((rows.len(), heads, group, hd))?.reshape((rows.len(), heads * group, hd))?;
@@ -238,7 +243,7 @@ fn heads_of(t: &Tensor, rows: &std::ops::Range<usize>, heads: usize, group: usiz
 }
 
 /// Inverse of [`heads_of`] for gradients: groups are summed.
-fn merge_heads(t: &Tensor, heads: usize, group: usize) -> Result<Tensor> {
+pub(super) fn merge_heads(t: &Tensor, heads: usize, group: usize) -> Result<Tensor> {
     let (_, rows, hd) = t.dims3()?;
     let t = t.transpose(0, 1)?.reshape((rows, heads, group, hd))?;
     Ok(t.sum(2)?.reshape((rows, heads * hd))?)

@@ -3,6 +3,7 @@
 mod add;
 mod attention;
 mod columns;
+mod disentangled;
 pub(crate) mod dropout;
 mod embedding;
 mod gated;
@@ -13,6 +14,7 @@ mod insert;
 mod layer_norm;
 mod linear;
 mod lstm;
+mod neighbours;
 mod norm;
 mod rope;
 mod row_loss;
@@ -24,6 +26,7 @@ mod split;
 pub use add::add;
 pub use attention::{ScoreBias, attention, biased_attention};
 pub use columns::{concat_columns, flatten, scale_columns, scale_rows};
+pub use disentangled::{PositionTerms, disentangled_attention};
 pub use dropout::dropout as drop_out;
 pub use embedding::embedding;
 pub use gated::{activate, gated};
@@ -35,6 +38,7 @@ pub use linear::{
     LinearSpec, LowRank, Matrix, OutputScale, linear, linear_group, linear_residual, linear_residual_last,
 };
 pub use lstm::lstm;
+pub use neighbours::neighbours;
 pub use norm::rms_norm;
 pub use rope::{RopeSpec, rope};
 pub use row_loss::{RowTargets, row_loss};

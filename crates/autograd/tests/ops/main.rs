@@ -190,6 +190,50 @@ fn attention_with_a_bias_by_distance() {
 }
 
 #[test]
+fn disentangled_attention() {
+    let shape = AttentionShape::new(2, 2, 4, 0.4, false);
+    let [q, k, v] = [("q", 11), ("k", 12), ("v", 13)].map(|(name, seed)| param(name, seed, &[6, 8]));
+    let (keys, queries) = (param("keys", 14, &[5, 8]), param("queries", 15, &[5, 8]));
+    let segment = |r: std::ops::Range<usize>| Segment { q: r.clone(), kv: r };
+    let segments: Arc<[Segment]> = Arc::from([segment(0..4), segment(4..6)]);
+    let rows: Arc<[u32]> = Arc::from([0u32, 0, 1, 2, 3, 4, 4]);
+    for (c2p, p2c) in [(true, true), (true, false), (false, true)] {
+        let mut params = vec![&q, &k, &v];
+        params.extend(c2p.then_some(&keys));
+        params.extend(p2c.then_some(&queries));
+        check(&params, &|tape| {
+            let (q, k, v) = (tape.param(&q), tape.param(&k), tape.param(&v));
+            let terms = ops::PositionTerms {
+                keys: c2p.then(|| tape.param(&keys)),
+                queries: p2c.then(|| tape.param(&queries)),
+                rows: rows.clone(),
+                zero: 3,
+            };
+            let y = ops::disentangled_attention(tape, &q, &k, &v, shape, segments.clone(), &terms)?;
+            weigh(tape, &[y])
+        });
+    }
+    let mut tape = Tape::inference();
+    let q = tape.param(&q);
+    // distance 3 of the first segment has no row
+    let short = ops::PositionTerms { keys: None, queries: None, rows, zero: 2 };
+    assert!(ops::disentangled_attention(&mut tape, &q, &q, &q, shape, segments, &short).is_err());
+}
+
+#[test]
+fn neighbours_within_segments() {
+    let x = param("x", 16, &[5, 3]);
+    let segment = |r: std::ops::Range<usize>| Segment { q: r.clone(), kv: r };
+    let segments: Arc<[Segment]> = Arc::from([segment(0..2), segment(2..5)]);
+    check(&[&x], &|tape| {
+        let x = tape.param(&x);
+        let y = ops::neighbours(tape, &x, segments.clone(), 3)?;
+        assert_eq!(y.tensor().dims(), [5, 9]);
+        weigh(tape, &[y])
+    });
+}
+
+#[test]
 fn attention_over_longer_keys() {
     let shape = AttentionShape::new(2, 1, 4, 0.5, true);
     let (q, k, v) = (param("q", 14, &[2, 8]), param("k", 15, &[5, 4]), param("v", 16, &[5, 4]));

@@ -24,6 +24,16 @@ pub(super) fn check_shape(view: &TensorView, expected: &[usize]) -> Result<()> {
     })
 }
 
+/// The numbers of a small tensor of that shape, in f32.
+pub(super) fn numbers(view: &TensorView, shape: &[usize]) -> Result<Vec<f32>> {
+    check_shape(view, shape)?;
+    let storage = view.storage()?;
+    check_finite(view, storage)?;
+    let mut out = vec![0f32; shape.iter().product()];
+    codec::decode(storage, view.bytes(), &mut out);
+    Ok(out)
+}
+
 /// Refuses a tensor that holds an infinity or a NaN: training over it can only end in NaN.
 pub(super) fn check_finite(view: &TensorView, storage: StorageType) -> Result<()> {
     const BLOCKS: usize = 1 << 14;
