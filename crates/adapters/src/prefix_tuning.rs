@@ -1,5 +1,8 @@
 //! Prefix tuning (Li & Liang 2021): trained keys and values before those of each sequence, in every attention module.
 //!
+//! In an encoder-decoder they stand before the decoder's own keys and values, as PEFT has it: the encoder and the attention
+//! between them have none.
+//!
 //! A file holds one matrix `[count, layers · 2 · kv_width]`: for each row the first block's key and value, then the
 //! second's, and so on. With `prefix_projection` these are `tanh(E·W₁ᵀ + b₁)·W₂ᵀ + b₂` of an embedding E `[count,
 //! kv_width]` while it is trained, and only the outcome is saved. W₂ is kept in pieces, one for the keys and one for
@@ -127,6 +130,9 @@ impl Method for PrefixTuning {
         });
         let mut config = config.clone();
         virtual_tokens::write_model(&mut config, width, heads, sites.key_values.len());
+        if config.text("task_type") == Some("SEQ_2_SEQ_LM") {
+            virtual_tokens::write_encoder_decoder(&mut config);
+        }
         let hidden = config.whole(HIDDEN)?.unwrap_or(width);
         config.set(HIDDEN, hidden);
         // what it started from is none of a file's business: PEFT would not know the key

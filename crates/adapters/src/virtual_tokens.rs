@@ -38,6 +38,11 @@ pub(crate) fn write_model(config: &mut PeftConfig, token_dim: usize, heads: usiz
     config.set(SUBMODULES, 1);
 }
 
+/// Says in PEFT's words that a prefix is an encoder-decoder's.
+pub(crate) fn write_encoder_decoder(config: &mut PeftConfig) {
+    config.set(SUBMODULES, 2);
+}
+
 /// How many prompts a file holds, one below the other. PEFT makes two for an encoder-decoder, and uses the first.
 pub(crate) fn prompts_in_file(config: &PeftConfig) -> Result<usize> {
     let count = config.whole(SUBMODULES)?.unwrap_or(1);
@@ -62,7 +67,8 @@ impl Sites {
     pub fn find(model: &mut dyn ModuleTree, method: &'static str) -> Result<Self> {
         let (mut entry, mut key_values) = (None, Vec::new());
         model.visit_sites(&mut |site| match site {
-            SiteMut::Entry(e) => entry = Some((e.path().to_string(), e.width())),
+            SiteMut::Entry(e) if e.takes_rows() => entry = Some((e.path().to_string(), e.width())),
+            SiteMut::Entry(_) => {}
             SiteMut::KvPrefix(site) => key_values.push((site.kv_heads(), site.width())),
             SiteMut::SubLayer(_) => {}
         });
