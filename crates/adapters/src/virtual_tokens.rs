@@ -60,15 +60,17 @@ pub(crate) struct Sites {
     pub width: usize,
     /// heads and width of the keys of each attention module
     pub key_values: Vec<(usize, usize)>,
+    /// rows go before sources, keys and values before targets
+    pub encoder_decoder: bool,
 }
 
 impl Sites {
     /// Looks for them.
     pub fn find(model: &mut dyn ModuleTree, method: &'static str) -> Result<Self> {
-        let (mut entry, mut key_values) = (None, Vec::new());
+        let (mut entry, mut key_values, mut encoder_decoder) = (None, Vec::new(), false);
         model.visit_sites(&mut |site| match site {
             SiteMut::Entry(e) if e.takes_rows() => entry = Some((e.path().to_string(), e.width())),
-            SiteMut::Entry(_) => {}
+            SiteMut::Entry(_) => encoder_decoder = true,
             SiteMut::KvPrefix(site) => key_values.push((site.kv_heads(), site.width())),
             SiteMut::SubLayer(_) => {}
         });
@@ -83,7 +85,7 @@ impl Sites {
                 embedding = Some(weight.clone());
             }
         });
-        Ok(Self { embedding: embedding.ok_or_else(missing)?, width, key_values })
+        Ok(Self { embedding: embedding.ok_or_else(missing)?, width, key_values, encoder_decoder })
     }
 
     /// Puts `rows` before the embedded tokens, and what PEFT's files say of the model into `config`.
