@@ -303,7 +303,7 @@ pub trait Attached: Debug + Send + Sync {
         0
     }
 
-    /// Rows that come before each sequence.
+    /// Rows that come before the tokens of each sequence.
     fn lead(&self) -> usize {
         0
     }
