@@ -42,6 +42,7 @@ CASES = {
     "adalora": ("adalora", "ADALORA", dict(init_r=12, target_r=8, target_modules="all-linear", total_step=100), [*LLAMAS, "opt-350m"]),
     "ia3": ("ia3", "IA3", dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), [*LLAMAS, "gemma-3-270m"]),
     "vera": ("vera", "VERA", dict(r=64, target_modules=["q_proj", "v_proj"]), LLAMAS),
+    "miss": ("miss", "MISS", dict(r=64, target_modules="all-linear"), LLAMAS),
     "ln-tuning": ("ln-tuning", "LN_TUNING", dict(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]), [*LLAMAS, "qwen2.5-0.5b"]),
     "trainable-tokens": ("trainable-tokens", "TRAINABLE_TOKENS", dict(token_indices=[1, 2, 3, 4]), LLAMAS),
     "prompt-tuning": ("prompt-tuning", "PROMPT_TUNING", dict(num_virtual_tokens=20), None),

@@ -20,6 +20,7 @@ from peft import (
     IA3Config,
     LNTuningConfig,
     LoraConfig,
+    MissConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -96,20 +97,6 @@ LORAS = {
         r=3, lora_alpha=4, target_modules=["o_proj", "down_proj"], init_lora_weights="olora", rank_pattern={"o_proj": 2}
     ),
     "pissa_dora": dict(r=2, lora_alpha=4, target_modules=["up_proj"], init_lora_weights="pissa", use_dora=True),
-    # From the second iteration on, what is quantized has rounding errors of an SVD in it: once in some models a weight
-    # next to the middle of two levels falls to the other side (losses 4e-4 apart were seen, 3e-7 elsewhere)
-    "loftq": dict(
-        r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights="loftq",
-        loftq_config={"loftq_bits": 4, "loftq_iter": 1},
-    ),
-    "loftq_again": dict(
-        r=3, lora_alpha=3, target_modules="all-linear", init_lora_weights="loftq",
-        loftq_config={"loftq_bits": 4, "loftq_iter": 3},
-    ),
-    "loftq_int8": dict(
-        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights="loftq",
-        loftq_config={"loftq_bits": 8, "loftq_iter": 2},
-    ),
     "embed": dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "v_proj"]),
     "tied_embed": dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"]),
     "tokens": dict(r=4, lora_alpha=8, target_modules=["q_proj"], trainable_token_indices=[3, 17, 5]),
@@ -136,10 +123,26 @@ LORAS = {
     ),
     "only_tokens": dict(peft_type="TRAINABLE_TOKENS", token_indices=[1, 9, 30]),
     "tied_only_tokens": dict(peft_type="TRAINABLE_TOKENS", token_indices=[1, 9, 30]),
+    # From the second iteration on, what is quantized has rounding errors of an SVD in it: once in some models a weight
+    # next to the middle of two levels falls to the other side (losses 4e-4 apart were seen, 3e-7 elsewhere)
+    "loftq": dict(
+        r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights="loftq",
+        loftq_config={"loftq_bits": 4, "loftq_iter": 1},
+    ),
+    "loftq_again": dict(
+        r=3, lora_alpha=3, target_modules="all-linear", init_lora_weights="loftq",
+        loftq_config={"loftq_bits": 4, "loftq_iter": 3},
+    ),
+    "loftq_int8": dict(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights="loftq",
+        loftq_config={"loftq_bits": 8, "loftq_iter": 2},
+    ),
+    "miss": dict(peft_type="MISS", r=8, target_modules=["q_proj", "v_proj", "down_proj"]),
+    "tied_miss": dict(peft_type="MISS", r=6, target_modules="all-linear", modules_to_save=["norm"]),
 }
 CONFIGS_OF = {
-    "LORA": LoraConfig, "ADALORA": AdaLoraConfig, "IA3": IA3Config, "VERA": VeraConfig, "LN_TUNING": LNTuningConfig,
-    "TRAINABLE_TOKENS": TrainableTokensConfig,
+    "LORA": LoraConfig, "ADALORA": AdaLoraConfig, "IA3": IA3Config, "VERA": VeraConfig, "MISS": MissConfig,
+    "LN_TUNING": LNTuningConfig, "TRAINABLE_TOKENS": TrainableTokensConfig,
 }
 
 
@@ -251,7 +254,7 @@ def exchange(report, work, name, base, directory, out, theirs, rows):
     keys = set_peft_model_state_dict(fresh, load_peft_weights(out, device="cpu"))
     state = fresh.state_dict(keep_vars=True)
     held = {state[k].data_ptr() for k in state.keys() - set(keys.missing_keys)}
-    adapters = ("lora_", "modules_to_save", "ia3_l", "vera_", "ln_tuning_layers", "trainable_tokens_delta")
+    adapters = ("lora_", "modules_to_save", "ia3_l", "vera_", "miss_", "ln_tuning_layers", "trainable_tokens_delta")
     # (a tied head's tokens and VeRA's matrices are tensors that go by several names)
     missing = [k for k in keys.missing_keys if any(p in k for p in adapters) and state[k].data_ptr() not in held]
     report.true(f"{name}: keys", not missing and not keys.unexpected_keys, f"{missing} {keys.unexpected_keys}")

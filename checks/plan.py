@@ -60,6 +60,7 @@ CASES = [
     ("SmolLM2 Q4_1, DoRA", None, 512, ["--use-dora"]),
     ("SmolLM2 Q4_1, IA3", None, 512, ["--method", "ia3"]),
     ("SmolLM2 Q4_1, VeRA", None, 512, ["--method", "vera"]),
+    ("SmolLM2 Q4_1, MiSS", None, 512, ["--method", "miss"]),
     ("SmolLM2 Q4_1, AdaLoRA", None, 512, ["--method", "adalora"]),
     ("SmolLM2 Q4_1, LN tuning", None, 512, ["--method", "ln-tuning"]),
     ("SmolLM2 Q4_1, tokens", None, 512, ["--method", "trainable-tokens", "--token-indices", "5,6,7"]),
