@@ -140,6 +140,9 @@ LORAS = {
     "miss": dict(peft_type="MISS", r=8, target_modules=["q_proj", "v_proj", "down_proj"]),
     "tied_miss": dict(peft_type="MISS", r=6, target_modules="all-linear", modules_to_save=["norm"]),
 }
+if not torch.cuda.is_available():
+    # bitsandbytes' code for CPUs errs where blocks straddle the rows of a matrix, as those of down_proj do
+    LORAS["loftq_again"]["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
 CONFIGS_OF = {
     "LORA": LoraConfig, "ADALORA": AdaLoraConfig, "IA3": IA3Config, "VERA": VeraConfig, "MISS": MissConfig,
     "LN_TUNING": LNTuningConfig, "TRAINABLE_TOKENS": TrainableTokensConfig,
