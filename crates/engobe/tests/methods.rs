@@ -61,6 +61,8 @@ fn each_trains_evaluates_generates_and_is_planned_for() {
 fn needed(method: &str) -> &'static [&'static str] {
     match method {
         "trainable-tokens" => &["--token-indices", "1,2,3"],
+        // its rank is at most a layer's width
+        "miss" => &["--r", "8"],
         _ => &[],
     }
 }
