@@ -48,7 +48,7 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
         labels.save(&run.out)?;
     }
     let fingerprint = fingerprint(&table, run.path, &train)?;
-    let loader = Loader::new(Arc::new(train), loader_options(&plan));
+    let loader = Loader::new(Arc::new(train), loader_options(&plan, &adapter));
     let eval = scoring::eval_batches(&val);
     let mut trainer = Trainer::new(bench.model(), &adapter, &plan, loader, eval, &run.out, fingerprint)?;
     if run.resume {
