@@ -128,6 +128,15 @@ def label_loss(model, rows):
     return total, count
 
 
+def train(directory, data, out, *more, steps=20, rate=1e-3):
+    """Steps of engobe's as train_peft takes them; what metrics.jsonl says of each."""
+    engobe(
+        "train", "--model", directory, "--data", data, "--out", out, "--no-shuffle", "--no-packing", "--max-steps", steps,
+        "--batch-size", 2, "--learning-rate", rate, "--lr-scheduler", "linear", "--allow", "eot-never-label", *more,
+    )
+    return [json.loads(l) for l in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
 def greedy_logits(model, ids):
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].float()

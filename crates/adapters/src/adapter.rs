@@ -18,7 +18,8 @@ use std::path::Path;
 pub struct AdapterSizes {
     /// low-rank layers, in the model's order
     pub layers: Vec<LayerSizes>,
-    /// elements of each vector beside them (magnitudes, biases behind B)
+    /// elements of each other parameter in a block that `layers` or `kept` names (magnitudes, biases behind B,
+    /// bottlenecks)
     pub vectors: Vec<usize>,
     /// elements of each bias and module that is trained in full
     pub full: Vec<usize>,
@@ -26,10 +27,14 @@ pub struct AdapterSizes {
     pub other: Vec<usize>,
     /// floats that are kept of each token for the backward beside u = A·x of the layers above, by module path
     pub kept: Vec<(String, usize)>,
+    /// floats that are kept for the backward whatever the number of tokens, by module path
+    pub fixed: Vec<(String, usize)>,
     /// trained elements that are the base's own (biases)
     pub base_elements: usize,
     /// rows that come before each sequence
     pub lead: usize,
+    /// rows that come before the keys and values of each sequence alone
+    pub key_value_lead: usize,
     /// inputs of low-rank layers are dropped at random
     pub dropout: bool,
 }
@@ -171,6 +176,11 @@ impl Adapter {
         self.method
     }
 
+    /// Rows that come before the tokens of each sequence.
+    pub fn lead(&self) -> usize {
+        self.attached.lead()
+    }
+
     /// The configuration as files have it.
     pub fn config(&self) -> PeftConfig {
         self.attached.config()
@@ -212,11 +222,6 @@ impl Adapter {
     /// Lets the method look at a step that was taken.
     pub fn after_step(&self, step: &StepTaken<'_>) -> Result<()> {
         self.attached.after_step(step)
-    }
-
-    /// Rows that come before each sequence, and take up positions.
-    pub fn lead(&self) -> usize {
-        self.attached.lead()
     }
 
     /// Number of trained elements.

@@ -1,15 +1,22 @@
-//! Soft prompts (Lester et al. 2021): trained rows before the embedded tokens of each sequence, and nothing else.
+//! Soft prompts (Lester et al. 2021): trained rows before the embedded tokens of each sequence, and nothing else. In an
+//! encoder-decoder they stand before the source, as in the paper. PEFT makes as many rows for the decoder, which it neither
+//! uses nor changes: they are left out of what is read from its files, and of what is written (`num_transformer_submodules`
+//! is 1, so PEFT makes none either when it reads them).
 
-use crate::Result;
 use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
 use crate::random::{gaussian, generator};
 use crate::saved;
 use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, SAVED, Sites, TENSOR, repeated};
+use crate::{Result, fill};
+use candle_core::{DType, Device, Tensor};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
 use engobe_formats::peft::PeftConfig;
+use engobe_formats::tensor::TensorView;
 use engobe_nn::{InputRows, ModuleTree};
 use rand::Rng;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Soft prompts.
@@ -122,10 +129,11 @@ impl Method for PromptTuning {
         };
         let prompt = Param::new(TENSOR, &rows.to_device(at.device)?)?;
         let rows = Arc::new(Prompt(prompt));
+        let in_file = virtual_tokens::prompts_in_file(config)?;
         let mut config = config.clone();
         sites.attach_rows(model, &rows, &mut config);
         let saved = saved::train_named(model, &config, saved::PROMPT_ROOT)?;
-        Ok(Box::new(Attachment { config, rows, saved }))
+        Ok(Box::new(Attachment { config, rows, saved, in_file }))
     }
 }
 
@@ -148,6 +156,8 @@ struct Attachment {
     config: PeftConfig,
     rows: Arc<Prompt>,
     saved: Vec<Param>,
+    /// prompts in the file that it came from
+    in_file: usize,
 }
 
 impl Attached for Attachment {
@@ -157,6 +167,17 @@ impl Attached for Attachment {
 
     fn params(&self) -> Vec<&Param> {
         [&self.rows.0].into_iter().chain(&self.saved).collect()
+    }
+
+    fn fill(&self, path: &Path, tensors: &BTreeMap<String, TensorView>) -> Result<()> {
+        let (prompt, count) = (&self.rows.0, self.rows.count());
+        let width = prompt.len() / count.max(1);
+        let all = Tensor::zeros((self.in_file * count, width), DType::F32, &Device::Cpu)?;
+        let all = Param::new(TENSOR, &all)?;
+        let params: Vec<&Param> = [&all].into_iter().chain(&self.saved).collect();
+        fill::by_name(&params, path, tensors)?;
+        let first = all.tensor().narrow(0, 0, count)?.contiguous()?;
+        Ok(prompt.set(&first.to_device(prompt.tensor().device())?)?)
     }
 
     fn lead(&self) -> usize {

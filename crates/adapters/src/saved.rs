@@ -5,7 +5,7 @@ use crate::target::Targets;
 use candle_core::Tensor;
 use engobe_autograd::{Param, Result};
 use engobe_formats::peft::PeftConfig;
-use engobe_nn::{Linear, ModuleMut, ModuleTree};
+use engobe_nn::{LayerNorm, Linear, ModuleMut, ModuleTree};
 
 /// What stands before a module's path in PEFT's files of methods that adapt modules.
 pub(crate) const ROOT: &str = "base_model.model.";
@@ -129,5 +129,13 @@ pub(crate) fn train_bias(linear: &mut Linear, adapted: bool) -> Result<Option<Pa
     let level = if adapted { ".base_layer" } else { "" };
     let param = Param::new(format!("{ROOT}{}{level}.bias", linear.path()), bias)?;
     linear.train_bias(param.clone());
+    Ok(Some(param))
+}
+
+/// Trains a layer norm's bias alone.
+pub(crate) fn train_norm_bias(norm: &mut LayerNorm) -> Result<Option<Param>> {
+    let Some(bias) = norm.bias() else { return Ok(None) };
+    let param = Param::new(format!("base_model.model.{}.bias", norm.path()), bias)?;
+    norm.train_bias(param.clone());
     Ok(Some(param))
 }

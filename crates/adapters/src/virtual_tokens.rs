@@ -19,7 +19,9 @@ pub(crate) const COUNT: Setting =
 pub(crate) const SAVED: Setting = setting("modules_to_save", Kind::Names, SAVED_HELP);
 
 /// Keys in files that say what the model was; the model itself says so to us.
-const OF_MODEL: [&str; 4] = ["num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"];
+const OF_MODEL: [&str; 4] = ["num_attention_heads", "num_layers", SUBMODULES, "token_dim"];
+
+const SUBMODULES: &str = "num_transformer_submodules";
 
 /// Virtual tokens engobe has by default; PEFT has no default.
 pub(crate) const DEFAULT_COUNT: usize = 20;
@@ -37,7 +39,21 @@ pub(crate) fn write_model(config: &mut PeftConfig, token_dim: usize, heads: usiz
     config.set("token_dim", token_dim);
     config.set("num_attention_heads", heads);
     config.set("num_layers", layers);
-    config.set("num_transformer_submodules", 1);
+    config.set(SUBMODULES, 1);
+}
+
+/// Says in PEFT's words that a prefix is an encoder-decoder's.
+pub(crate) fn write_encoder_decoder(config: &mut PeftConfig) {
+    config.set(SUBMODULES, 2);
+}
+
+/// How many prompts a file holds, one below the other. PEFT makes two for an encoder-decoder, and uses the first.
+pub(crate) fn prompts_in_file(config: &PeftConfig) -> Result<usize> {
+    let count = config.whole(SUBMODULES)?.unwrap_or(1);
+    match count {
+        1 | 2 => Ok(count),
+        other => Err(config.bad(SUBMODULES, &other.to_string(), "1 or 2").into()),
+    }
 }
 
 /// What methods of virtual tokens need to know of a model.
@@ -48,14 +64,17 @@ pub(crate) struct Sites {
     pub width: usize,
     /// heads and width of the keys of each attention module
     pub key_values: Vec<(usize, usize)>,
+    /// rows go before sources, keys and values before targets
+    pub encoder_decoder: bool,
 }
 
 impl Sites {
     /// Looks for them.
     pub fn find(model: &mut dyn ModuleTree, method: &'static str) -> Result<Self> {
-        let (mut entry, mut key_values) = (None, Vec::new());
+        let (mut entry, mut key_values, mut encoder_decoder) = (None, Vec::new(), false);
         model.visit_sites(&mut |site| match site {
-            SiteMut::Entry(e) => entry = Some((e.path().to_string(), e.width())),
+            SiteMut::Entry(e) if e.takes_rows() => entry = Some((e.path().to_string(), e.width())),
+            SiteMut::Entry(_) => encoder_decoder = true,
             SiteMut::KvPrefix(site) => key_values.push((site.kv_heads(), site.width())),
             SiteMut::SubLayer(_) => {}
         });
@@ -70,7 +89,7 @@ impl Sites {
                 embedding = Some(weight.clone());
             }
         });
-        Ok(Self { embedding: embedding.ok_or_else(missing)?, width, key_values })
+        Ok(Self { embedding: embedding.ok_or_else(missing)?, width, key_values, encoder_decoder })
     }
 
     /// Puts `rows` before the embedded tokens, and what PEFT's files say of the model into `config`.
@@ -85,8 +104,14 @@ impl Sites {
                 entry.attach(rows.clone());
             }
         });
-        let heads = self.key_values.first().map_or(1, |(heads, _)| *heads);
-        write_model(config, self.width, heads, self.key_values.len());
+        match self.key_values.first() {
+            Some((heads, _)) => write_model(config, self.width, *heads, self.key_values.len()),
+            // PEFT finds the others in the model's configuration
+            None => {
+                config.set("token_dim", self.width);
+                config.set(SUBMODULES, 1);
+            }
+        }
     }
 
     /// Embedded tokens `ids`: `[ids, d]`.

@@ -191,8 +191,8 @@ pub struct MethodsArgs {
 
 const COMPARE_EXAMPLES: &str = "\
 The base is loaded once; methods are attached to it, trained and taken away again one after the
-other. All see the same rows in the same order for the same number of steps; --only gives one of
-them settings of its own. Peak memory is the base's weights and the most that tensors took beside.
+other. All see the rows in the same order for the same number of steps (a prompt's rows count in
+what a step takes); --only gives one of them settings of its own. Peak memory is the base's weights and the most that tensors took beside.
 
 Examples:
   engobe compare --model smollm2-135m --methods lora,prefix-tuning --data train.jsonl --out compared
@@ -216,6 +216,9 @@ pub struct CompareArgs {
     /// Most tokens of an answer to a row of --test-data
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub max_new_tokens: usize,
+    /// Go on with a comparison that was stopped: methods that are done stay as they are
+    #[arg(long)]
+    pub resume: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: Common,

@@ -46,7 +46,7 @@ impl Forecast {
             }
             None => asked,
         };
-        let base_parameters = workbench::base_parameters(outline.model.as_mut());
+        let base_parameters = workbench::base_parameters(outline.model.as_mut(), outline.sizes.tied_head);
         let adapter = Adapter::sizes(outline.model.as_mut(), &config)?;
         // rows that are validated on come in bins of 512 tokens or their own length
         let validates = !given.paths("val_data").is_empty() || given.number("val_split").unwrap_or(0.0) > 0.0;

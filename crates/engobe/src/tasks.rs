@@ -1,36 +1,47 @@
-//! Tasks beside next tokens: classes and numbers for texts, classes for words.
+//! Tasks beside next tokens: texts out of texts, classes and numbers for texts, classes for words.
 
 pub mod eval;
+pub mod seq2seq;
 pub mod train;
 
 use crate::Usage;
 use crate::settings::Given;
 use crate::terminal::Note;
 use crate::workbench;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use engobe_adapters::Adapter;
 use engobe_adapters::method::{NeedsText, StartText};
 use engobe_data::{DataFile, LabelSet, Problem, Sample, Task, TaskEncoder, TaskOptions, TextTokenizer};
 use engobe_formats::hf_config::HfConfig;
 use engobe_formats::peft::{PeftAdapter, PeftConfig};
-use engobe_models::{HeadKind, LoadOptions, config_of, encoder_architecture, load_task_model};
-use engobe_nn::{ModuleTree, TaskModel};
+use engobe_models::{
+    HeadKind, LoadOptions, config_of, encoder_architecture, load_seq2seq, load_task_model,
+    seq2seq_architecture,
+};
+use engobe_nn::{ModelInfo, ModuleTree, Seq2Seq, TaskModel};
 use engobe_train::Model;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// A model with a head, and what belongs to it.
+/// A model for a task, and what belongs to it.
 pub struct TaskBench {
-    /// encoder and head
-    pub model: TaskModel,
-    /// its tokenizer
-    pub tokenizer: TextTokenizer,
-    /// its classes
-    pub labels: LabelSet,
+    task: Task,
+    /// the model
+    pub kind: Kind,
+    /// its tokenizer; token ids need none
+    pub tokenizer: Option<TextTokenizer>,
     /// the adapter, if one was asked for
     pub adapter: Option<Adapter>,
     /// rows that it puts before each text
     lead: usize,
+}
+
+/// The model of a task.
+pub enum Kind {
+    /// an encoder with a head, and what the head's classes are called
+    Labels(TaskModel, LabelSet),
+    /// an encoder-decoder
+    Texts(Box<dyn Seq2Seq>),
 }
 
 /// What decides on the task when nothing says it.
@@ -59,6 +70,9 @@ pub fn choose(hints: &Hints<'_>, note: &mut Note) -> Result<Task> {
     }
     // GGUF files and whatever is no directory: the loader will say what is wrong with it
     let Ok(config) = HfConfig::open(hints.model) else { return Ok(Task::CausalLm) };
+    if seq2seq_architecture(&config)?.is_some() {
+        return Ok(Task::Seq2SeqLm);
+    }
     let of_config = task_of_architectures(&config);
     if of_config.is_none() && encoder_architecture(&config).is_err() {
         return Ok(Task::CausalLm);
@@ -88,16 +102,23 @@ fn task_of_architectures(config: &HfConfig) -> Option<Task> {
     })
 }
 
-/// Refuses tasks that nothing here trains or scores.
-fn head_kind(task: Task) -> Result<HeadKind> {
+/// True if the model is an encoder-decoder.
+pub fn is_seq2seq(path: &Path) -> bool {
+    let config = HfConfig::open(path);
+    config.is_ok_and(|config| matches!(seq2seq_architecture(&config), Ok(Some(_))))
+}
+
+/// The head that a task's labels need; none where texts are made.
+///
+/// # Errors
+/// Nothing here trains or scores the task.
+fn head_kind(task: Task) -> Result<Option<HeadKind>> {
     match task {
-        Task::SeqCls | Task::Regression => Ok(HeadKind::Sequence),
-        Task::TokenCls => Ok(HeadKind::Token),
+        Task::SeqCls | Task::Regression => Ok(Some(HeadKind::Sequence)),
+        Task::TokenCls => Ok(Some(HeadKind::Token)),
+        Task::Seq2SeqLm => Ok(None),
         Task::Embedding => {
             bail!(Usage("--task embedding: vectors are made by engobe embed, and not trained".into()))
-        }
-        Task::Seq2SeqLm => {
-            bail!(Usage("--task seq2seq-lm: needs an encoder-decoder, and this is none".into()))
         }
         Task::CausalLm => bail!(Usage("--task causal-lm: needs a decoder, and this is an encoder".into())),
     }
@@ -140,26 +161,58 @@ fn labels_of_adapter(task: Task, path: &Path, dir: &Path, files: &[DataFile]) ->
 }
 
 impl TaskBench {
-    /// Loads the model in `path` with a head for `labels`. `seed` decides how a head begins that the model lacks.
-    pub fn load(path: &Path, labels: LabelSet, options: &LoadOptions, seed: u64) -> Result<Self> {
-        let kind = head_kind(labels.task)?;
-        let model = load_task_model(path, options, kind, labels.len(), seed)?;
-        let tokenizer = workbench::tokenizer(path)?
-            .with_context(|| format!("{}: has no tokenizer.json: texts need one", path.display()))?;
-        Ok(Self { model, tokenizer, labels, adapter: None, lead: 0 })
+    /// Loads the model in `path` for `task`, with a head where it has labels. `seed` decides how a head begins that the
+    /// model lacks.
+    pub fn load(
+        path: &Path,
+        task: Task,
+        labels: Option<LabelSet>,
+        options: &LoadOptions,
+        seed: u64,
+    ) -> Result<Self> {
+        let kind = match (head_kind(task)?, labels) {
+            (Some(head), Some(labels)) => {
+                Kind::Labels(load_task_model(path, options, head, labels.len(), seed)?, labels)
+            }
+            _ => Kind::Texts(load_seq2seq(path, options)?),
+        };
+        let tokenizer = workbench::tokenizer(path)?;
+        Ok(Self { task, kind, tokenizer, adapter: None, lead: 0 })
     }
 
-    /// The model with what its logits mean.
+    /// The model with what its outputs mean.
     pub fn model(&self) -> Model<'_> {
-        Model::Task(&self.model, &self.labels)
+        match &self.kind {
+            Kind::Labels(model, labels) => Model::Task(model, labels),
+            Kind::Texts(model) => Model::Seq2Seq(model.as_ref()),
+        }
     }
 
-    /// What turns rows into samples; rows are cut where the model's positions end.
+    /// Names of its classes, if it has any.
+    pub fn labels(&self) -> Option<&LabelSet> {
+        match &self.kind {
+            Kind::Labels(_, labels) => Some(labels),
+            Kind::Texts(_) => None,
+        }
+    }
+
+    fn info(&self) -> &ModelInfo {
+        match &self.kind {
+            Kind::Labels(model, _) => model.info(),
+            Kind::Texts(model) => model.info(),
+        }
+    }
+
+    /// What turns rows into samples; rows are cut where the model's positions end. T5's do not end: `n_positions` is only
+    /// how long its training rows were.
     pub fn encoder(&self, max_seq_len: usize) -> TaskEncoder<'_> {
-        let info = self.model.info();
-        let most = info.max_positions.saturating_sub(self.lead);
-        let options = TaskOptions { task: self.labels.task, max_seq_len: max_seq_len.min(most) };
-        TaskEncoder::new(&self.tokenizer, Some(&self.labels), info.vocab_size, options)
+        let info = self.info();
+        let most = match &self.kind {
+            Kind::Labels(..) => info.max_positions.saturating_sub(self.lead),
+            Kind::Texts(_) => usize::MAX,
+        };
+        let options = TaskOptions { task: self.task, max_seq_len: max_seq_len.min(most) };
+        TaskEncoder::new(self.tokenizer.as_ref(), self.labels(), info.vocab_size, options)
     }
 
     /// What the text that a new adapter starts from is to the model.
@@ -170,18 +223,22 @@ impl TaskBench {
                 "prefix_init_text: works on models that generate; a model with a task's head keeps no keys and values"
             );
         }
-        Ok(StartText { ids: self.tokenizer.encode(&needs.text, false)?, key_values: Vec::new() })
+        let missing = "prompt_tuning_init_text: the model has no tokenizer.json, and a text needs one";
+        let ids = self.tokenizer.as_ref().context(missing)?.encode(&needs.text, false)?;
+        Ok(StartText { ids, key_values: Vec::new() })
     }
 
     /// What is trained and what is there, as PEFT prints it.
     fn trainable_line(&mut self, adapter: &Adapter) -> String {
-        let all = workbench::elements(&mut self.model);
+        let tied = matches!(&self.kind, Kind::Texts(model) if model.info().tied_head);
+        let all = workbench::base_parameters(tree(self), tied);
         workbench::trainable_text(adapter.num_parameters(), adapter.num_added() + all)
     }
 }
 
 /// Says which layers begin at random.
-fn tell_fresh(model: &TaskModel, note: &mut Note) {
+fn tell_fresh(bench: &TaskBench, note: &mut Note) {
+    let Kind::Labels(model, _) = &bench.kind else { return };
     let fresh = &model.head().fresh;
     if !fresh.is_empty() {
         note.line(&format!("new, and trained from random values: {}", fresh.join(", ")));
@@ -199,23 +256,20 @@ fn tell_files(files: &[DataFile], samples: &[Sample], note: &mut Note) {
     }
 }
 
-/// PEFT's settings for a task: its name, and the head among the modules that are trained in full.
+/// PEFT's settings for a task: its name, and the head, if there is one, among the modules that are trained in full.
 ///
 /// # Errors
-/// The method trains no modules beside its own parameters.
+/// The method trains no modules beside its own parameters, and a head is needed.
 fn for_task(given: &Given, name: &str, bench: &TaskBench) -> Result<PeftConfig> {
     let (method, mut config) = (given.method()?, given.adapter(name)?);
+    config.set("task_type", bench.task.peft_name());
+    let Kind::Labels(model, _) = &bench.kind else { return Ok(config) };
     if !method.settings().iter().any(|s| s.name == "modules_to_save") {
-        bail!(
-            "method = {:?} trains no head beside it, and the task {} needs one",
-            method.name(),
-            bench.labels.task
-        );
+        bail!("method = {:?} trains no head beside it, and the task {} needs one", method.name(), bench.task);
     }
     let mut saved = config.names("modules_to_save")?;
-    saved.extend(bench.model.head().saved.iter().filter(|n| !saved.contains(n)).cloned().collect::<Vec<_>>());
+    saved.extend(model.head().saved.iter().filter(|n| !saved.contains(n)).cloned().collect::<Vec<_>>());
     config.set("modules_to_save", saved);
-    config.set("task_type", bench.labels.task.peft_name());
     Ok(config)
 }
 
@@ -227,5 +281,8 @@ pub fn of_training(given: &Given, path: &Path, note: &mut Note) -> Result<Task> 
 
 /// The model as adapters see it.
 fn tree(bench: &mut TaskBench) -> &mut dyn ModuleTree {
-    &mut bench.model
+    match &mut bench.kind {
+        Kind::Labels(model, _) => model,
+        Kind::Texts(model) => model.as_mut(),
+    }
 }

@@ -72,12 +72,12 @@ enum Source<'a> {
 impl<'a> Weights<'a> {
     /// Tensors that are never read: sizes are all that is wanted.
     pub(crate) fn blank(
-        described: &'a Described,
+        described: Option<&'a Described>,
         checkpoint: Option<&'a Checkpoint>,
         options: &LoadOptions,
         blank: &'a Blank,
     ) -> Result<Self> {
-        Self::new(Some(described), Source::Blank(blank, checkpoint), options)
+        Self::new(described, Source::Blank(blank, checkpoint), options)
     }
 
     /// Tensors of a decoder, in a Hugging Face directory or a GGUF file.

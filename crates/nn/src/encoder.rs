@@ -166,7 +166,7 @@ impl Encoder for EncoderStack {
             |rope: &Rope| RopeSpec { table: rope.table(longest), positions: batch.positions.clone() };
         let ropes: Arc<[RopeSpec]> = self.ropes.iter().map(angles).collect();
         for block in &self.blocks {
-            let context = Context { ropes: ropes.clone(), batch: batch.clone() };
+            let context = Context { ropes: ropes.clone(), batch: batch.clone(), bias: None };
             x = tape.block(&[x], move |tape, xs| block.forward(tape, &xs[0], &context, None))?;
         }
         if let Some(norm) = &self.final_norm {

@@ -1,4 +1,4 @@
-//! Training on labels.
+//! Training on labels, and on texts out of texts.
 
 use super::{TaskBench, for_task, known_names, labels_of_adapter, tell_files, tell_fresh, tree};
 use crate::settings::Given;
@@ -7,7 +7,7 @@ use crate::training::{Run, Summary, Watcher, attach, fingerprint, go_on, loader_
 use crate::{dataset, report, scoring};
 use anyhow::{Result, bail};
 use engobe_data::task::lint_task;
-use engobe_data::{DataFile, Goal, LabelSet, Loader, Sample, Task, reader};
+use engobe_data::{DataFile, Goal, LabelSet, Loader, Sample, Task, TextTokenizer, reader};
 use engobe_formats::atomic::write_atomic;
 use engobe_train::{Plan, Trainer};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 /// three a method (docs/tasks.md). Other methods keep their own.
 const RATES: [(&str, f64); 4] = [("lora", 2e-3), ("bottleneck", 3e-3), ("full", 1e-4), ("bitfit", 3e-3)];
 
-/// Trains a head and an adapter on labelled rows.
+/// Trains an adapter, and a head where rows have labels.
 pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Note) -> Result<Summary> {
     if plan.compute.memory_limit.is_some() {
         bail!("memory_limit: what the task {task} takes is not worked out yet; leave it out");
@@ -27,18 +27,22 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
         plan.schedule.packing = false;
     }
     let method = given.method()?.name();
-    if let (false, Some((_, rate))) = (given.has("learning_rate"), RATES.iter().find(|(n, _)| *n == method)) {
+    let rate = RATES.iter().find(|(name, _)| *name == method).filter(|_| task.is_labelled());
+    if let (false, Some((_, rate))) = (given.has("learning_rate"), rate) {
         plan.optimization.learning_rate = *rate;
     }
     let init = given.path("init_adapter");
     let files = reader::read(&given.paths("data"))?;
     let labels = match &init {
-        Some(dir) => labels_of_adapter(task, run.path, dir, &files)?,
-        None => LabelSet::of_rows(task, &files, &known_names(run.path)?)?,
+        _ if !task.is_labelled() => None,
+        Some(dir) => Some(labels_of_adapter(task, run.path, dir, &files)?),
+        None => Some(LabelSet::of_rows(task, &files, &known_names(run.path)?)?),
     };
-    note.line(&format!("labels: {}", describe(&labels)));
-    let mut bench = TaskBench::load(run.path, labels, &run.options, plan.schedule.seed)?;
-    tell_fresh(&bench.model, note);
+    if let Some(labels) = &labels {
+        note.line(&format!("labels: {}", describe(labels)));
+    }
+    let mut bench = TaskBench::load(run.path, task, labels, &run.options, plan.schedule.seed)?;
+    tell_fresh(&bench, note);
     let asked = for_task(given, run.name, &bench)?;
     let needs = if init.is_some() { None } else { given.method()?.needs_text(&asked) };
     let (seed, device, text) = (plan.schedule.seed, &run.options.device, bench.start_text(needs)?);
@@ -50,9 +54,11 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
     let table = given.resolved(&plan, &adapter.config())?;
     let settings = toml::to_string(&table)?;
     write_atomic(&run.out.join("run.toml"), settings.as_bytes())?;
-    bench.labels.save(&run.out)?;
+    if let Some(labels) = bench.labels() {
+        labels.save(&run.out)?;
+    }
     let fingerprint = fingerprint(&table, run.path, &train)?;
-    let loader = Loader::new(Arc::new(train), loader_options(&plan));
+    let loader = Loader::new(Arc::new(train), loader_options(&plan, &adapter));
     let eval = scoring::eval_batches(&val);
     let mut trainer = Trainer::new(bench.model(), &adapter, &plan, loader, eval, &run.out, fingerprint)?;
     if run.resume {
@@ -105,10 +111,10 @@ fn read_rows(
     } else if share != 0.0 {
         val = split_rows(&mut train, share, plan.schedule.seed)?;
     }
-    let special = bench.tokenizer.special_around();
-    let report = lint_task(&train.samples, &val.samples, Some(&bench.labels), special, max_seq_len);
+    let special = bench.tokenizer.as_ref().map_or(0, TextTokenizer::special_around);
+    let report = lint_task(&train.samples, &val.samples, bench.labels(), special, max_seq_len);
     dataset::enforce(&report, &allow, note)?;
-    // rows without a label were allowed: they are left out
+    // rows without a label or a target were allowed: they are left out
     let labelled = |samples: Vec<Sample>| samples.into_iter().filter(|s| s.goal != Goal::Nothing).collect();
     Ok((labelled(train.samples), labelled(val.samples)))
 }

@@ -27,9 +27,19 @@ impl AttentionShape {
         Self { heads, kv_heads, head_dim, scale, causal, window: None, soft_cap: None }
     }
 
+    /// Where query `row` of `nq` sits among `nkv` keys.
+    pub fn place(&self, nq: usize, nkv: usize, row: usize) -> usize {
+        match (self.causal, self.window) {
+            (true, _) => nkv - nq + row,
+            // keys before the queries' own are a prefix
+            (false, Some(_)) => nkv.saturating_sub(nq) + row,
+            (false, None) => row,
+        }
+    }
+
     /// The keys, of `nkv`, that query `row` of `nq` may see.
     pub fn visible(&self, nq: usize, nkv: usize, row: usize) -> Range<usize> {
-        let at = nkv.saturating_sub(nq) + row;
+        let at = self.place(nq, nkv, row);
         let end = if self.causal { at + 1 } else { nkv };
         match self.window {
             None => 0..end,
