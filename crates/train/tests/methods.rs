@@ -9,7 +9,7 @@ use engobe_data::MicroBatch;
 use engobe_formats::peft::PeftConfig;
 use engobe_nn::CausalLm;
 use engobe_testkit::models::{self, tiny};
-use engobe_testkit::{assert_close, assert_relative, cases, doubles, golden_json};
+use engobe_testkit::{assert_close, assert_relative, cases, doubles, golden, golden_json};
 use engobe_train::plan::Plan;
 use engobe_train::step::{Differentiate, differentiate};
 use serde::Deserialize;
