@@ -8,7 +8,7 @@ use crate::Usage;
 use crate::settings::Given;
 use crate::terminal::Note;
 use crate::workbench;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use engobe_adapters::Adapter;
 use engobe_adapters::method::{NeedsText, StartText};
 use engobe_data::{DataFile, LabelSet, Problem, Sample, Task, TaskEncoder, TaskOptions, TextTokenizer};
