@@ -4,16 +4,21 @@ pub mod eval;
 pub mod train;
 
 use crate::Usage;
+use crate::dataset::Dataset;
+use crate::forecast::Head;
 use crate::settings::Given;
 use crate::terminal::Note;
 use crate::workbench;
 use anyhow::{Context, Result, bail};
 use engobe_adapters::Adapter;
-use engobe_data::{DataFile, LabelSet, Problem, Sample, Task, TaskEncoder, TaskOptions, TextTokenizer};
+use engobe_data::task::lint_task;
+use engobe_data::{
+    DataFile, LabelSet, LintReport, Problem, Sample, Task, TaskEncoder, TaskOptions, TextTokenizer,
+};
 use engobe_formats::hf_config::HfConfig;
 use engobe_formats::peft::{PeftAdapter, PeftConfig};
-use engobe_models::{HeadKind, LoadOptions, encoder_architecture, load_task_model};
-use engobe_nn::{ModuleTree, TaskModel};
+use engobe_models::{HeadKind, LoadOptions, TaskOutline, encoder_architecture, load_task_model};
+use engobe_nn::{ModelInfo, ModuleTree, TaskModel};
 use engobe_train::Model;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -141,8 +146,7 @@ impl TaskBench {
     pub fn load(path: &Path, labels: LabelSet, options: &LoadOptions, seed: u64) -> Result<Self> {
         let kind = head_kind(labels.task)?;
         let model = load_task_model(path, options, kind, labels.len(), seed)?;
-        let tokenizer = workbench::tokenizer(path)?
-            .with_context(|| format!("{}: has no tokenizer.json: texts need one", path.display()))?;
+        let tokenizer = needed(workbench::tokenizer(path)?, path)?;
         Ok(Self { model, tokenizer, labels, adapter: None })
     }
 
@@ -151,12 +155,9 @@ impl TaskBench {
         Model::Task(&self.model, &self.labels)
     }
 
-    /// What turns rows into samples; rows are cut where the model's positions end.
+    /// What turns rows into samples.
     pub fn encoder(&self, max_seq_len: usize) -> TaskEncoder<'_> {
-        let info = self.model.info();
-        let options =
-            TaskOptions { task: self.labels.task, max_seq_len: max_seq_len.min(info.max_positions) };
-        TaskEncoder::new(&self.tokenizer, Some(&self.labels), info.vocab_size, options)
+        encoder(&self.tokenizer, &self.labels, self.model.info(), max_seq_len)
     }
 
     /// What is trained and what is there, as PEFT prints it.
@@ -190,19 +191,98 @@ fn tell_files(files: &[DataFile], samples: &[Sample], note: &mut Note) {
 /// # Errors
 /// The method trains no modules beside its own parameters.
 fn for_task(given: &Given, name: &str, bench: &TaskBench) -> Result<PeftConfig> {
-    let (method, mut config) = (given.method()?, given.adapter(name)?);
-    if !method.settings().iter().any(|s| s.name == "modules_to_save") {
-        bail!(
-            "method = {:?} trains no head beside it, and the task {} needs one",
-            method.name(),
-            bench.labels.task
-        );
-    }
-    let mut saved = config.names("modules_to_save")?;
-    saved.extend(bench.model.head().saved.iter().filter(|n| !saved.contains(n)).cloned().collect::<Vec<_>>());
-    config.set("modules_to_save", saved);
+    let mut config = with_head(given, name, &bench.model.head().saved)?;
     config.set("task_type", bench.labels.task.peft_name());
     Ok(config)
+}
+
+/// The settings of an adapter that trains the modules `head` beside it.
+///
+/// # Errors
+/// The method trains no modules beside its own parameters.
+pub fn with_head(given: &Given, name: &str, head: &[String]) -> Result<PeftConfig> {
+    let (method, mut config) = (given.method()?, given.adapter(name)?);
+    if !method.settings().iter().any(|s| s.name == "modules_to_save") {
+        bail!("method = {:?} trains no head beside it, and this task needs one", method.name());
+    }
+    let mut saved = config.names("modules_to_save")?;
+    saved.extend(head.iter().filter(|n| !saved.contains(n)).cloned().collect::<Vec<_>>());
+    config.set("modules_to_save", saved);
+    Ok(config)
+}
+
+/// The head of the run that `engobe plan` is asked about; `None` for next tokens. Classes are counted in the rows, or in
+/// the model's configuration.
+pub fn head_of_plan(given: &Given, path: &Path, note: &mut Note) -> Result<Option<Head>> {
+    let data = given.paths("data");
+    let config = match path.is_dir() {
+        true => HfConfig::open(path),
+        false => HfConfig::read(path),
+    };
+    let Some(config) = config.ok().filter(|config| encoder_architecture(config).is_ok()) else {
+        return Ok(None);
+    };
+    let task = match (given.text("task"), data.is_empty()) {
+        (None, true) => task_of_architectures(&config).unwrap_or(Task::SeqCls),
+        _ => of_training(given, path, note)?,
+    };
+    let kind = head_kind(task)?;
+    let known = LabelSet::known(&Value::Object(config.raw().clone()));
+    let labels = match data.is_empty() {
+        true if task == Task::Regression => 1,
+        true => known.len().max(2),
+        false => LabelSet::of_rows(task, &engobe_data::reader::read(&data)?, &known)?.len(),
+    };
+    note.line(&format!("task: {task}, a head of {labels}"));
+    Ok(Some(Head { kind, labels }))
+}
+
+/// Labelled rows as training would take them, and what is to be said of them: those of the first files to be trained on,
+/// those of the others to be validated on.
+pub fn checked(
+    task: Task,
+    path: &Path,
+    tokenizer: Option<&TextTokenizer>,
+    (data, val): (&[PathBuf], &[PathBuf]),
+    max_seq_len: usize,
+    note: &mut Note,
+) -> Result<(Dataset, LintReport)> {
+    let files = engobe_data::reader::read(data)?;
+    let labels = LabelSet::of_rows(task, &files, &known_names(path)?)?;
+    let Head { kind, labels: count } = head_for(&labels)?;
+    let outline = TaskOutline::read(path, &LoadOptions::default(), kind, count)?;
+    let tokenizer = needed(tokenizer, path)?;
+    let encoder = encoder(tokenizer, &labels, outline.model.info(), max_seq_len);
+    let train = Dataset { samples: encoder.encode(&files)?, files };
+    tell_files(&train.files, &train.samples, note);
+    let val = match val {
+        [] => Vec::new(),
+        paths => encoder.encode(&engobe_data::reader::read(paths)?)?,
+    };
+    let special = tokenizer.special_around();
+    let report = lint_task(&train.samples, &val, Some(&labels), special, max_seq_len);
+    Ok((train, report))
+}
+
+/// What turns rows into samples; rows are cut where the model's positions end.
+fn encoder<'t>(
+    tokenizer: &'t TextTokenizer,
+    labels: &'t LabelSet,
+    info: &ModelInfo,
+    max_seq_len: usize,
+) -> TaskEncoder<'t> {
+    let options = TaskOptions { task: labels.task, max_seq_len: max_seq_len.min(info.max_positions) };
+    TaskEncoder::new(tokenizer, Some(labels), info.vocab_size, options)
+}
+
+/// The tokenizer of the model in `path`, which texts need.
+fn needed<T>(tokenizer: Option<T>, path: &Path) -> Result<T> {
+    tokenizer.with_context(|| format!("{}: has no tokenizer.json: texts need one", path.display()))
+}
+
+/// The head for `labels`.
+fn head_for(labels: &LabelSet) -> Result<Head> {
+    Ok(Head { kind: head_kind(labels.task)?, labels: labels.len() })
 }
 
 /// The task of a training run.

@@ -33,6 +33,7 @@ mod scope;
 mod settings;
 mod stored;
 mod task_heads;
+mod task_outline;
 mod weights;
 
 pub use blank::{TensorUse, scheme_bytes};
@@ -43,6 +44,7 @@ pub use scope::Naming;
 pub use settings::DecoderSizes;
 pub use stored::Stored;
 pub use task_heads::{HeadKind, load_task_model};
+pub use task_outline::TaskOutline;
 pub use weights::{WeightDtype, Weights};
 
 use candle_core::Device;

@@ -3,7 +3,7 @@
 //! A layer that the checkpoint has, in the shape that is needed, is taken from it. One that it lacks begins as
 //! transformers begins it: weights normal with the configuration's `initializer_range`, biases zero.
 
-use crate::encoders::{activation, bad};
+use crate::encoders::{EncoderArchitecture, activation, bad};
 use crate::registry::check_quantization;
 use crate::scope::Naming;
 use crate::{Error, LoadOptions, Result, Weights, encoder_architecture};
@@ -41,9 +41,21 @@ pub fn load_task_model(
     let architecture = encoder_architecture(&config)?;
     let checkpoint = Checkpoint::open(path)?;
     let weights = Weights::hugging_face(&checkpoint, options)?;
-    let encoder = (architecture.build)(&config, &weights, Naming::UnderTask)?;
+    build_task(&config, architecture, &weights, kind, labels, seed)
+}
+
+/// The encoder over `weights` with its head.
+pub(crate) fn build_task(
+    config: &HfConfig,
+    architecture: &EncoderArchitecture,
+    weights: &Weights<'_>,
+    kind: HeadKind,
+    labels: usize,
+    seed: u64,
+) -> Result<TaskModel> {
+    let encoder = (architecture.build)(config, weights, Naming::UnderTask)?;
     let d = encoder.info().hidden_size;
-    let mut builder = HeadBuilder { config: &config, weights: &weights, d, labels, seed, fresh: Vec::new() };
+    let mut builder = HeadBuilder { config, weights, d, labels, seed, fresh: Vec::new() };
     let (pooling, layers) = match (kind, architecture.model_type) {
         (HeadKind::Sequence, "bert") => builder.bert(architecture.prefix)?,
         (HeadKind::Sequence, "roberta") => builder.roberta()?,

@@ -70,12 +70,12 @@ enum Source<'a> {
 impl<'a> Weights<'a> {
     /// Tensors that are never read: sizes are all that is wanted.
     pub(crate) fn blank(
-        described: &'a Described,
+        described: Option<&'a Described>,
         checkpoint: Option<&'a Checkpoint>,
         options: &LoadOptions,
         blank: &'a Blank,
     ) -> Result<Self> {
-        Self::new(Some(described), Source::Blank(blank, checkpoint), options)
+        Self::new(described, Source::Blank(blank, checkpoint), options)
     }
 
     /// Tensors of a decoder, in a Hugging Face directory or a GGUF file.
@@ -145,8 +145,10 @@ impl<'a> Weights<'a> {
     /// The shape of a tensor that is there; nothing is said of those that only will be.
     pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
         match self.source {
-            Source::Checkpoint(checkpoint) => checkpoint.get(&self.name(name)).ok().map(|t| t.shape.to_vec()),
-            Source::Blank(..) => None,
+            Source::Checkpoint(checkpoint) | Source::Blank(_, Some(checkpoint)) => {
+                checkpoint.get(&self.name(name)).ok().map(|t| t.shape.to_vec())
+            }
+            Source::Blank(_, None) => None,
         }
     }
 

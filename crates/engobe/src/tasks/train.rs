@@ -1,11 +1,12 @@
 //! Training on labels.
 
-use super::{TaskBench, for_task, known_names, labels_of_adapter, tell_files, tell_fresh, tree};
+use super::{TaskBench, for_task, head_for, known_names, labels_of_adapter, tell_files, tell_fresh, tree};
+use crate::forecast::Forecast;
 use crate::settings::Given;
 use crate::terminal::{Note, since_start};
 use crate::training::{Run, Summary, Watcher, attach, fingerprint, go_on, loader_options, split_rows};
 use crate::{dataset, report, scoring};
-use anyhow::{Result, bail};
+use anyhow::Result;
 use engobe_adapters::method::StartText;
 use engobe_data::task::lint_task;
 use engobe_data::{DataFile, Goal, LabelSet, Loader, Sample, Task, reader};
@@ -15,9 +16,6 @@ use std::sync::Arc;
 
 /// Trains a head and an adapter on labelled rows.
 pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Note) -> Result<Summary> {
-    if plan.compute.memory_limit.is_some() {
-        bail!("memory_limit: what the task {task} takes is not worked out yet; leave it out");
-    }
     let mut plan = plan.clone();
     if !given.has("packing") {
         // a batch is so many rows: the loss is their mean, as everywhere else
@@ -30,6 +28,12 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
         None => LabelSet::of_rows(task, &files, &known_names(run.path)?)?,
     };
     note.line(&format!("labels: {}", describe(&labels)));
+    let mut guard = None;
+    if let Some(limit) = plan.compute.memory_limit.filter(|_| run.options.device.is_cpu()) {
+        let forecast = Forecast::new(given, &plan, run.path, &run.options, Some(head_for(&labels)?))?;
+        plan = forecast.fit(limit, note)?;
+        guard = Some(forecast.guard(&plan, limit));
+    }
     let mut bench = TaskBench::load(run.path, labels, &run.options, plan.schedule.seed)?;
     tell_fresh(&bench.model, note);
     let asked = for_task(given, run.name, &bench)?;
@@ -46,6 +50,7 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
     let loader = Loader::new(Arc::new(train), loader_options(&plan));
     let eval = scoring::eval_batches(&val);
     let mut trainer = Trainer::new(bench.model(), &adapter, &plan, loader, eval, &run.out, fingerprint)?;
+    trainer = trainer.guarded_by(guard);
     if run.resume {
         go_on(&mut trainer, note)?;
     }

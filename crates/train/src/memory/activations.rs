@@ -62,6 +62,8 @@ pub struct StepSizes {
     pub f: usize,
     /// floats that a block keeps for each token beside those of a gated, pre-normed one
     pub extra: usize,
+    /// matrices of scores that attention holds at once
+    pub score_planes: usize,
     /// rows of the head
     pub vocab: usize,
     /// the head's matrix is not f32: tiles of it are decoded
@@ -117,6 +119,7 @@ impl StepSizes {
             head_dim: s.head_dim,
             f: s.mlp,
             extra: s.extra_kept,
+            score_planes: s.score_planes,
             vocab: s.vocab,
             // (the embedding has as many rows as the head, if it is not the head itself)
             decoded_head: run.tensors.iter().any(|t| t.rows == s.vocab && t.storage != "F32"),
@@ -166,7 +169,9 @@ impl StepSizes {
         let padded_rows = self.len.next_multiple_of(PANEL) * self.rows;
         let packed = padded_rows * 2 * kv + n * self.kv_heads * self.head_dim.next_multiple_of(PANEL);
         let attention = n * (2 * a + 2 * kv) + packed + 2 * a * self.rows * self.seen();
-        let attention = F * attention + self.widened(n * (2 * a + 2 * kv));
+        // of one row at a time
+        let scores = self.score_planes * self.heads * self.len * self.len;
+        let attention = F * (attention + scores) + self.widened(n * (2 * a + 2 * kv));
         // gate and up are gone by then
         (F * down.max(gated)).max(attention.saturating_sub(self.each() * 2 * n * f))
     }
@@ -182,7 +187,9 @@ impl StepSizes {
     fn forward(&self, n: usize) -> usize {
         let (a, kv) = self.widths();
         // q and k before they are rotated live to the end of the block
-        F * n * (self.d + a + kv + 3 * self.f)
+        // half of what the backward holds of scores
+        let scores = self.score_planes / 2 * self.heads * self.len * self.len;
+        F * (n * (self.d + a + kv + 3 * self.f) + scores)
     }
 
     /// Hidden states, labelled ones, their norm, and the loss of `n` tokens.
