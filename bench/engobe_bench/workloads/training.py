@@ -262,7 +262,7 @@ TRAINING = [
             sides=(Engobe(), Peft()),
             pairs=(Pair("engobe", "PEFT", "", 1.8),),
             shape="gpt2",
-            steps=4,
+            steps=3,
             warmup=1,
             rated=False,
         )

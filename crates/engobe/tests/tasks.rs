@@ -197,7 +197,7 @@ fn a_run_is_planned_limited_and_its_rows_checked() {
     assert_eq!(tags["has_weights"], false);
     let (status, line) =
         error(&mut engobe(&train(&model, &data, &val, &at("small"), &["--memory-limit", "5MB"])));
-    assert!(status == 1 && line.contains("memory_limit 5MB: this run takes"), "{line}");
+    assert!(status == 1 && line.contains("memory_limit 5 MB: this run takes"), "{line}");
 
     let found = json(&mut engobe(&["lint", "--model", &m, "--data", &d]));
     assert_eq!((&found["rows"], &found["label_tokens"]), (&20.into(), &20.into()), "{found}");

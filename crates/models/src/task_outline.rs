@@ -50,8 +50,7 @@ impl TaskOutline {
     }
 }
 
-/// Sizes of an encoder's blocks. Post-normed ones keep two sums more than pre-normed ones and one activation of the MLP
-/// less, which comes to no more than what is taken.
+/// Sizes of an encoder's blocks. Post-normed ones keep as many sums as pre-normed ones keep inputs.
 fn sizes(config: &HfConfig, labels: usize) -> Result<DecoderSizes> {
     // DistilBERT has names of its own
     let either = |key: &'static str, own: &'static str| -> Result<(&'static str, usize)> {
@@ -74,6 +73,7 @@ fn sizes(config: &HfConfig, labels: usize) -> Result<DecoderSizes> {
         max_positions: config.opt_usize("max_position_embeddings")?.unwrap_or(8192),
         tied_head: false,
         extra_kept: 0,
+        plain_mlp: config.model_type()? != "modernbert",
         // scores, their three terms, probabilities and the gradients of these, gathered and spread
         score_planes: if config.bool_or("relative_attention", false)? { 12 } else { 0 },
     })
