@@ -255,7 +255,7 @@ TRAINING = [
     *(
         Training(
             key,
-            f"the same, B={batch} T=512",
+            f"the same, B={batch} T=512, all labels",
             rows=lambda ctx: ctx.rows(24, 512),
             batch=batch,
             engobe_flags=["--batch-size", batch, "--max-seq-len", 512, "--no-shuffle"],
