@@ -120,11 +120,21 @@ def label_loss(model, rows):
     """Summed cross entropy and number of labels, row by row without padding."""
     total, count = 0.0, 0
     for row in rows:
-        logits = model(torch.tensor([row["input_ids"]], device=model.device)).logits[0, :-1].float().cpu()
+        # PEFT leaves the logits of a prompt in front
+        logits = model(torch.tensor([row["input_ids"]], device=model.device)).logits[0, -len(row["input_ids"]) : -1].float().cpu()
         labels = torch.tensor(row["labels"][1:])
         total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         count += int((labels != -100).sum())
     return total, count
+
+
+def train(directory, data, out, *more, steps=20, rate=1e-3):
+    """Steps of engobe's as train_peft takes them; what metrics.jsonl says of each."""
+    engobe(
+        "train", "--model", directory, "--data", data, "--out", out, "--no-shuffle", "--no-packing", "--max-steps", steps,
+        "--batch-size", 2, "--learning-rate", rate, "--lr-scheduler", "linear", "--allow", "eot-never-label", *more,
+    )
+    return [json.loads(l) for l in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def greedy_logits(model, ids):

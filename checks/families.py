@@ -7,14 +7,13 @@ Models are those of golden/decoders.py, with other weights.
 
 import argparse
 import copy
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import transformers
-from common import ROOT, Report, engobe, label_loss, make_rows, randomize
+from common import ROOT, Report, engobe, label_loss, make_rows, randomize, train
 from parity import exchange, perturb, relative, train_peft
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -44,12 +43,7 @@ def family(report, work, name, kind, changes, seed):
     perturb(peft, seed)
     start, out = work / "start", work / "out"
     peft.save_pretrained(start)
-    engobe(
-        "train", "--model", directory, "--data", data, "--init-adapter", start, "--out", out, "--no-shuffle",
-        "--no-packing", "--max-steps", 10, "--batch-size", 2, "--learning-rate", 1e-3, "--lr-scheduler", "linear",
-        "--allow", "eot-never-label",
-    )
-    lines = [json.loads(l) for l in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = train(directory, data, out, "--init-adapter", start, steps=10)
     curve = train_peft(peft, rows, 10, 2, 1)
     report(f"{name}: losses", max(relative(m["loss"], c[0]) for m, c in zip(lines, curve)), 1e-3)
     exchange(report, work, name, model, directory, out, peft, rows)

@@ -1,31 +1,37 @@
 """engobe beside transformers and PEFT: losses of models, curves of training, adapters there and back, merges.
 
-    python checks/parity.py [--seed N] [--only models|training] [--cases PREFIX]
+    python checks/parity.py [--seed N] [--only models|training|prompts|own] [--cases PREFIX]
 
 Logits are compared through losses and greedy tokens (eval, generate), and, for adapters and merges, in PEFT itself.
 """
 
 import argparse
+import contextlib
 import copy
-import json
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
-from common import CONFIGS, Report, engobe, greedy_logits, label_loss, make_model, make_rows
+from common import CONFIGS, Report, engobe, greedy_logits, label_loss, make_model, make_rows, train
 from peft import (
     PeftConfig,
     AdaLoraConfig,
     IA3Config,
     LNTuningConfig,
     LoraConfig,
+    MissConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
 )
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
@@ -117,26 +123,29 @@ LORAS = {
     ),
     "only_tokens": dict(peft_type="TRAINABLE_TOKENS", token_indices=[1, 9, 30]),
     "tied_only_tokens": dict(peft_type="TRAINABLE_TOKENS", token_indices=[1, 9, 30]),
-}
-if torch.cuda.is_available():
-    # PEFT quantizes for LoftQ on a GPU only. From the second iteration on, what is quantized has rounding errors of an
-    # SVD in it: once in some models a weight next to the middle of two levels falls to the other side (losses 4e-4 apart
-    # were seen, 3e-7 elsewhere)
-    LORAS["loftq"] = dict(
+    # From the second iteration on, what is quantized has rounding errors of an SVD in it: once in some models a weight
+    # next to the middle of two levels falls to the other side (losses 4e-4 apart were seen, 3e-7 elsewhere)
+    "loftq": dict(
         r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights="loftq",
         loftq_config={"loftq_bits": 4, "loftq_iter": 1},
-    )
-    LORAS["loftq_again"] = dict(
+    ),
+    "loftq_again": dict(
         r=3, lora_alpha=3, target_modules="all-linear", init_lora_weights="loftq",
         loftq_config={"loftq_bits": 4, "loftq_iter": 3},
-    )
-    LORAS["loftq_int8"] = dict(
+    ),
+    "loftq_int8": dict(
         r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights="loftq",
         loftq_config={"loftq_bits": 8, "loftq_iter": 2},
-    )
+    ),
+    "miss": dict(peft_type="MISS", r=8, target_modules=["q_proj", "v_proj", "down_proj"]),
+    "tied_miss": dict(peft_type="MISS", r=6, target_modules="all-linear", modules_to_save=["norm"]),
+}
+if not torch.cuda.is_available():
+    # bitsandbytes' code for CPUs errs where blocks straddle the rows of a matrix, as those of down_proj do
+    LORAS["loftq_again"]["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
 CONFIGS_OF = {
-    "LORA": LoraConfig, "ADALORA": AdaLoraConfig, "IA3": IA3Config, "VERA": VeraConfig, "LN_TUNING": LNTuningConfig,
-    "TRAINABLE_TOKENS": TrainableTokensConfig,
+    "LORA": LoraConfig, "ADALORA": AdaLoraConfig, "IA3": IA3Config, "VERA": VeraConfig, "MISS": MissConfig,
+    "LN_TUNING": LNTuningConfig, "TRAINABLE_TOKENS": TrainableTokensConfig,
 }
 
 
@@ -232,12 +241,7 @@ def training(report, work, seed):
         out = work / f"out-{name}"
         plus = lora.get("loraplus")
         more = ["--loraplus-lr-ratio", plus[0], "--loraplus-lr-embedding", plus[1]] if plus else []
-        engobe(
-            "train", "--model", directory, "--data", data, "--init-adapter", start, *more, "--out", out, "--no-shuffle",
-            "--no-packing", "--max-steps", 20, "--batch-size", 2, "--gradient-accumulation", accumulation,
-            "--learning-rate", 1e-3, "--lr-scheduler", "linear", "--allow", "eot-never-label",
-        )
-        mine = [json.loads(l) for l in (out / "metrics.jsonl").read_text().splitlines()]
+        mine = train(directory, data, out, "--init-adapter", start, *more, "--gradient-accumulation", accumulation)
         curve = train_peft(theirs, rows, 20, 2, accumulation, loraplus=lora.get("loraplus"))
         report.true(f"{name}: 20 steps", len(mine) == 20)
         report(f"{name}: losses", max(relative(m["loss"], c[0]) for m, c in zip(mine, curve)), 1e-3)
@@ -253,7 +257,7 @@ def exchange(report, work, name, base, directory, out, theirs, rows):
     keys = set_peft_model_state_dict(fresh, load_peft_weights(out, device="cpu"))
     state = fresh.state_dict(keep_vars=True)
     held = {state[k].data_ptr() for k in state.keys() - set(keys.missing_keys)}
-    adapters = ("lora_", "modules_to_save", "ia3_l", "vera_", "ln_tuning_layers", "trainable_tokens_delta")
+    adapters = ("lora_", "modules_to_save", "ia3_l", "vera_", "miss_", "ln_tuning_layers", "trainable_tokens_delta")
     # (a tied head's tokens and VeRA's matrices are tensors that go by several names)
     missing = [k for k in keys.missing_keys if any(p in k for p in adapters) and state[k].data_ptr() not in held]
     report.true(f"{name}: keys", not missing and not keys.unexpected_keys, f"{missing} {keys.unexpected_keys}")
@@ -278,16 +282,157 @@ def exchange(report, work, name, base, directory, out, theirs, rows):
     report(f"{name}: merged in engobe", relative(mine["loss"], total.item() / count), 1e-4)
 
 
+# name -> model, PEFT's configuration
+PROMPTS = {
+    "prompt": ("gqa_tied", PromptTuningConfig, dict(num_virtual_tokens=7)),
+    "prompt_one": ("head_dim_bias", PromptTuningConfig, dict(num_virtual_tokens=1)),
+    "prompt_rope": ("yarn", PromptTuningConfig, dict(num_virtual_tokens=20)),
+    "p_mlp": ("gqa_tied", PromptEncoderConfig, dict(num_virtual_tokens=4, encoder_hidden_size=24)),
+    "p_mlp_wide": ("plain", PromptEncoderConfig, dict(num_virtual_tokens=9)),
+    "p_lstm": (
+        "plain", PromptEncoderConfig,
+        dict(num_virtual_tokens=6, encoder_reparameterization_type="LSTM", encoder_hidden_size=10, encoder_num_layers=2),
+    ),
+    "p_lstm_deep": (
+        "mqa_theta", PromptEncoderConfig,
+        dict(num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=16, encoder_num_layers=3),
+    ),
+    "prefix": ("gqa_tied", PrefixTuningConfig, dict(num_virtual_tokens=4)),
+    "prefix_long": ("head_dim_bias", PrefixTuningConfig, dict(num_virtual_tokens=30)),
+    "prefix_one_head": ("mqa_theta", PrefixTuningConfig, dict(num_virtual_tokens=1)),
+    "prefix_projection": (
+        "gqa_tied", PrefixTuningConfig, dict(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=20)
+    ),
+    "prefix_projection_wide": ("plain", PrefixTuningConfig, dict(num_virtual_tokens=8, prefix_projection=True)),
+}
+METHODS = {PromptTuningConfig: "prompt-tuning", PromptEncoderConfig: "p-tuning", PrefixTuningConfig: "prefix-tuning"}
+
+
+def take_encoder(theirs, start):
+    """The encoder that engobe started from, in PEFT's: its checkpoint has the outer projection of a prefix in pieces."""
+    (path,) = start.glob("checkpoints/*/adapter.safetensors")
+    ours = load_file(path)
+    encoder = theirs.prompt_encoder["default"]
+    state = {}
+    for name, value in encoder.state_dict().items():
+        if f"encoder.{name}" in ours:
+            state[name] = ours[f"encoder.{name}"]
+        else:
+            layers = len([k for k in ours if k.startswith(f"encoder.{name}.")]) // 2
+            pieces = [ours[f"encoder.{name}.{i}.{half}"] for i in range(layers) for half in ("key", "value")]
+            state[name] = torch.cat(pieces)
+        assert state[name].shape == value.shape, name
+    encoder.load_state_dict(state)
+
+
+def greedy(model, ids, count):
+    """Greedy tokens of a model whose whole input is run each time: no cache, whose length PEFT's prefixes confuse."""
+    ids = list(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[-count:]
+
+
+def prompts(report, work, seed):
+    """Prompts, their encoders and prefixes: curves from the same start, both sides' files in the other."""
+    for i, (name, (kind, config, settings)) in enumerate(PROMPTS.items()):
+        directory = work / f"base-{name}"
+        base = make_model(directory, seed + 90 + i, **CONFIGS[kind])
+        prompt(report, work, name, base, directory, config(task_type="CAUSAL_LM", **settings), seed + i)
+
+
+def prompt(report, work, name, base, directory, config, seed, vocab=160):
+    """One of them."""
+    data, accumulation = work / f"train-{name}.jsonl", 1 + seed % 3
+    rows = make_rows(data, seed, 30, (4, 40), vocab=vocab)
+    torch.manual_seed(seed)
+    theirs = get_peft_model(copy.deepcopy(base), config).eval()  # no dropout; the encoder goes on encoding
+    start, out, saved = work / f"start-{name}", work / f"out-{name}", work / f"peft-{name}"
+    encoded = "encoder_reparameterization_type" in config.to_dict() or getattr(config, "prefix_projection", False)
+    if encoded:
+        # files hold what an encoder makes, so PEFT takes engobe's encoder; nothing is learned at a rate of 0
+        keys = ("num_virtual_tokens", "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "prefix_projection")
+        found = {k: getattr(config, k, None) for k in keys}
+        spell = lambda v: str(v).lower() if isinstance(v, bool) else getattr(v, "value", v)
+        sets = [part for k, v in found.items() if v is not None for part in ("--set", f"{k}={spell(v)}")]
+        begin = ["--method", METHODS[type(config)], "--seed", seed, *sets]
+        train(directory, data, start, *begin, "--save-steps", 1, steps=1, rate=0)
+        take_encoder(theirs, start)
+    else:
+        theirs.save_pretrained(start)
+        begin = ["--init-adapter", start]
+    trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    mine = train(directory, data, out, *begin, "--gradient-accumulation", accumulation)
+    curve = train_peft(theirs, rows, 20, 2, accumulation)
+    report.true(f"{name}: 20 steps", len(mine) == 20)
+    report(f"{name}: losses", max(relative(m["loss"], c[0]) for m, c in zip(mine, curve)), 1e-3)
+    report(f"{name}: norms", max(relative(m["grad_norm"], c[1]) for m, c in zip(mine, curve)), 1e-2)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), out).eval()
+    theirs.save_pretrained(saved)
+    for what, model, adapter in (("engobe's adapter in PEFT", loaded, out), ("PEFT's adapter in engobe", theirs, saved)):
+        with torch.no_grad():
+            total, count = label_loss(model, rows)
+        found = engobe("eval", "--model", directory, "--adapter", adapter, "--data", data)
+        report(f"{name}: {what}", relative(found["loss"], total.item() / count), 1e-4)
+        ids = rows[1]["input_ids"][:6]
+        said = engobe("generate", "--model", directory, "--adapter", adapter, "--prompt-ids", ",".join(map(str, ids)), "--max-new-tokens", 16)
+        mine, expected = said["token_ids"], greedy(model, ids, 16)
+        same = mine == expected[: len(mine)] and expected[len(mine) :][:1] in ([], [model.config.eos_token_id])
+        report.true(f"{name}: {what}, greedy", same, f"{len(mine)} tokens")
+    again = engobe("inspect", saved)["parameters"]
+    report.true(f"{name}: parameters of the file", again == sum(v.numel() for v in load_file(saved / "adapter_model.safetensors").values()), f"{again}, trained {trained}")
+
+
+def own(report, work, seed):
+    """The base's own parameters, which PEFT has no method for, beside plain torch."""
+    for i, (name, method, more, chosen) in enumerate([
+        ("bitfit", "bitfit", [], lambda n: n.endswith(".bias")),
+        ("bitfit of some", "bitfit", ["--target-modules", "q_proj,down_proj"], lambda n: n.endswith(("q_proj.bias", "down_proj.bias"))),
+        ("full", "full", ["--target-modules", "v_proj,up_proj"], lambda n: "v_proj" in n or "up_proj" in n),
+    ]):
+        directory, data = work / f"own-{i}", work / f"own-{i}.jsonl"
+        model = make_model(directory, seed + 120 + i, **CONFIGS["head_dim_bias"])
+        rows = make_rows(data, seed + i, 30, (4, 40))
+        for key, p in model.named_parameters():
+            p.requires_grad_(chosen(key))
+        out, merged = work / f"own-{i}-out", work / f"own-{i}-merged"
+        mine = train(directory, data, out, "--method", method, *more, "--gradient-accumulation", 1 + i % 2)
+        trained = engobe("inspect", out)["parameters"]
+        report.true(f"{name}: parameters", trained == sum(p.numel() for p in model.parameters() if p.requires_grad), str(trained))
+        curve = train_peft(model, rows, 20, 2, 1 + i % 2)
+        report(f"{name}: losses", max(relative(m["loss"], c[0]) for m, c in zip(mine, curve)), 1e-3)
+        report(f"{name}: norms", max(relative(m["grad_norm"], c[1]) for m, c in zip(mine, curve)), 1e-2)
+        engobe("merge", "--model", directory, "--adapter", out, "--out", merged)
+        whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+        a, b = greedy_logits(whole, rows[0]["input_ids"]), greedy_logits(model, rows[0]["input_ids"])
+        report(f"{name}: merged logits", ((a - b).abs().max() / b.abs().max()).item(), 1e-4)
+
+
+def loftq_here():
+    """PEFT's LoftQ computes on CUDA, by name; without a GPU `cuda` means the CPU here, where bitsandbytes has the same
+    functions."""
+    if torch.cuda.is_available():
+        return contextlib.nullcontext()
+    to = torch.Tensor.to
+
+    def on_cpu(self, *args, **more):
+        cpu = lambda a: "cpu" if isinstance(a, (str, torch.device)) and str(a) == "cuda" else a
+        return to(self, *map(cpu, args), **{k: cpu(v) for k, v in more.items()})
+
+    return mock.patch.object(torch.Tensor, "to", on_cpu)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="", help="models or training")
-    parser.add_argument("--cases", default="", help="of training, those whose name begins so")
+    parser.add_argument("--only", default="", help="models, training, prompts or own")
+    parser.add_argument("--cases", default="", help="of training and prompts, those whose name begins so")
     args = parser.parse_args()
-    LORAS = {name: lora for name, lora in LORAS.items() if name.startswith(args.cases)}
+    LORAS, PROMPTS = ({k: v for k, v in all.items() if k.startswith(args.cases)} for all in (LORAS, PROMPTS))
     report = Report()
-    with tempfile.TemporaryDirectory() as work:
-        for part in (models, training):
+    with tempfile.TemporaryDirectory() as work, loftq_here():
+        for part in (models, training, prompts, own):
             if args.only in part.__name__:
                 part(report, Path(work), args.seed)
     report.exit()

@@ -17,7 +17,7 @@ import gguf as ggml
 import numpy as np
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
-from common import CONFIGS, Report, engobe, label_loss, make_model, make_rows
+from common import CONFIGS, Report, engobe, label_loss, make_model, make_rows, train
 from parity import perturb, relative, train_peft
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -327,6 +327,7 @@ def types(report, work, seed):
 LORAS = {
     "q, v": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
     "all-linear": dict(r=8, lora_alpha=16, target_modules="all-linear"),
+    "DoRA": dict(r=4, lora_alpha=8, target_modules="all-linear", use_dora=True),
 }
 
 
@@ -341,12 +342,7 @@ def curves(report, work, seed):
         perturb(theirs, seed + i)
         start, out = work / f"curve-start-{i}", work / f"curve-out-{i}"
         theirs.save_pretrained(start)
-        engobe(
-            "train", "--model", directory, "--method", "qlora", "--data", data, "--init-adapter", start, "--out", out,
-            "--no-shuffle", "--no-packing", "--max-steps", 20, "--batch-size", 2, "--learning-rate", 1e-3,
-            "--allow", "eot-never-label",
-        )
-        mine = [json.loads(l) for l in (out / "metrics.jsonl").read_text().splitlines()]
+        mine = train(directory, data, out, "--method", "qlora", "--init-adapter", start)
         curve = train_peft(theirs.train(), rows, 20, 2, 1)
         report(f"NF4+dq, {name}: losses", max(relative(m["loss"], c[0]) for m, c in zip(mine, curve)), 2e-3)
         report(f"NF4+dq, {name}: norms", max(relative(m["grad_norm"], c[1]) for m, c in zip(mine, curve)), 1e-2)

@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "checks"))
 
@@ -15,6 +17,17 @@ def mix(seed, index):
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     return z ^ (z >> 31)
+
+
+def filled(name, like):
+    """Values of a tensor that its name alone says (engobe_testkit::filled makes the same): between -1/16 and 1/16, and
+    around 1 for what multiplies."""
+    seed = 0xCBF29CE484222325
+    for byte in name.encode():
+        seed = ((seed ^ byte) * 0x100000001B3) & ((1 << 64) - 1)
+    around = 1.0 if any(part in name for part in ("ia3_l", "magnitude", "ln_tuning_layers.weight", "vera_lambda")) else 0.0
+    values = [((mix(seed, i) & 0xFFFF) - 32768) * 2.0**-19 + around for i in range(like.numel())]
+    return torch.tensor(values, dtype=torch.float32).reshape(like.shape)
 
 
 def write_rounded(path, value):

@@ -1,12 +1,14 @@
 """Texts, pairs and words as transformers' fast tokenizers encode them for encoders: special tokens, types, cuts, words.
+For T5 texts and pairs alone.
 
-    pip install -r golden/requirements.txt && python golden/task_rows.py
+    pip install -r golden/requirements.txt && python golden/task_rows.py [NAME ...]
 
-Writes crates/data/tests/golden/tasks/{bert,roberta,deberta}/: a tiny tokenizer of each kind, and cases.json.
+Writes crates/data/tests/golden/tasks/{bert,roberta,deberta,t5}/: a tiny tokenizer of each kind, and cases.json.
 """
 
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -50,6 +52,16 @@ def roberta():
     return PreTrainedTokenizerFast(tokenizer_object=t, cls_token="<s>", sep_token="</s>", pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def t5():
+    t = Tokenizer(models.Unigram())
+    t.normalizer = normalizers.NFKC()
+    t.pre_tokenizer = pre_tokenizers.Metaspace()
+    t.train_from_iterator(TEXT, trainers.UnigramTrainer(vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>"))
+    t.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", t.token_to_id("</s>"))])
+    t.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", model_input_names=["input_ids", "attention_mask"])
+
+
 def charsmap():
     """SentencePiece's compiled normalization of a few characters; a released model's own has 240 KB."""
     with tempfile.TemporaryDirectory() as folder:
@@ -82,9 +94,12 @@ def words_of(tokenizer, words, length, spaced):
     return {"words": words, "max": length, "ids": e["input_ids"], "first": [ids.index(i) if i in ids else None for i in range(len(words))]}
 
 
-def main():
-    for name, tokenizer in {"bert": bert(), "roberta": roberta(), "deberta": deberta()}.items():
+def main(wanted):
+    for name, make in {"bert": bert, "roberta": roberta, "deberta": deberta, "t5": t5}.items():
+        if wanted and name not in wanted:
+            continue
         shutil.rmtree(OUT / name, ignore_errors=True)
+        tokenizer = make()
         tokenizer.save_pretrained(OUT / name)
         texts = []
         for text, pair in [(t, None) for t in TEXT + ["", "ﬁne  ½ “a\u00a0b\n c"]] + PAIRS:
@@ -93,9 +108,9 @@ def main():
                 e = tokenizer([text], [pair] if pair is not None else None, truncation="longest_first", max_length=length)
                 types = e.get("token_type_ids")
                 texts.append({"text": text, "pair": pair, "max": length, "ids": e["input_ids"][0], "types": types and types[0]})
-        words = [words_of(tokenizer, w, length, name == "roberta") for w in WORDS for length in LENGTHS]
+        words = [words_of(tokenizer, w, length, name == "roberta") for w in WORDS for length in LENGTHS if name != "t5"]
         (OUT / name / "cases.json").write_text(json.dumps({"texts": texts, "words": words}, separators=(",", ":")))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -50,21 +50,21 @@ class Context:
         return path
 
     def model(self, dtype, shape="smollm2"):
-        """Random weights of the SmolLM2-135M, GPT-2 (124M) or MiniLM shape, stored as float32, bfloat16 or float16."""
+        """Random weights of the SmolLM2-135M, GPT-2 (124M), MiniLM or T5-small shape, stored as float32, bfloat16 or float16."""
         return self.made(f"{shape}-shape-{dtype}", lambda out: self.script("make_model.py", out, dtype, shape))
 
-    def rows(self, count, tokens, labelled=1.0):
+    def rows(self, count, tokens, labelled=1.0, vocab=49152):
         """Rows of random tokens of one length, labels on their last part."""
 
         def make(out):
             rng, lines = random.Random(tokens), []
             for _ in range(count):
-                ids = [rng.randrange(49152) for _ in range(tokens)]
+                ids = [rng.randrange(vocab) for _ in range(tokens)]
                 hidden = round(tokens * (1 - labelled))
                 lines.append(json.dumps({"input_ids": ids, "labels": [-100] * hidden + ids[hidden:]}) + "\n")
             out.write_text("".join(lines))
 
-        return self.made(f"rows-{count}x{tokens}-{round(100 * labelled)}.jsonl", make)
+        return self.made(f"rows-{count}x{tokens}-{round(100 * labelled)}{'' if vocab == 49152 else f'-{vocab}'}.jsonl", make)
 
     def alpaca_rows(self, count, max_tokens):
         """Alpaca rows as tokens; where they are not at hand, random tokens in rows of the same lengths."""

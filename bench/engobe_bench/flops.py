@@ -11,6 +11,9 @@ q, k and v of the first layer owe no gradient to their input: nothing trainable 
 a second time (probabilities in the backward, blocks under checkpointing) is not counted: doing it is its own cost.
 Norms, rope, activations and the optimizer are below one per cent and not counted either.
 
+An encoder-decoder's row is a source and a target of its length: both stacks go over N tokens; keys and values of the
+attention between them take the encoder's states; the encoder sees all pairs, the attention between them as well.
+
 For W1 (512 tokens, SmolLM2-135M) this is 317 GFLOP, 0.62 GFLOP a token.
 """
 
@@ -31,9 +34,12 @@ class Shape:
     # how many those are
     first: int
     causal: bool = True
+    # (in, out) of a decoder layer's linears, for as many layers; `linears` are then the encoder's
+    decoder: tuple = ()
 
 
 SMOLLM2 = Shape(30, 576, 49152, 9, 64, ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)), 3)
+T5_SMALL = Shape(6, 512, 32128, 8, 64, (*[(512, 512)] * 4, (512, 2048), (2048, 512)), 3, (*[(512, 512)] * 8, (512, 2048), (2048, 512)))
 GPT2 = Shape(12, 768, 50257, 12, 64, ((768, 2304), (768, 768), (768, 3072), (3072, 768)), 1)
 
 # all-MiniLM-L6-v2's; its head reads one token a row
@@ -43,11 +49,15 @@ MINILM = Shape(6, 384, 2, 12, 32, ((384, 384), (384, 384), (384, 384), (384, 384
 def step_flops(rows, label_tokens, rank=16, shape=SMOLLM2):
     """Of a step over rows with these lengths, of which `label_tokens` positions are labelled."""
     tokens = sum(rows)
-    base = sum(2 * i * o for i, o in shape.linears)
-    lora = sum(2 * rank * (i + o) for i, o in shape.linears)
+    both = (*shape.linears, *shape.decoder)
+    base = sum(2 * i * o for i, o in both)
+    lora = sum(2 * rank * (i + o) for i, o in both)
     # input gradients that nobody needs
-    first = shape.linears[: shape.first]
+    first = shape.linears[: shape.first] * (2 if shape.decoder else 1)
     pairs = sum(n * (n + 1) // 2 if shape.causal else n * n for n in rows)
+    if shape.decoder:
+        # the encoder's, and those between source and target
+        pairs += sum(2 * n * n for n in rows)
     return {
         "base": tokens * (2 * shape.layers * base - sum(2 * i * o for i, o in first)),
         "adapters": tokens * (3 * shape.layers * lora - sum(2 * rank * i for i, o in first)),

@@ -1,6 +1,6 @@
 """Random weights of a known model's shape, as transformers saves them.
 
-    python make_model.py OUT {float32,bfloat16,float16} {smollm2,gpt2,minilm}
+    python make_model.py OUT {float32,bfloat16,float16} {smollm2,gpt2,minilm,t5}
 
 The encoder has a tokenizer too: each of the words w0, w1, ... is a token.
 """
@@ -9,7 +9,8 @@ import sys
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -32,6 +33,8 @@ SHAPES = {
     ),
     # openai-community/gpt2's sizes are the defaults; dropout is off on both sides
     "gpt2": GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    # google-t5/t5-small's sizes; dropout is off on both sides
+    "t5": T5Config(d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, vocab_size=32128, dropout_rate=0.0, decoder_start_token_id=0),
     # sentence-transformers/all-MiniLM-L6-v2's config.json, with a head for two classes; dropout is off on both sides
     "minilm": BertConfig(
         vocab_size=30522,
@@ -58,7 +61,8 @@ def main(out, dtype, shape):
     torch.manual_seed(0)
     config = SHAPES[shape]
     encoder = shape == "minilm"
-    model = (AutoModelForSequenceClassification if encoder else AutoModelForCausalLM).from_config(config)
+    texts = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = (AutoModelForSequenceClassification if encoder else texts).from_config(config)
     model.to(getattr(torch, dtype)).save_pretrained(out)
     if encoder:
         tokenizer(config.vocab_size).save_pretrained(out)

@@ -14,7 +14,8 @@ import json
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -73,9 +74,10 @@ def main():
     if args.nf4:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         more = {"quantization_config": config, "device_map": "cpu"}
-    auto = AutoModelForSequenceClassification if args.seq_cls else AutoModelForCausalLM
-    model = auto.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attention, **more)
-    task = "SEQ_CLS" if args.seq_cls else "CAUSAL_LM"
+    texts = AutoConfig.from_pretrained(args.model).is_encoder_decoder
+    kinds = {"SEQ_CLS": AutoModelForSequenceClassification, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM, "CAUSAL_LM": AutoModelForCausalLM}
+    task = "SEQ_CLS" if args.seq_cls else "SEQ_2_SEQ_LM" if texts else "CAUSAL_LM"
+    model = kinds[task].from_pretrained(args.model, dtype=dtype, attn_implementation=args.attention, **more)
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type=task)
     model = get_peft_model(model, lora)
     if args.gradient_checkpointing:
@@ -104,8 +106,8 @@ def main():
                 "loss": value,
                 "tokens": int(batch["attention_mask"].sum()),
                 "padded_tokens": batch["input_ids"].numel(),
-                # the first position of a row of tokens is nobody's target
-                "label_tokens": int((batch["labels"][:, 0 if args.seq_cls else 1 :] != -100).sum()),
+                # the first position of a decoder's row is nobody's target
+                "label_tokens": int((batch["labels"][:, 0 if args.seq_cls or texts else 1 :] != -100).sum()),
             }
         )
     print(

@@ -1,10 +1,10 @@
-"""W1 to W4, G1 to G3, and M1: LoRA steps beside PyTorch + PEFT."""
+"""W1 to W4, G1 to G3, M1 and T1: LoRA steps beside PyTorch + PEFT."""
 
 import json
 from dataclasses import dataclass
 
 from .. import sides, stats
-from ..flops import GPT2, MINILM, SMOLLM2, step_flops, total
+from ..flops import GPT2, MINILM, SMOLLM2, T5_SMALL, step_flops, total
 from ..workload import Entrant, Section, Workload, middle, values
 
 # what a side's weights are stored in, and what they are called
@@ -113,11 +113,13 @@ class Training(Workload):
         return round(sum(len(r["input_ids"]) for r in self.read) * share), round(self.labels() * share)
 
     def labels(self):
-        return sum(sum(label != -100 for label in r["labels"][1:]) for r in self.read)
+        # the first position of a decoder's row is nobody's target
+        first = 0 if self.shape == "t5" else 1
+        return sum(sum(label != -100 for label in r["labels"][first:]) for r in self.read)
 
     def gflop_per_unit(self):
         """GFLOP that the mathematics needs for one token, or one label token."""
-        shape = {"smollm2": SMOLLM2, "gpt2": GPT2, "minilm": MINILM}[self.shape]
+        shape = {"smollm2": SMOLLM2, "gpt2": GPT2, "minilm": MINILM, "t5": T5_SMALL}[self.shape]
         flops = total(step_flops([len(r["input_ids"]) for r in self.read], self.labels(), shape=shape)) / 1e9
         labels = self.unit == "label_tokens_per_second"
         return flops / (self.labels() if labels else sum(len(r["input_ids"]) for r in self.read))
@@ -280,6 +282,18 @@ TRAINING = [
         warmup=2,
         unit="all_tokens_per_second",
         shape="minilm",
+        rated=False,
+    ),
+    # sources and targets of 128 tokens; what is counted are the sources' tokens
+    Training(
+        "T1",
+        "LoRA r=16 on all linear layers of the T5-small shape, B=8, sources and targets of T=128",
+        rows=lambda ctx: ctx.rows(96, 128, vocab=32128),
+        batch=8,
+        engobe_flags=["--batch-size", 8, "--max-seq-len", 128, "--no-shuffle"],
+        sides=(Engobe(), Peft()),
+        pairs=(Pair("engobe", "PEFT", "", 1.8),),
+        shape="t5",
         rated=False,
     ),
 ]

@@ -18,7 +18,8 @@ use std::path::Path;
 pub struct AdapterSizes {
     /// low-rank layers, in the model's order
     pub layers: Vec<LayerSizes>,
-    /// elements of each vector beside them (magnitudes, biases behind B)
+    /// elements of each other parameter in a block that `layers` or `kept` names (magnitudes, biases behind B,
+    /// bottlenecks)
     pub vectors: Vec<usize>,
     /// elements of each bias and module that is trained in full
     pub full: Vec<usize>,
@@ -30,6 +31,8 @@ pub struct AdapterSizes {
     pub base_elements: usize,
     /// rows that come before each sequence
     pub lead: usize,
+    /// rows that come before the keys and values of each sequence alone
+    pub key_value_lead: usize,
     /// inputs of low-rank layers are dropped at random
     pub dropout: bool,
 }
@@ -169,6 +172,11 @@ impl Adapter {
     /// The method.
     pub fn method(&self) -> &'static dyn Method {
         self.method
+    }
+
+    /// Rows that come before the tokens of each sequence.
+    pub fn lead(&self) -> usize {
+        self.attached.lead()
     }
 
     /// The configuration as files have it.

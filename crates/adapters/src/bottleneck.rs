@@ -103,25 +103,26 @@ impl Method for Bottleneck {
     /// Counted, not attached: bottlenecks of a large model are large.
     fn sizes(&self, model: &mut dyn ModuleTree, config: &PeftConfig) -> Result<AdapterSizes> {
         let settings = Settings::read(config)?;
-        let mut other = Vec::new();
+        let (mut vectors, mut kept) = (Vec::new(), Vec::new());
         model.visit_sites(&mut |site| {
             if let SiteMut::SubLayer(end) = site
                 && settings.adapts(end)
                 && let Some(m) = settings.width(number_of(end.path()).unwrap_or(0), end.width())
             {
                 let d = end.width();
-                other.extend([m * d, m, d * m, d]);
+                vectors.extend([m * d, m, d * m, d]);
                 match settings.scaling {
                     Scaling::Fixed(_) => {}
-                    Scaling::Learned => other.push(1),
-                    Scaling::Channel => other.push(d),
+                    Scaling::Learned => vectors.push(1),
+                    Scaling::Channel => vectors.push(d),
                 }
-                other.extend(if settings.norms { vec![d, d] } else { Vec::new() });
+                vectors.extend(if settings.norms { vec![d, d] } else { Vec::new() });
+                kept.push((end.path().to_string(), settings.kept(m, d)));
             }
         });
-        match other.is_empty() {
+        match vectors.is_empty() {
             true => Err(Error::NoSite { method: self.name(), needs: NEEDS }),
-            false => Ok(AdapterSizes { other, ..AdapterSizes::default() }),
+            false => Ok(AdapterSizes { vectors, kept, ..AdapterSizes::default() }),
         }
     }
 }

@@ -16,6 +16,7 @@ mod ia3;
 mod lora;
 pub mod merge;
 pub mod method;
+mod miss;
 mod modules;
 mod own;
 mod p_tuning;

@@ -9,6 +9,7 @@ use crate::bottleneck::Bottleneck;
 use crate::fill;
 use crate::ia3::Ia3;
 use crate::lora::method::Lora;
+use crate::miss::Miss;
 use crate::own::{BITFIT, FULL, LN_TUNING};
 use crate::p_tuning::PTuning;
 use crate::prefix_tuning::PrefixTuning;
@@ -27,7 +28,7 @@ use std::fmt::Debug;
 use std::path::Path;
 
 /// All methods.
-pub static METHODS: [&dyn Method; 12] = [
+pub static METHODS: [&dyn Method; 13] = [
     &Lora,
     &PromptTuning,
     &PTuning,
@@ -36,6 +37,7 @@ pub static METHODS: [&dyn Method; 12] = [
     &AdaLora,
     &Ia3,
     &Vera,
+    &Miss,
     &LN_TUNING,
     &BITFIT,
     &FULL,
@@ -303,7 +305,7 @@ pub trait Attached: Debug + Send + Sync {
         0
     }
 
-    /// Rows that come before each sequence.
+    /// Rows that come before the tokens of each sequence.
     fn lead(&self) -> usize {
         0
     }

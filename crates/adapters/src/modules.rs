@@ -15,7 +15,7 @@ pub(crate) const SAVED_HELP: &str = "modules to train in full";
 pub(crate) const ALPHA_HELP: &str = "scale is lora_alpha / r [32]";
 pub(crate) const DROPOUT_HELP: &str = "dropout on the adapter's input [0]";
 pub(crate) const RANKS_HELP: &str = "ranks by module pattern";
-pub(crate) const RANK_HELP: &str = "rank [16; vera: 256]";
+pub(crate) const RANK_HELP: &str = "rank [16; vera: 256, miss: 64]";
 pub(crate) const LAYERS_HELP: &str = "layers to adapt [all]";
 pub(crate) const PATTERN_HELP: &str = "name of the list that the layers count in";
 

@@ -201,12 +201,7 @@ fn train(module: &mut ModuleMut<'_>, part: Part) -> Result<Vec<Param>> {
         (Part::Biases, ModuleMut::Linear(linear)) => {
             Ok(saved::train_bias(linear, false)?.into_iter().collect())
         }
-        (Part::Biases, ModuleMut::LayerNorm(norm)) => {
-            let Some(bias) = norm.bias() else { return Ok(Vec::new()) };
-            let param = Param::new(format!("base_model.model.{}.bias", norm.path()), bias)?;
-            norm.train_bias(param.clone());
-            Ok(vec![param])
-        }
+        (Part::Biases, ModuleMut::LayerNorm(norm)) => Ok(saved::train_norm_bias(norm)?.into_iter().collect()),
         (Part::Norms, module) => Ok(saved::train_module_as(module, ".ln_tuning_layers")?),
         (_, module) => Ok(saved::train_module(module)?),
     }

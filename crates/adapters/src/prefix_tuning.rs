@@ -102,7 +102,7 @@ impl Method for PrefixTuning {
         let (sites, _, width) = self.sites(model)?;
         Ok(AdapterSizes {
             other: counts(config, sites.key_values.len(), width)?,
-            lead: config.whole(COUNT.name)?.unwrap_or(DEFAULT_COUNT),
+            key_value_lead: config.whole(COUNT.name)?.unwrap_or(DEFAULT_COUNT),
             ..AdapterSizes::default()
         })
     }
@@ -345,10 +345,6 @@ impl Attached for Attachment {
 
     fn file_is_whole(&self) -> bool {
         self.prefix.encoder.is_none()
-    }
-
-    fn lead(&self) -> usize {
-        self.prefix.count
     }
 
     fn merge_refusal(&self) -> Option<&'static str> {

@@ -1,14 +1,21 @@
-//! Soft prompts (Lester et al. 2021): trained rows before the embedded tokens of each sequence, and nothing else.
+//! Soft prompts (Lester et al. 2021): trained rows before the embedded tokens of each sequence, and nothing else. In an
+//! encoder-decoder they stand before the source, as in the paper. PEFT makes as many rows for the decoder, which it neither
+//! uses nor changes: they are left out of what is read from its files, and of what is written (`num_transformer_submodules`
+//! is 1, so PEFT makes none either when it reads them).
 
-use crate::Result;
 use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
 use crate::random::{gaussian, generator};
 use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR, repeated};
+use crate::{Result, fill};
+use candle_core::{DType, Device, Tensor};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
 use engobe_formats::peft::PeftConfig;
+use engobe_formats::tensor::TensorView;
 use engobe_nn::{InputRows, ModuleTree};
 use rand::Rng;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Soft prompts.
@@ -120,9 +127,10 @@ impl Method for PromptTuning {
         };
         let prompt = Param::new(TENSOR, &rows.to_device(at.device)?)?;
         let rows = Arc::new(Prompt(prompt));
+        let in_file = virtual_tokens::prompts_in_file(config)?;
         let mut config = config.clone();
         sites.attach_rows(model, &rows, &mut config);
-        Ok(Box::new(Attachment { config, rows }))
+        Ok(Box::new(Attachment { config, rows, in_file }))
     }
 }
 
@@ -144,6 +152,8 @@ impl InputRows for Prompt {
 struct Attachment {
     config: PeftConfig,
     rows: Arc<Prompt>,
+    /// prompts in the file that it came from
+    in_file: usize,
 }
 
 impl Attached for Attachment {
@@ -153,6 +163,16 @@ impl Attached for Attachment {
 
     fn params(&self) -> Vec<&Param> {
         vec![&self.rows.0]
+    }
+
+    fn fill(&self, path: &Path, tensors: &BTreeMap<String, TensorView>) -> Result<()> {
+        let (prompt, count) = (&self.rows.0, self.rows.count());
+        let width = prompt.len() / count.max(1);
+        let all = Tensor::zeros((self.in_file * count, width), DType::F32, &Device::Cpu)?;
+        let all = Param::new(TENSOR, &all)?;
+        fill::by_name(&[&all], path, tensors)?;
+        let first = all.tensor().narrow(0, 0, count)?.contiguous()?;
+        Ok(prompt.set(&first.to_device(prompt.tensor().device())?)?)
     }
 
     fn lead(&self) -> usize {

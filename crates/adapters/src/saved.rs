@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use engobe_autograd::{Param, Result};
-use engobe_nn::{Linear, ModuleMut};
+use engobe_nn::{LayerNorm, Linear, ModuleMut};
 
 /// Makes the module's tensors parameters, starting from the base's values.
 pub(crate) fn train_module(module: &mut ModuleMut<'_>) -> Result<Vec<Param>> {
@@ -57,5 +57,13 @@ pub(crate) fn train_bias(linear: &mut Linear, adapted: bool) -> Result<Option<Pa
     let level = if adapted { ".base_layer" } else { "" };
     let param = Param::new(format!("base_model.model.{}{level}.bias", linear.path()), bias)?;
     linear.train_bias(param.clone());
+    Ok(Some(param))
+}
+
+/// Trains a layer norm's bias alone.
+pub(crate) fn train_norm_bias(norm: &mut LayerNorm) -> Result<Option<Param>> {
+    let Some(bias) = norm.bias() else { return Ok(None) };
+    let param = Param::new(format!("base_model.model.{}.bias", norm.path()), bias)?;
+    norm.train_bias(param.clone());
     Ok(Some(param))
 }

@@ -15,7 +15,9 @@ pub(crate) const COUNT: Setting =
     setting("num_virtual_tokens", Kind::Whole, "rows before each sequence [20]");
 
 /// Keys in files that say what the model was; the model itself says so to us.
-const OF_MODEL: [&str; 4] = ["num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"];
+const OF_MODEL: [&str; 4] = ["num_attention_heads", "num_layers", SUBMODULES, "token_dim"];
+
+const SUBMODULES: &str = "num_transformer_submodules";
 
 /// Virtual tokens engobe has by default; PEFT has no default.
 pub(crate) const DEFAULT_COUNT: usize = 20;
@@ -33,7 +35,16 @@ pub(crate) fn write_model(config: &mut PeftConfig, token_dim: usize, heads: usiz
     config.set("token_dim", token_dim);
     config.set("num_attention_heads", heads);
     config.set("num_layers", layers);
-    config.set("num_transformer_submodules", 1);
+    config.set(SUBMODULES, 1);
+}
+
+/// How many prompts a file holds, one below the other. PEFT makes two for an encoder-decoder, and uses the first.
+pub(crate) fn prompts_in_file(config: &PeftConfig) -> Result<usize> {
+    let count = config.whole(SUBMODULES)?.unwrap_or(1);
+    match count {
+        1 | 2 => Ok(count),
+        other => Err(config.bad(SUBMODULES, &other.to_string(), "1 or 2").into()),
+    }
 }
 
 /// What methods of virtual tokens need to know of a model.
@@ -81,8 +92,14 @@ impl Sites {
                 entry.attach(rows.clone());
             }
         });
-        let heads = self.key_values.first().map_or(1, |(heads, _)| *heads);
-        write_model(config, self.width, heads, self.key_values.len());
+        match self.key_values.first() {
+            Some((heads, _)) => write_model(config, self.width, *heads, self.key_values.len()),
+            // PEFT finds the others in the model's configuration
+            None => {
+                config.set("token_dim", self.width);
+                config.set(SUBMODULES, 1);
+            }
+        }
     }
 
     /// Embedded tokens `ids`: `[ids, d]`.

@@ -4,9 +4,9 @@ use candle_core::Device;
 use engobe_adapters::merge::{MergeOptions, merge};
 use engobe_adapters::{Adapter, Start};
 use engobe_autograd::{Activations, Tape, host};
-use engobe_formats::peft::{LoraConfig, PeftConfig};
+use engobe_formats::peft::{BiasMode, LoraConfig, PeftConfig, TargetModules};
 use engobe_kernels::storage::StorageType;
-use engobe_nn::CausalLm;
+use engobe_nn::{CausalLm, ModuleMut};
 use engobe_testkit::models::{self, load, some_ids};
 use engobe_testkit::{assert_close, cases, golden};
 
@@ -50,7 +50,7 @@ fn a_merged_model_says_what_its_adapter_said() {
 fn a_conv1d_is_not_trained_in_full() {
     let mut model = load(&golden("decoders/gpt2"));
     let config = LoraConfig {
-        target_modules: Some(engobe_formats::peft::TargetModules::List(vec!["c_fc".to_string()])),
+        target_modules: Some(TargetModules::List(vec!["c_fc".to_string()])),
         modules_to_save: vec!["c_attn".to_string()],
         ..Default::default()
     };
@@ -119,5 +119,35 @@ fn prompts_and_prefixes_are_the_same_over_a_cache() {
             model.detach_all();
             assert_eq!(logits(model.as_ref()), plain, "{name} {method}: detached");
         }
+    }
+}
+
+/// `bias = "all"` trains every bias, those of layer norms too, as PEFT does; a file holds them.
+#[test]
+fn all_biases_are_all() {
+    for name in ["gpt2", "opt", "gpt_neox"] {
+        let path = golden(format!("decoders/{name}"));
+        let (mut model, mut expected) = (load(&path), 0);
+        model.visit_modules(&mut |module| {
+            expected += usize::from(match module {
+                ModuleMut::Linear(m) => m.bias().is_some(),
+                ModuleMut::LayerNorm(m) => m.bias().is_some(),
+                _ => false,
+            });
+        });
+        let config = LoraConfig { bias: BiasMode::All, ..Default::default() };
+        let config = LoraConfig { target_modules: Some(TargetModules::AllLinear), ..config };
+        let adapter = Adapter::attach(model.as_mut(), &config, Start { seed: 1 }, &Device::Cpu).unwrap();
+        let biases: Vec<_> = adapter.params().into_iter().filter(|p| p.name().ends_with(".bias")).collect();
+        assert_eq!(biases.len(), expected, "{name}");
+        let plain = logits(model.as_ref());
+        biases.iter().for_each(|p| p.update_host(|v| v.iter_mut().for_each(|v| *v += 0.05)).unwrap());
+        let trained = logits(model.as_ref());
+        assert_ne!(trained, plain, "{name}");
+        let dir = tempfile::tempdir().unwrap();
+        adapter.save(dir.path()).unwrap();
+        let mut again = load(&path);
+        Adapter::load(again.as_mut(), dir.path(), &Device::Cpu).unwrap();
+        assert_eq!(logits(again.as_ref()), trained, "{name}");
     }
 }

@@ -64,6 +64,7 @@ fn starts() -> Vec<PeftConfig> {
         ),
         config("IA3", json!({ "target_modules": ["k_proj", "v_proj", "down_proj", "lm_head"] })),
         config("VERA", json!({ "target_modules": all, "r": 8 })),
+        config("MISS", json!({ "target_modules": all, "r": 5 })),
         config("ADALORA", json!({ "target_modules": all, "init_r": 4, "target_r": 2, "total_step": 5 })),
         config("LN_TUNING", json!({})),
         config("FULL", json!({ "target_modules": ["o_proj", "norm"] })),

@@ -233,6 +233,10 @@ impl<'t> Encoder<'t> {
     fn ids_and_labels(&self, row: &Row) -> Result<(Vec<u32>, Vec<Option<u32>>)> {
         let train_on = self.options.train_on;
         let (ids, mask) = match &row.content {
+            Content::Tokens { ids, labels: Some(labels) } if labels.len() != ids.len() => {
+                let (n, of) = (labels.len(), ids.len());
+                return Err(row.place.error(format!("{n} labels for {of} input_ids; one label a token")));
+            }
             Content::Tokens { ids, labels } => {
                 let all = || ids.iter().copied().map(Some).collect();
                 return Ok((ids.clone(), labels.clone().unwrap_or_else(all)));

@@ -2,7 +2,8 @@
 //!
 //! A micro-batch is a flat stream of tokens without padding; each row is a segment of it, and attention and positions
 //! stay within segments. Without packing a micro-batch is `batch_size` rows. With packing it is `batch_size` bins of
-//! up to `max_seq_len` tokens.
+//! up to `max_seq_len` tokens. What a model puts before each row counts in a bin, so that a bin of many short rows takes
+//! no more room than one long row.
 
 mod bins;
 mod rng;
@@ -72,6 +73,8 @@ pub struct LoaderOptions {
     pub shuffle: bool,
     /// decides the order
     pub seed: u64,
+    /// rows that the model puts before each sample (prompts)
+    pub lead: usize,
 }
 
 /// Where a run stands in its data.
@@ -170,14 +173,15 @@ fn groups(samples: &[Sample], options: &LoaderOptions, epoch: u64) -> Vec<Vec<us
     if !options.packing {
         return rows.chunks(batch_size).map(<[usize]>::to_vec).collect();
     }
-    let length = |row: usize| samples[row].ids.len();
+    let length = |row: usize| samples[row].ids.len() + options.lead;
+    let room = options.max_seq_len + options.lead;
     let bins = if options.shuffle {
-        let mut bins = bins::best_fit(&rows, length, options.max_seq_len);
-        bins::mix(&mut bins, length, options.max_seq_len, &mut rng);
+        let mut bins = bins::best_fit(&rows, length, room);
+        bins::mix(&mut bins, length, room, &mut rng);
         rng.shuffle(&mut bins);
         bins
     } else {
-        bins::next_fit(&rows, length, options.max_seq_len)
+        bins::next_fit(&rows, length, room)
     };
     bins.chunks(batch_size).map(<[Vec<usize>]>::concat).collect()
 }

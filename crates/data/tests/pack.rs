@@ -22,7 +22,7 @@ fn uneven(n: usize) -> Vec<usize> {
 }
 
 const OPTIONS: LoaderOptions =
-    LoaderOptions { batch_size: 2, max_seq_len: 64, packing: true, shuffle: true, seed: 7 };
+    LoaderOptions { batch_size: 2, max_seq_len: 64, packing: true, shuffle: true, seed: 7, lead: 0 };
 
 fn rows(batches: &[MicroBatch]) -> Vec<usize> {
     batches.iter().flat_map(|b| b.rows.clone()).collect()
@@ -138,4 +138,22 @@ fn odd_inputs_do_no_harm() {
     assert_eq!(loader.len_per_epoch(), 2);
     loader.seek(&Cursor { epoch: 0, micro_batch: usize::MAX });
     assert_eq!(loader.cursor(), Cursor { epoch: 1, micro_batch: 0 });
+}
+
+/// What a model puts before each row takes room as its tokens do.
+#[test]
+fn rows_before_each_sample_count_in_bins() {
+    let lead = 20;
+    for shuffle in [false, true] {
+        let options = LoaderOptions { batch_size: 1, shuffle, lead, ..OPTIONS };
+        let epoch = Loader::new(samples(&uneven(200)), options).epoch();
+        for batch in &epoch {
+            let taken = batch.tokens.len() + lead * batch.rows.len();
+            assert!(taken <= options.max_seq_len + lead, "{taken} in {:?}", batch.segments);
+        }
+        assert!(epoch.iter().any(|b| b.rows.len() > 1), "no bin has two rows");
+        let mut all: Vec<usize> = epoch.into_iter().flat_map(|b| b.rows).collect();
+        all.sort_unstable();
+        assert_eq!(all, (0..200).collect::<Vec<_>>());
+    }
 }

@@ -48,7 +48,7 @@ fn rows(name: &str, content: &str) -> Result<DataFile, String> {
 
 #[test]
 fn texts_pairs_and_words_are_tokenized_as_transformers_does() {
-    for name in ["bert", "roberta", "deberta"] {
+    for name in ["bert", "roberta", "deberta", "t5"] {
         let tokenizer = tokenizer(name);
         let cases: Cases = engobe_testkit::json(&golden(name).join("cases.json"));
         for case in cases.texts {
@@ -200,7 +200,7 @@ fn labels_are_kept_beside_the_adapter() {
 fn batch(task: Task, labels: &LabelSet, content: &str) -> Result<MicroBatch, String> {
     let tokenizer = tokenizer("bert");
     let options = TaskOptions { task, max_seq_len: 8 };
-    let encoder = TaskEncoder::new(&tokenizer, Some(labels), tokenizer.vocab_size(), options);
+    let encoder = TaskEncoder::new(Some(&tokenizer), Some(labels), tokenizer.vocab_size(), options);
     // the file lies in a directory of its own
     let short = |e: engobe_data::Error| e.to_string().split('/').next_back().unwrap_or_default().to_string();
     let samples = encoder.encode(&[rows("a.jsonl", content)?]).map_err(short)?;

@@ -216,6 +216,9 @@ pub struct CompareArgs {
     /// Most tokens of an answer to a row of --test-data
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub max_new_tokens: usize,
+    /// Go on with a comparison that was stopped: methods that are done stay as they are
+    #[arg(long)]
+    pub resume: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: Common,

@@ -49,7 +49,7 @@ impl Headers {
     ) -> Result<(Box<dyn ModuleTree>, Self, usize)> {
         let Some(head) = head else {
             let mut outline = Outline::read(path, options)?;
-            let elements = workbench::base_parameters(outline.model.as_mut());
+            let elements = workbench::base_parameters(outline.model.as_mut(), outline.sizes.tied_head);
             let Outline { model, sizes, tensors, has_weights, .. } = outline;
             let headers = Self { sizes, vocab: sizes.vocab, tensors, has_weights, saved: None };
             return Ok((model, headers, elements));

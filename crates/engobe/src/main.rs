@@ -21,6 +21,7 @@ mod scoring;
 mod settings;
 mod tasks;
 mod terminal;
+mod text_scores;
 mod training;
 mod verification;
 mod workbench;

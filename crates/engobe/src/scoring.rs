@@ -19,6 +19,7 @@ pub fn eval_batches(samples: &[Sample]) -> Vec<MicroBatch> {
         packing: true,
         shuffle: false,
         seed: 0,
+        lead: 0,
     };
     Loader::new(Arc::new(samples.to_vec()), options).epoch()
 }

@@ -1,6 +1,7 @@
-//! Tasks beside next tokens: classes and numbers for texts, classes for words.
+//! Tasks beside next tokens: texts out of texts, classes and numbers for texts, classes for words.
 
 pub mod eval;
+pub mod seq2seq;
 pub mod train;
 
 use crate::Usage;
@@ -9,7 +10,7 @@ use crate::forecast::Head;
 use crate::settings::Given;
 use crate::terminal::Note;
 use crate::workbench;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use engobe_adapters::Adapter;
 use engobe_data::task::lint_task;
 use engobe_data::{
@@ -17,22 +18,32 @@ use engobe_data::{
 };
 use engobe_formats::hf_config::HfConfig;
 use engobe_formats::peft::{PeftAdapter, PeftConfig};
-use engobe_models::{HeadKind, LoadOptions, TaskOutline, encoder_architecture, load_task_model};
-use engobe_nn::{ModelInfo, ModuleTree, TaskModel};
+use engobe_models::{
+    HeadKind, LoadOptions, TaskOutline, encoder_architecture, load_seq2seq, load_task_model,
+    seq2seq_architecture,
+};
+use engobe_nn::{ModelInfo, ModuleTree, Seq2Seq, TaskModel};
 use engobe_train::Model;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// A model with a head, and what belongs to it.
+/// A model for a task, and what belongs to it.
 pub struct TaskBench {
-    /// encoder and head
-    pub model: TaskModel,
-    /// its tokenizer
-    pub tokenizer: TextTokenizer,
-    /// its classes
-    pub labels: LabelSet,
+    task: Task,
+    /// the model
+    pub kind: Kind,
+    /// its tokenizer; token ids need none
+    pub tokenizer: Option<TextTokenizer>,
     /// the adapter, if one was asked for
     pub adapter: Option<Adapter>,
+}
+
+/// The model of a task.
+pub enum Kind {
+    /// an encoder with a head, and what the head's classes are called
+    Labels(TaskModel, LabelSet),
+    /// an encoder-decoder
+    Texts(Box<dyn Seq2Seq>),
 }
 
 /// What decides on the task when nothing says it.
@@ -61,6 +72,9 @@ pub fn choose(hints: &Hints<'_>, note: &mut Note) -> Result<Task> {
     }
     // decoders, GGUF files and whatever is no directory: the loader will say what is wrong with it
     let Ok(config) = HfConfig::open(hints.model) else { return Ok(Task::CausalLm) };
+    if seq2seq_architecture(&config)?.is_some() {
+        return Ok(Task::Seq2SeqLm);
+    }
     if encoder_architecture(&config).is_err() {
         return Ok(Task::CausalLm);
     }
@@ -90,16 +104,23 @@ fn task_of_architectures(config: &HfConfig) -> Option<Task> {
     })
 }
 
-/// Refuses tasks that nothing here trains or scores.
-fn head_kind(task: Task) -> Result<HeadKind> {
+/// True if the model is an encoder-decoder.
+pub fn is_seq2seq(path: &Path) -> bool {
+    let config = HfConfig::open(path);
+    config.is_ok_and(|config| matches!(seq2seq_architecture(&config), Ok(Some(_))))
+}
+
+/// The head that a task's labels need; none where texts are made.
+///
+/// # Errors
+/// Nothing here trains or scores the task.
+fn head_kind(task: Task) -> Result<Option<HeadKind>> {
     match task {
-        Task::SeqCls | Task::Regression => Ok(HeadKind::Sequence),
-        Task::TokenCls => Ok(HeadKind::Token),
+        Task::SeqCls | Task::Regression => Ok(Some(HeadKind::Sequence)),
+        Task::TokenCls => Ok(Some(HeadKind::Token)),
+        Task::Seq2SeqLm => Ok(None),
         Task::Embedding => {
             bail!(Usage("--task embedding: vectors are made by engobe embed, and not trained".into()))
-        }
-        Task::Seq2SeqLm => {
-            bail!(Usage("--task seq2seq-lm: needs an encoder-decoder, and this is none".into()))
         }
         Task::CausalLm => bail!(Usage("--task causal-lm: needs a decoder, and this is an encoder".into())),
     }
@@ -142,33 +163,71 @@ fn labels_of_adapter(task: Task, path: &Path, dir: &Path, files: &[DataFile]) ->
 }
 
 impl TaskBench {
-    /// Loads the model in `path` with a head for `labels`. `seed` decides how a head begins that the model lacks.
-    pub fn load(path: &Path, labels: LabelSet, options: &LoadOptions, seed: u64) -> Result<Self> {
-        let kind = head_kind(labels.task)?;
-        let model = load_task_model(path, options, kind, labels.len(), seed)?;
-        let tokenizer = needed(workbench::tokenizer(path)?, path)?;
-        Ok(Self { model, tokenizer, labels, adapter: None })
+    /// Loads the model in `path` for `task`, with a head where it has labels. `seed` decides how a head begins that the
+    /// model lacks.
+    pub fn load(
+        path: &Path,
+        task: Task,
+        labels: Option<LabelSet>,
+        options: &LoadOptions,
+        seed: u64,
+    ) -> Result<Self> {
+        let kind = match (head_kind(task)?, labels) {
+            (Some(head), Some(labels)) => {
+                Kind::Labels(load_task_model(path, options, head, labels.len(), seed)?, labels)
+            }
+            _ => Kind::Texts(load_seq2seq(path, options)?),
+        };
+        let tokenizer = workbench::tokenizer(path)?;
+        Ok(Self { task, kind, tokenizer, adapter: None })
     }
 
-    /// The model with what its logits mean.
+    /// The model with what its outputs mean.
     pub fn model(&self) -> Model<'_> {
-        Model::Task(&self.model, &self.labels)
+        match &self.kind {
+            Kind::Labels(model, labels) => Model::Task(model, labels),
+            Kind::Texts(model) => Model::Seq2Seq(model.as_ref()),
+        }
     }
 
-    /// What turns rows into samples.
+    /// Names of its classes, if it has any.
+    pub fn labels(&self) -> Option<&LabelSet> {
+        match &self.kind {
+            Kind::Labels(_, labels) => Some(labels),
+            Kind::Texts(_) => None,
+        }
+    }
+
+    fn info(&self) -> &ModelInfo {
+        match &self.kind {
+            Kind::Labels(model, _) => model.info(),
+            Kind::Texts(model) => model.info(),
+        }
+    }
+
+    /// What turns rows into samples; rows are cut where the model's positions end. T5's do not end: `n_positions` is only
+    /// how long its training rows were.
     pub fn encoder(&self, max_seq_len: usize) -> TaskEncoder<'_> {
-        encoder(&self.tokenizer, &self.labels, self.model.info(), max_seq_len)
+        let info = self.info();
+        let most = match &self.kind {
+            Kind::Labels(..) => info.max_positions,
+            Kind::Texts(_) => usize::MAX,
+        };
+        let options = TaskOptions { task: self.task, max_seq_len: max_seq_len.min(most) };
+        TaskEncoder::new(self.tokenizer.as_ref(), self.labels(), info.vocab_size, options)
     }
 
     /// What is trained and what is there, as PEFT prints it.
     fn trainable_line(&mut self, adapter: &Adapter) -> String {
-        let all = workbench::elements(&mut self.model);
+        let tied = matches!(&self.kind, Kind::Texts(model) if model.info().tied_head);
+        let all = workbench::base_parameters(tree(self), tied);
         workbench::trainable_text(adapter.num_parameters(), adapter.num_added() + all)
     }
 }
 
 /// Says which layers begin at random.
-fn tell_fresh(model: &TaskModel, note: &mut Note) {
+fn tell_fresh(bench: &TaskBench, note: &mut Note) {
+    let Kind::Labels(model, _) = &bench.kind else { return };
     let fresh = &model.head().fresh;
     if !fresh.is_empty() {
         note.line(&format!("new, and trained from random values: {}", fresh.join(", ")));
@@ -186,13 +245,16 @@ fn tell_files(files: &[DataFile], samples: &[Sample], note: &mut Note) {
     }
 }
 
-/// PEFT's settings for a task: its name, and the head among the modules that are trained in full.
+/// PEFT's settings for a task: its name, and the head, if there is one, among the modules that are trained in full.
 ///
 /// # Errors
-/// The method trains no modules beside its own parameters.
+/// The method trains no modules beside its own parameters, and a head is needed.
 fn for_task(given: &Given, name: &str, bench: &TaskBench) -> Result<PeftConfig> {
-    let mut config = with_head(given, name, &bench.model.head().saved)?;
-    config.set("task_type", bench.labels.task.peft_name());
+    let mut config = match &bench.kind {
+        Kind::Labels(model, _) => with_head(given, name, &model.head().saved)?,
+        Kind::Texts(_) => given.adapter(name)?,
+    };
+    config.set("task_type", bench.task.peft_name());
     Ok(config)
 }
 
@@ -226,7 +288,6 @@ pub fn head_of_plan(given: &Given, path: &Path, note: &mut Note) -> Result<Optio
         (None, true) => task_of_architectures(&config).unwrap_or(Task::SeqCls),
         _ => of_training(given, path, note)?,
     };
-    let kind = head_kind(task)?;
     let known = LabelSet::known(&Value::Object(config.raw().clone()));
     let labels = match data.is_empty() {
         true if task == Task::Regression => 1,
@@ -234,10 +295,10 @@ pub fn head_of_plan(given: &Given, path: &Path, note: &mut Note) -> Result<Optio
         false => LabelSet::of_rows(task, &engobe_data::reader::read(&data)?, &known)?.len(),
     };
     note.line(&format!("task: {task}, a head of {labels}"));
-    Ok(Some(Head { kind, labels }))
+    head_of(task, labels)
 }
 
-/// Labelled rows as training would take them, and what is to be said of them: those of the first files to be trained on,
+/// Rows of a task as training would take them, and what is to be said of them: those of the first files to be trained on,
 /// those of the others to be validated on.
 pub fn checked(
     task: Task,
@@ -248,41 +309,34 @@ pub fn checked(
     note: &mut Note,
 ) -> Result<(Dataset, LintReport)> {
     let files = engobe_data::reader::read(data)?;
-    let labels = LabelSet::of_rows(task, &files, &known_names(path)?)?;
-    let Head { kind, labels: count } = head_for(&labels)?;
-    let outline = TaskOutline::read(path, &LoadOptions::default(), kind, count)?;
-    let tokenizer = needed(tokenizer, path)?;
-    let encoder = encoder(tokenizer, &labels, outline.model.info(), max_seq_len);
+    let labels = match task.is_labelled() {
+        true => Some(LabelSet::of_rows(task, &files, &known_names(path)?)?),
+        false => None,
+    };
+    let (vocab_size, most) = match head_of(task, labels.as_ref().map_or(0, LabelSet::len))? {
+        Some(Head { kind, labels }) => {
+            let outline = TaskOutline::read(path, &LoadOptions::default(), kind, labels)?;
+            let info = outline.model.info();
+            (info.vocab_size, info.max_positions)
+        }
+        None => (HfConfig::open(path)?.usize("vocab_size")?, usize::MAX),
+    };
+    let options = TaskOptions { task, max_seq_len: max_seq_len.min(most) };
+    let encoder = TaskEncoder::new(tokenizer, labels.as_ref(), vocab_size, options);
     let train = Dataset { samples: encoder.encode(&files)?, files };
     tell_files(&train.files, &train.samples, note);
     let val = match val {
         [] => Vec::new(),
         paths => encoder.encode(&engobe_data::reader::read(paths)?)?,
     };
-    let special = tokenizer.special_around();
-    let report = lint_task(&train.samples, &val, Some(&labels), special, max_seq_len);
+    let special = tokenizer.map_or(0, TextTokenizer::special_around);
+    let report = lint_task(&train.samples, &val, labels.as_ref(), special, max_seq_len);
     Ok((train, report))
 }
 
-/// What turns rows into samples; rows are cut where the model's positions end.
-fn encoder<'t>(
-    tokenizer: &'t TextTokenizer,
-    labels: &'t LabelSet,
-    info: &ModelInfo,
-    max_seq_len: usize,
-) -> TaskEncoder<'t> {
-    let options = TaskOptions { task: labels.task, max_seq_len: max_seq_len.min(info.max_positions) };
-    TaskEncoder::new(tokenizer, Some(labels), info.vocab_size, options)
-}
-
-/// The tokenizer of the model in `path`, which texts need.
-fn needed<T>(tokenizer: Option<T>, path: &Path) -> Result<T> {
-    tokenizer.with_context(|| format!("{}: has no tokenizer.json: texts need one", path.display()))
-}
-
-/// The head for `labels`.
-fn head_for(labels: &LabelSet) -> Result<Head> {
-    Ok(Head { kind: head_kind(labels.task)?, labels: labels.len() })
+/// The head of a task with so many labels; `None` where texts are made.
+fn head_of(task: Task, labels: usize) -> Result<Option<Head>> {
+    Ok(head_kind(task)?.map(|kind| Head { kind, labels }))
 }
 
 /// The task of a training run.
@@ -293,5 +347,8 @@ pub fn of_training(given: &Given, path: &Path, note: &mut Note) -> Result<Task> 
 
 /// The model as adapters see it.
 fn tree(bench: &mut TaskBench) -> &mut dyn ModuleTree {
-    &mut bench.model
+    match &mut bench.kind {
+        Kind::Labels(model, _) => model,
+        Kind::Texts(model) => model.as_mut(),
+    }
 }

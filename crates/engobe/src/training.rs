@@ -213,7 +213,7 @@ pub fn train(bench: &mut Bench, setup: Setup<'_>, note: &mut Note) -> Result<Tra
     let table = given.resolved(&plan, &adapter.config())?;
     write_atomic(&out.join("run.toml"), toml::to_string(&table)?.as_bytes())?;
     let fingerprint = fingerprint(&table, path, &rows.train)?;
-    let loader = Loader::new(rows.train.clone(), loader_options(&plan));
+    let loader = Loader::new(rows.train.clone(), loader_options(&plan, &adapter));
     let eval = scoring::eval_batches(&rows.val);
     let mut trainer = Trainer::new(bench.model.as_ref(), &adapter, &plan, loader, eval, &out, fingerprint)?;
     trainer = trainer.guarded_by(guard);
@@ -281,7 +281,7 @@ pub fn prepare_out(out: &Path, resume: bool) -> Result<()> {
 }
 
 /// How the rows of a run are grouped and ordered.
-pub fn loader_options(plan: &Plan) -> LoaderOptions {
+pub fn loader_options(plan: &Plan, adapter: &Adapter) -> LoaderOptions {
     let s = &plan.schedule;
     LoaderOptions {
         batch_size: s.batch_size,
@@ -289,6 +289,7 @@ pub fn loader_options(plan: &Plan) -> LoaderOptions {
         packing: s.packing,
         shuffle: s.shuffle,
         seed: s.seed,
+        lead: adapter.lead(),
     }
 }
 
@@ -314,6 +315,18 @@ fn read_rows(given: &Given, plan: &Plan, bench: &Bench, date: &str, note: &mut N
     let shown = shown_prompts(from, &encoder)?;
     let uses_date = encoder.template().is_some_and(ChatTemplate::uses_date);
     Ok(Rows { train: Arc::new(train.samples), val: val.samples, shown, uses_date })
+}
+
+/// Loss of the model as it stands on the validation rows; `None` without any.
+pub fn validation_loss(given: &Given, bench: &Bench) -> Result<Option<f64>> {
+    let mut silent = Note::new(&Common { quiet: true, ..Common::default() });
+    let date = template_date(given, Path::new(""), false)?;
+    let rows = read_rows(given, &given.plan()?, bench, &date, &mut silent)?;
+    let batches = scoring::eval_batches(&rows.val);
+    if batches.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(engobe_train::evaluate(bench.model.as_ref(), &batches, None, &mut |_| ())?.loss))
 }
 
 /// Takes a share of the rows, chosen by the seed, out of the training rows.

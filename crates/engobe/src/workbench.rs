@@ -166,6 +166,11 @@ pub fn options_of(args: &ModelArgs) -> Result<LoadOptions> {
     load_options(&args.dtype, &args.device, asked)
 }
 
+/// How generation takes activations.
+pub fn activations(args: &ModelArgs) -> Activations {
+    if args.exact_activations { Activations::Exact } else { Activations::Rounded }
+}
+
 /// The adapter's directory, if one was named.
 pub fn one_adapter(args: &ModelArgs) -> Result<Option<PathBuf>> {
     match args.adapter.as_slice() {
@@ -179,12 +184,14 @@ impl Bench {
     /// Loads a model by what was typed, with at most one adapter.
     pub fn open(args: &ModelArgs, common: &Common, note: &mut Note) -> Result<Self> {
         set_threads(args.threads)?;
-        let options = options_of(args)?;
         let path = resolve(&args.model, common, note)?;
-        let adapter = one_adapter(args)?;
-        let bench = Self::load(&path, adapter.as_deref(), &options)?;
-        let activations = if args.exact_activations { Activations::Exact } else { Activations::Rounded };
-        Ok(Self { activations, ..bench })
+        Self::open_at(&path, args)
+    }
+
+    /// Loads the model at `path` as was typed, with at most one adapter.
+    pub fn open_at(path: &Path, args: &ModelArgs) -> Result<Self> {
+        let bench = Self::load(path, one_adapter(args)?.as_deref(), &options_of(args)?)?;
+        Ok(Self { activations: activations(args), ..bench })
     }
 
     /// Loads a model from a directory or GGUF file.
@@ -199,18 +206,26 @@ impl Bench {
 
     /// The tokenizer, or an error that says what is missing.
     pub fn need_tokenizer(&self) -> Result<&TextTokenizer> {
-        self.tokenizer
-            .as_ref()
-            .with_context(|| format!("{}: has no tokenizer.json: text needs one", self.path.display()))
+        need(self.tokenizer.as_ref(), &self.path)
     }
 
     /// Tokens at which generation ends.
     pub fn end_ids(&self) -> Result<Vec<u32>> {
-        match &self.tokenizer {
-            Some(t) => Ok(t.end_ids().to_vec()),
-            None if self.path.is_dir() => Ok(engobe_formats::hf_config::eos_token_ids(&self.path)?),
-            None => Ok(Vec::new()),
-        }
+        end_ids(self.tokenizer.as_ref(), &self.path)
+    }
+}
+
+/// The tokenizer of the model at `path`, or an error that says what is missing.
+pub fn need<'t>(tokenizer: Option<&'t TextTokenizer>, path: &Path) -> Result<&'t TextTokenizer> {
+    tokenizer.with_context(|| format!("{}: has no tokenizer.json: text needs one", path.display()))
+}
+
+/// Tokens at which the model at `path` ends a text.
+pub fn end_ids(tokenizer: Option<&TextTokenizer>, path: &Path) -> Result<Vec<u32>> {
+    match tokenizer {
+        Some(t) => Ok(t.end_ids().to_vec()),
+        None if path.is_dir() => Ok(engobe_formats::hf_config::eos_token_ids(path)?),
+        None => Ok(Vec::new()),
     }
 }
 
@@ -232,7 +247,7 @@ pub fn start_text(bench: &Bench, needs: Option<NeedsText>) -> Result<StartText> 
 
 /// What is trained and what is there, as PEFT's `print_trainable_parameters` says it.
 pub fn trainable_line(model: &mut dyn CausalLm, adapter: &Adapter) -> String {
-    trainable_text(adapter.num_parameters(), adapter.num_added() + base_parameters(model))
+    trainable_text(adapter.num_parameters(), adapter.num_added() + parameters_of(model))
 }
 
 /// Both numbers in PEFT's words.
@@ -245,10 +260,23 @@ pub fn trainable_text(trainable: usize, all: usize) -> String {
     )
 }
 
+/// [`base_parameters`] of a decoder.
+pub fn parameters_of(model: &mut dyn CausalLm) -> usize {
+    let tied = model.info().tied_head;
+    base_parameters(model, tied)
+}
+
 /// Elements of the base model; a head that shares the embedding's matrix counts once.
-pub fn base_parameters(model: &mut dyn CausalLm) -> usize {
-    let info = model.info();
-    let shared = if info.tied_head { info.vocab_size * info.hidden_size } else { 0 };
+pub fn base_parameters(model: &mut dyn ModuleTree, tied_head: bool) -> usize {
+    let tied = if tied_head { model.output_heads() } else { Vec::new() };
+    let mut shared = 0;
+    model.visit_modules(&mut |module| {
+        if let ModuleMut::Linear(m) = module
+            && tied.iter().any(|head| head == m.path())
+        {
+            shared += m.in_features() * m.out_features();
+        }
+    });
     elements(model) - shared
 }
 

@@ -2,12 +2,11 @@
 
 mod support;
 
-use engobe_formats::safetensors_file::{SafetensorsFile, write_typed};
+use engobe_formats::safetensors_file::SafetensorsFile;
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use support::{engobe, error, golden, json};
+use support::{engobe, error, json, with_tokenizer};
 
 fn text(path: &Path) -> String {
     path.display().to_string()
@@ -18,29 +17,10 @@ fn model(dir: &Path) -> PathBuf {
     model_of(dir, "bert", "bert", 120)
 }
 
-/// A tiny model of `golden/encoders` with a tiny tokenizer of the data crate's tests: its embedding grows to the
-/// tokenizer's vocabulary by repeating rows.
+/// A tiny model of `golden/encoders` with a tokenizer.
 fn model_of(dir: &Path, encoder: &str, tokenizer: &str, vocab: usize) -> PathBuf {
-    let (from, to) = (golden(&format!("encoders/{encoder}")), dir.join("model"));
-    fs::create_dir_all(&to).unwrap();
-    let mut config: Value = serde_json::from_slice(&fs::read(from.join("config.json")).unwrap()).unwrap();
-    config["vocab_size"] = vocab.into();
-    fs::write(to.join("config.json"), config.to_string()).unwrap();
-    let file = SafetensorsFile::open(&from.join("model.safetensors")).unwrap();
-    let tensors = file.tensors().map(|view| {
-        let (mut shape, mut bytes) = (view.shape.clone(), view.bytes().to_vec());
-        if view.name.ends_with("word_embeddings.weight") {
-            let row = bytes.len() / shape[0];
-            bytes = bytes.iter().copied().cycle().take(vocab * row).collect();
-            shape[0] = vocab;
-        }
-        (view.name.clone(), view.dtype.clone(), shape, bytes)
-    });
-    write_typed(&to.join("model.safetensors"), tensors.collect(), &BTreeMap::new()).unwrap();
-    let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/tests/golden/tasks").join(tokenizer);
-    for name in ["tokenizer.json", "tokenizer_config.json"] {
-        fs::copy(tokenizer.join(name), to.join(name)).unwrap();
-    }
+    let to = dir.join("model");
+    with_tokenizer(&format!("encoders/{encoder}"), tokenizer, vocab, &["word_embeddings.weight"], &to);
     to
 }
 

@@ -5,12 +5,14 @@
 mod batch;
 mod generate;
 mod sampling;
+mod seq2seq;
 mod stop;
 
 pub use batch::complete_all;
 pub use engobe_autograd::Activations;
 pub use generate::{Generated, Generator, StopReason};
 pub use sampling::{Sampler, Sampling, SamplingError};
+pub use seq2seq::{answer_all, generate_from};
 pub use stop::{Emit, StopStrings};
 
 /// What can go wrong while generating.

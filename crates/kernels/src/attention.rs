@@ -19,8 +19,10 @@
 //! many there are depends on the segment's length alone. In the backward each part sums its own dK and dV; they are
 //! added up over parts and the heads of a group in a fixed order, so results do not depend on the number of threads.
 
+mod bias;
 mod shape;
 
+pub use bias::RelativeBias;
 pub use shape::{AttentionShape, Segment};
 
 use crate::exp;
@@ -97,6 +99,7 @@ struct Call<'a> {
     q: &'a [f32],
     k: &'a [f32],
     v: &'a [f32],
+    bias: Option<RelativeBias<'a>>,
     /// rows of q
     queries: usize,
 }
@@ -106,6 +109,8 @@ struct Share {
     first: usize,
     dk: Vec<f32>,
     dv: Vec<f32>,
+    /// and of the head's bias, if it is wanted
+    dbias: Vec<f32>,
 }
 
 /// A part of one head's queries.
@@ -123,10 +128,11 @@ impl<'a> Call<'a> {
         q: &'a [f32],
         k: &'a [f32],
         v: &'a [f32],
+        bias: Option<RelativeBias<'a>>,
     ) -> Self {
         let queries = q.len() / (shape.heads * shape.head_dim).max(1);
-        assert!(v.len() == k.len());
-        Self { isa: Isa::best(), shape, segments, q, k, v, queries }
+        assert!(v.len() == k.len() && bias.is_none_or(|b| b.covers(shape, segments)));
+        Self { isa: Isa::best(), shape, segments, q, k, v, bias, queries }
     }
 
     fn group(&self) -> usize {
@@ -278,6 +284,7 @@ impl<'a> Call<'a> {
             for (row, scores) in scores[..n * seen].chunks_exact_mut(seen).enumerate() {
                 let scores = self.shown(task, block.start + row, &keys, scores);
                 self.cap(scores);
+                self.add_bias(task, block.start + row, scores);
                 let mut most = f32::NEG_INFINITY;
                 exp::max(scores, &mut most);
                 exp::exp_shifted(scores, most, &mut sums[row]);
@@ -325,6 +332,10 @@ impl<'a> Call<'a> {
         let last = self.blocks(task).map(|(_, keys)| keys.end).max().unwrap_or(0);
         let (mut dk, mut dv) = (vec![0f32; (last - first) * hd], vec![0f32; (last - first) * hd]);
         let mut slopes = Vec::new();
+        let mut dbias = match self.bias.filter(|_| x.wants_bias) {
+            Some(bias) => vec![0f32; bias.head(task.head, heads).len()],
+            None => Vec::new(),
+        };
         let [mut p, mut ds, mut q_panels, mut dout_panels] = SCRATCH.take();
         let padded = hd.next_multiple_of(NR);
         for (block, keys) in self.blocks(task) {
@@ -352,7 +363,11 @@ impl<'a> Call<'a> {
                     slopes.clear();
                     slopes.extend(p.iter().map(|p| 1.0 - (p / cap) * (p / cap)));
                 }
+                self.add_bias(task, block.start + row, p);
                 exp::probabilities_and_gradient(p, ds, lse, d, s);
+                if let Some((range, _)) = self.bias_of(task, block.start + row).filter(|_| x.wants_bias) {
+                    dbias[range].iter_mut().zip(&*ds).for_each(|(db, ds)| *db += ds / s);
+                }
                 ds.iter_mut().zip(&slopes).for_each(|(ds, slope)| *ds *= slope);
             }
             let (p, ds) = (MatRef::new(&p, n, seen), MatRef::new(&ds, n, seen));
@@ -370,7 +385,7 @@ impl<'a> Call<'a> {
             }
         }
         SCRATCH.set([p, ds, q_panels, dout_panels]);
-        Share { first, dk, dv }
+        Share { first, dk, dv, dbias }
     }
 }
 
@@ -393,17 +408,18 @@ fn view(data: &[f32], rows: Range<usize>, head: usize, heads: usize, hd: usize) 
 /// Attention of `q` `[nq, heads·hd]` over `k`, `v` `[nkv, kv_heads·hd]` into `out` (like q); `lse`
 /// `[heads, nq]` is what the backward needs.
 ///
-/// Panics if lengths do not fit or a segment lies outside the buffers.
+/// Panics if lengths do not fit, a segment lies outside the buffers, or the bias does not cover it.
 pub fn attention(
     shape: &AttentionShape,
     segments: &[Segment],
     q: &[f32],
     k: &[f32],
     v: &[f32],
+    bias: Option<RelativeBias<'_>>,
     out: &mut [f32],
     lse: Option<&mut [f32]>,
 ) {
-    let call = Call::new(shape, segments, q, k, v);
+    let call = Call::new(shape, segments, q, k, v, bias);
     assert!(out.len() == q.len() && lse.as_ref().is_none_or(|l| l.len() == shape.heads * call.queries));
     let packed = call.packed(false);
     let (out, lse) = (Shared::new(out), lse.map(Shared::new));
@@ -415,32 +431,41 @@ struct Given<'a> {
     out: &'a [f32],
     lse: &'a [f32],
     dout: &'a [f32],
+    wants_bias: bool,
 }
 
-/// Gradients of q, k and v, overwritten; keys that no segment shows get zero.
+/// Gradients of q, k and v, overwritten; keys that no segment shows get zero. That of the bias' table is overwritten too,
+/// if there is room for it.
 ///
-/// Panics if lengths do not fit or a segment lies outside the buffers.
+/// Panics if lengths do not fit, a segment lies outside the buffers, or the bias does not cover it.
 pub fn attention_backward(
     shape: &AttentionShape,
     segments: &[Segment],
     q: &[f32],
     k: &[f32],
     v: &[f32],
+    bias: Option<RelativeBias<'_>>,
     out: &[f32],
     lse: &[f32],
     dout: &[f32],
     dq: &mut [f32],
     dk: &mut [f32],
     dv: &mut [f32],
+    dbias: Option<&mut [f32]>,
 ) {
-    let call = Call::new(shape, segments, q, k, v);
+    let call = Call::new(shape, segments, q, k, v, bias);
     assert!(out.len() == q.len() && dout.len() == q.len() && dq.len() == q.len());
     assert!(dk.len() == k.len() && dv.len() == k.len() && lse.len() == shape.heads * call.queries);
     let packed = call.packed(true);
     let tasks = call.tasks();
-    let (given, dq) = (Given { out, lse, dout }, Shared::new(dq));
+    let wants_bias = dbias.is_some();
+    let (given, dq) = (Given { out, lse, dout, wants_bias }, Shared::new(dq));
     let parts: Vec<Share> =
         tasks.par_iter().with_max_len(1).map(|t| call.backward(t, call.of(&packed, t), &given, dq)).collect();
+    if let Some(dbias) = dbias {
+        assert!(bias.is_some_and(|b| b.table.len() == dbias.len()));
+        bias::sum(&tasks, &parts, dbias);
+    }
     dk.fill(0.0);
     dv.fill(0.0);
     // some rows of a key/value head are one worker's, who adds what the tasks have for them in order (segments may

@@ -410,7 +410,7 @@ mod tests {
         } else {
             attend_on(backend, shape, &segments, &q, Cached::F32(&k), Cached::F32(&v), &mut found);
         }
-        attention(shape, &segments, &q, &k, &v, &mut expected, None);
+        attention(shape, &segments, &q, &k, &v, None, &mut expected, None);
         (found, expected)
     }
 

@@ -10,7 +10,7 @@ use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
 use engobe_kernels::attention::AttentionShape;
 use engobe_nn::decoder::{Attention, Block, Mlp, Norms, Positions, Projection, Up};
-use engobe_nn::{Encoder, EncoderStack, ModelInfo, Norm, Pooler};
+use engobe_nn::{Encoder, EncoderStack, Entry, ModelInfo, Norm, Pooler};
 use rayon::prelude::*;
 
 /// The architecture.
@@ -57,6 +57,7 @@ pub(crate) fn stack(
     Ok(EncoderStack {
         info: info(architecture.model_type, vocab, d, layers, rows.saturating_sub(first_position as usize)),
         words: embeddings.embedding("word_embeddings", vocab, d)?,
+        entry: Entry::new(embeddings.path("word_embeddings"), d),
         positions: Some(Positions {
             embedding: embeddings.embedding("position_embeddings", rows, d)?,
             first: first_position,

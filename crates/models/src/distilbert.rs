@@ -8,7 +8,7 @@ use crate::scope::{Naming, Scope};
 use crate::{Result, Weights};
 use engobe_formats::hf_config::HfConfig;
 use engobe_nn::decoder::Positions;
-use engobe_nn::{Encoder, EncoderStack, Norm};
+use engobe_nn::{Encoder, EncoderStack, Entry, Norm};
 use rayon::prelude::*;
 
 /// The architecture.
@@ -41,6 +41,7 @@ fn build(config: &HfConfig, weights: &Weights<'_>, naming: Naming) -> Result<Box
     Ok(Box::new(EncoderStack {
         info: info(ARCHITECTURE.model_type, vocab, d, layers, rows),
         words: embeddings.embedding("word_embeddings", vocab, d)?,
+        entry: Entry::new(embeddings.path("word_embeddings"), d),
         positions: Some(Positions {
             embedding: embeddings.embedding("position_embeddings", rows, d)?,
             first: 0,

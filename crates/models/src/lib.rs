@@ -30,8 +30,10 @@ mod registry;
 mod roberta;
 mod rope_settings;
 mod scope;
+mod seq2seq;
 mod settings;
 mod stored;
+mod t5;
 mod task_heads;
 mod task_outline;
 mod weights;
@@ -41,6 +43,7 @@ pub use encoders::{ENCODERS, EncoderArchitecture, encoder_architecture, load_enc
 pub use outline::{GgufSettings, LinearOutline, Outline};
 pub use quantize::{QuantizedModel, quantize};
 pub use scope::Naming;
+pub use seq2seq::{SEQ2SEQS, Seq2SeqArchitecture, load_seq2seq, seq2seq_architecture};
 pub use settings::DecoderSizes;
 pub use stored::Stored;
 pub use task_heads::{HeadKind, load_task_model};

@@ -11,7 +11,7 @@ use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::attention::AttentionShape;
 use engobe_nn::decoder::{Attention, Block, Mlp, Norms, Projection, Up};
 use engobe_nn::rope::{Rope, RopeScaling};
-use engobe_nn::{Encoder, EncoderStack, Norm};
+use engobe_nn::{Encoder, EncoderStack, Entry, Norm};
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -65,6 +65,7 @@ fn build(config: &HfConfig, weights: &Weights<'_>, naming: Naming) -> Result<Box
     Ok(Box::new(EncoderStack {
         info: info(ARCHITECTURE.model_type, vocab, d, layers, positions),
         words: embeddings.embedding("tok_embeddings", vocab, d)?,
+        entry: Entry::new(embeddings.path("tok_embeddings"), d),
         positions: None,
         token_types: None,
         embedding_norm: Norm::Layer(embeddings.layer_norm("norm", d, eps, norm_bias)?),

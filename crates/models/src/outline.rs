@@ -5,7 +5,8 @@
 
 use crate::blank::{Blank, TensorUse, Unstored};
 use crate::family::GgufForm;
-use crate::registry::Described;
+use crate::registry::{Described, check_quantization};
+use crate::seq2seq::{Seq2SeqArchitecture, seq2seq_architecture};
 use crate::settings::DecoderSizes;
 use crate::stored::Stored;
 use crate::weights::{Weights, hf_name_in};
@@ -13,7 +14,7 @@ use crate::{Error, LoadOptions, Result};
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::gguf::GgufValue;
 use engobe_formats::hf_config::HfConfig;
-use engobe_nn::{CausalLm, ModuleMut};
+use engobe_nn::{ModuleMut, ModuleTree};
 use std::path::{Path, PathBuf};
 
 /// A linear layer's place and size.
@@ -44,8 +45,8 @@ pub struct GgufSettings {
 pub struct Outline {
     /// config.json or the GGUF file
     pub origin: PathBuf,
-    /// the decoder; its weights must not be read
-    pub model: Box<dyn CausalLm>,
+    /// the model; its weights must not be read
+    pub model: Box<dyn ModuleTree>,
     /// sizes of its blocks
     pub sizes: DecoderSizes,
     /// its tensors
@@ -54,7 +55,9 @@ pub struct Outline {
     pub linears: Vec<LinearOutline>,
     /// the weights are there, not only a configuration
     pub has_weights: bool,
-    described: Described,
+    model_type: &'static str,
+    /// what is known of a decoder alone
+    described: Option<Described>,
 }
 
 /// `config.json` and the weights of a Hugging Face directory, if it has any, or of a configuration or file by itself.
@@ -75,7 +78,7 @@ impl Outline {
     /// by itself, is taken to have weights of the type that it names.
     ///
     /// # Errors
-    /// The files are broken, or not a model that [`crate::load_causal_lm`] would load.
+    /// The files are broken, or not a model that [`crate::load_causal_lm`] or [`crate::load_seq2seq`] would load.
     pub fn read(path: &Path, options: &LoadOptions) -> Result<Self> {
         let (config_path, checkpoint) = headers(path)?;
         if let Some(gguf) = checkpoint.as_ref().and_then(Checkpoint::gguf) {
@@ -88,6 +91,9 @@ impl Outline {
         }
         let config = HfConfig::read(&config_path)?;
         let unstored = Unstored::of(&config)?;
+        if let Some(architecture) = seq2seq_architecture(&config)? {
+            return Self::of_seq2seq(architecture, &config, checkpoint.as_ref(), options, unstored);
+        }
         Self::build(Described::from_hf(&config)?, checkpoint.as_ref(), options, unstored)
     }
 
@@ -108,8 +114,38 @@ impl Outline {
         let rows = [s.vocab, s.max_positions + 2, 2 * s.mlp, s.width() + 2 * s.kv_width(), 3 * s.hidden];
         let rows = rows.into_iter().max().unwrap_or(0);
         let blank = Blank::new(rows * s.hidden.max(s.width()) * 2, unstored)?;
-        let mut model =
-            described.family.build(&Weights::blank(Some(&described), checkpoint, options, &blank)?)?;
+        let weights = Weights::blank(Some(&described), checkpoint, options, &blank)?;
+        let model: Box<dyn ModuleTree> = described.family.build(&weights)?;
+        let (origin, model_type) = (described.origin.clone(), described.architecture.model_type);
+        Ok(Self::finish(origin, model_type, model, sizes, blank, checkpoint.is_some(), Some(described)))
+    }
+
+    fn of_seq2seq(
+        architecture: &'static Seq2SeqArchitecture,
+        config: &HfConfig,
+        checkpoint: Option<&Checkpoint>,
+        options: &LoadOptions,
+        unstored: Unstored,
+    ) -> Result<Self> {
+        check_quantization(config)?;
+        let sizes = (architecture.sizes)(config)?;
+        let most = sizes.vocab.max(sizes.mlp).max(sizes.width()) * sizes.hidden.max(sizes.width());
+        let blank = Blank::new(most * 2, unstored)?;
+        let weights = Weights::blank(None, checkpoint, options, &blank)?;
+        let model: Box<dyn ModuleTree> = (architecture.build)(config, &weights)?;
+        let origin = config.path().to_path_buf();
+        Ok(Self::finish(origin, architecture.model_type, model, sizes, blank, checkpoint.is_some(), None))
+    }
+
+    fn finish(
+        origin: PathBuf,
+        model_type: &'static str,
+        mut model: Box<dyn ModuleTree>,
+        sizes: DecoderSizes,
+        blank: Blank,
+        has_weights: bool,
+        described: Option<Described>,
+    ) -> Self {
         let heads = model.output_heads();
         let mut linears = Vec::new();
         model.visit_modules(&mut |module| {
@@ -123,15 +159,7 @@ impl Outline {
                 });
             }
         });
-        Ok(Self {
-            origin: described.origin.clone(),
-            model,
-            sizes,
-            tensors: blank.into_seen(),
-            linears,
-            has_weights: checkpoint.is_some(),
-            described,
-        })
+        Self { origin, model, sizes, tensors: blank.into_seen(), linears, has_weights, model_type, described }
     }
 
     /// The linear layer at `path`.
@@ -141,12 +169,12 @@ impl Outline {
 
     /// Hugging Face's `model_type`.
     pub fn model_type(&self) -> &'static str {
-        self.described.architecture.model_type
+        self.model_type
     }
 
     fn gguf(&self) -> Result<&'static GgufForm> {
         let none = || Error::NoGguf { path: self.origin.clone(), model_type: self.model_type() };
-        self.described.gguf().ok_or_else(none)
+        self.described.as_ref().and_then(Described::gguf).ok_or_else(none)
     }
 
     /// GGUF's `general.architecture` for such models.
@@ -159,12 +187,12 @@ impl Outline {
 
     /// GGUF's name of a tensor (`model.norm.weight`); `None` if it has none.
     pub fn gguf_name(&self, name: &str) -> Option<String> {
-        self.described.gguf()?.names.from_hf(name)
+        self.described.as_ref()?.gguf()?.names.from_hf(name)
     }
 
     /// Hugging Face's name of a GGUF tensor; `None` if it has none.
     pub fn hf_name(&self, name: &str) -> Option<String> {
-        self.described.gguf()?.names.to_hf(name)
+        self.described.as_ref()?.gguf()?.names.to_hf(name)
     }
 
     /// The name under which `checkpoint`, of this model, holds the tensor that Hugging Face calls `name`.
@@ -175,7 +203,7 @@ impl Outline {
 
     /// How GGUF files keep the tensor that Hugging Face calls `name`.
     pub fn stored(&self, name: &str) -> Stored {
-        self.described.family.stored(name)
+        self.described.as_ref().map_or(Stored::AsIs, |d| d.family.stored(name))
     }
 
     /// Vocabulary size.
@@ -188,8 +216,9 @@ impl Outline {
     /// # Errors
     /// An architecture or a setting that llama.cpp cannot express.
     pub fn gguf_settings(&self) -> Result<GgufSettings> {
-        let architecture = self.gguf()?.name;
-        let mut settings = self.described.family.to_gguf().map_err(|m| m.at(&self.origin))?;
+        let none = || Error::NoGguf { path: self.origin.clone(), model_type: self.model_type };
+        let (architecture, described) = (self.gguf()?.name, self.described.as_ref().ok_or_else(none)?);
+        let mut settings = described.family.to_gguf().map_err(|m| m.at(&self.origin))?;
         for (key, _) in &mut settings.metadata {
             *key = format!("{architecture}.{key}");
         }
@@ -219,6 +248,31 @@ mod tests {
         assert_eq!(outline.stored("model.layers.1.self_attn.q_proj.bias"), permuted(4));
         assert_eq!(outline.stored("model.layers.1.self_attn.v_proj.weight"), Stored::AsIs);
         assert!(outline.linear("lm_head").unwrap().head);
+    }
+
+    /// The sizes of google/t5-v1_1-xxl, whose 11 billion parameters Lester et al. (2021) tune prompts for.
+    #[test]
+    fn the_largest_t5_needs_no_weights() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = r#"{"model_type": "t5", "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24,
+            "num_heads": 64, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": false, "torch_dtype": "bfloat16"}"#;
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, config).unwrap();
+        let mut outline = read(&path);
+        let mut total = 0;
+        outline.model.visit_modules(&mut |module| {
+            total += match module {
+                ModuleMut::Linear(m) => m.in_features() * m.out_features(),
+                ModuleMut::Embedding(m) => m.weight().dims().0 * m.weight().dims().1,
+                ModuleMut::RmsNorm(m) => m.weight().elem_count(),
+                ModuleMut::LayerNorm(_) => 0,
+            }
+        });
+        // counted by transformers' T5ForConditionalGeneration over empty tensors
+        assert_eq!(total, 11_135_332_352);
+        assert!(!outline.has_weights && outline.gguf_architecture().is_err());
+        let q = outline.linear("decoder.block.23.layer.1.EncDecAttention.q").unwrap();
+        assert_eq!((q.rows, q.cols), (4096, 4096));
     }
 
     #[test]

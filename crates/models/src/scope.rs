@@ -3,7 +3,7 @@
 
 use crate::{Result, Weights};
 use candle_core::{Device, Tensor};
-use engobe_nn::{Embedding, LayerNorm, Linear};
+use engobe_nn::{Embedding, LayerNorm, Linear, RmsNorm};
 
 /// How an encoder's modules are named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,11 @@ impl<'a> Scope<'a> {
         let file = if weights.contains(&format!("{prefix}{probe}")) { prefix.clone() } else { String::new() };
         let path = if naming == Naming::UnderTask { prefix } else { String::new() };
         Self { weights, file, path }
+    }
+
+    /// The whole model.
+    pub fn root(weights: &'a Weights<'a>) -> Self {
+        Self { weights, file: String::new(), path: String::new() }
     }
 
     /// The place below `name`.
@@ -74,6 +79,11 @@ impl<'a> Scope<'a> {
     /// A token embedding.
     pub fn embedding(&self, name: &str, rows: usize, cols: usize) -> Result<Embedding> {
         Ok(Embedding::new(self.path(name), self.weights.matrix(&self.file(name, "weight"), rows, cols)?))
+    }
+
+    /// A norm by root mean square.
+    pub fn rms_norm(&self, name: &str, width: usize, eps: f32) -> Result<RmsNorm> {
+        Ok(RmsNorm::new(self.path(name), self.weights.vector(&self.file(name, "weight"), width)?, eps))
     }
 
     /// A layer norm. Checkpoints from the time of TensorFlow call its parts gamma and beta.

@@ -215,7 +215,16 @@ pub fn activation(
     default: &str,
     known: &[(&str, Activation)],
 ) -> Result<Activation> {
-    let found = config.opt_str(key)?.unwrap_or(default);
+    activation_named(config, key, config.opt_str(key)?.unwrap_or(default), known)
+}
+
+/// The activation that the value of `key` calls `found`.
+pub fn activation_named(
+    config: &HfConfig,
+    key: &str,
+    found: &str,
+    known: &[(&str, Activation)],
+) -> Result<Activation> {
     match known.iter().find(|(name, _)| *name == found) {
         Some((_, activation)) => Ok(*activation),
         None => {

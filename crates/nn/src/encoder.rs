@@ -4,7 +4,7 @@ use crate::causal::{ModelInfo, TokenBatch};
 use crate::decoder::{Block, Context, Positions};
 use crate::modules::ModuleTree;
 use crate::rope::Rope;
-use crate::{Embedding, Linear, ModuleMut, Norm};
+use crate::{Embedding, Entry, Linear, ModuleMut, Norm, SiteMut};
 use candle_core::Device;
 use engobe_autograd::ops::{self, RopeSpec};
 use engobe_autograd::{Result, Tape, Var};
@@ -54,6 +54,8 @@ pub struct EncoderStack {
     pub info: ModelInfo,
     /// tokens
     pub words: Embedding,
+    /// where adapters put rows before each sequence
+    pub entry: Entry,
     /// positions, where they are embedded
     pub positions: Option<Positions>,
     /// token types, where they are embedded
@@ -73,18 +75,19 @@ pub struct EncoderStack {
 }
 
 impl EncoderStack {
-    /// The hidden states that the first block takes: `[n, d]`.
-    fn embed<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<Var> {
-        let mut x = self.words.forward(tape, batch.ids.clone(), &self.device)?;
+    /// The hidden states that the first block takes, `[n, d]`, and the batch with what adapters put before it.
+    fn embed<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<(Var, TokenBatch)> {
+        let x = self.words.forward(tape, batch.ids.clone(), &self.device)?;
+        let (mut x, batch) = self.entry.enter(tape, x, batch)?;
         if let Some(token_types) = &self.token_types {
-            let embedded = embed_types(tape, token_types, batch, &self.device)?;
+            let embedded = embed_types(tape, token_types, &batch, &self.device)?;
             x = ops::add(tape, &x, &embedded)?;
         }
         if let Some(positions) = &self.positions {
-            let embedded = positions.forward(tape, batch, &self.device)?;
+            let embedded = positions.forward(tape, &batch, &self.device)?;
             x = ops::add(tape, &x, &embedded)?;
         }
-        self.embedding_norm.forward(tape, &x)
+        Ok((self.embedding_norm.forward(tape, &x)?, batch))
     }
 }
 
@@ -95,7 +98,7 @@ pub fn embed_types<'m>(
     batch: &TokenBatch,
     device: &Device,
 ) -> Result<Var> {
-    let types = batch.token_types.clone().unwrap_or_else(|| vec![0; batch.len()].into());
+    let types = batch.token_types.clone().unwrap_or_else(|| vec![0; batch.positions.len()].into());
     let (rows, _) = table.weight().dims();
     match types.iter().find(|t| **t as usize >= rows) {
         Some(t) => {
@@ -125,6 +128,11 @@ impl ModuleTree for EncoderStack {
         }
     }
 
+    fn visit_sites(&mut self, f: &mut dyn FnMut(SiteMut<'_>)) {
+        f(SiteMut::Entry(&mut self.entry));
+        self.blocks.iter_mut().for_each(|block| block.visit_sites(f));
+    }
+
     fn output_heads(&self) -> Vec<String> {
         Vec::new()
     }
@@ -140,15 +148,16 @@ impl Encoder for EncoderStack {
     }
 
     fn hidden_states<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<Var> {
+        let (mut x, batch) = self.embed(tape, batch)?;
         let longest = batch.positions.iter().max().map_or(0, |p| *p as usize + 1);
         let angles =
             |rope: &Rope| RopeSpec { table: rope.table(longest), positions: batch.positions.clone() };
         let ropes: Arc<[RopeSpec]> = self.ropes.iter().map(angles).collect();
-        let mut x = self.embed(tape, batch)?;
         for block in &self.blocks {
-            let context = Context { ropes: ropes.clone(), batch: batch.clone() };
+            let context = Context { ropes: ropes.clone(), batch: batch.clone(), bias: None };
             x = tape.block(&[x], move |tape, xs| block.forward(tape, &xs[0], &context, None))?;
         }
+        let x = self.entry.leave(tape, x, &batch)?;
         match &self.final_norm {
             Some(norm) => norm.forward(tape, &x),
             None => Ok(x),

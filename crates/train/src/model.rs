@@ -1,19 +1,29 @@
-//! What can be trained: a decoder on next tokens, an encoder with a head on labels.
+//! What can be trained: a decoder on next tokens, an encoder-decoder on texts out of texts, an encoder with a head on
+//! labels.
 
 use crate::step::LossSums;
 use crate::{Error, Result};
-use engobe_autograd::ops::{self, RowTargets};
+use engobe_autograd::ops::{self, HeadLoss, RowTargets};
 use engobe_autograd::{Tape, Var, host};
 use engobe_data::{Goal, LabelSet, MicroBatch, Problem};
-use engobe_nn::{CausalLm, ModelInfo, TaskModel, TokenBatch};
+use engobe_nn::{CausalLm, ModelInfo, Seq2Seq, TaskModel, TokenBatch};
+use std::ops::Range;
 
 /// A model with what its output means.
 #[derive(Clone, Copy)]
 pub enum Model<'a> {
     /// next tokens
     Causal(&'a dyn CausalLm),
+    /// a text out of a text
+    Seq2Seq(&'a dyn Seq2Seq),
     /// labels of texts or tokens
     Task(&'a TaskModel, &'a LabelSet),
+}
+
+impl<'a> From<&'a dyn Seq2Seq> for Model<'a> {
+    fn from(model: &'a dyn Seq2Seq) -> Self {
+        Self::Seq2Seq(model)
+    }
 }
 
 impl<'a> From<&'a dyn CausalLm> for Model<'a> {
@@ -36,7 +46,7 @@ impl Model<'_> {
     /// The classes, if it has any.
     pub fn labels(&self) -> Option<&LabelSet> {
         match self {
-            Self::Causal(_) => None,
+            Self::Causal(_) | Self::Seq2Seq(_) => None,
             Self::Task(_, labels) => Some(labels),
         }
     }
@@ -50,6 +60,7 @@ impl Model<'_> {
     pub fn info(&self) -> &ModelInfo {
         match self {
             Self::Causal(model) => model.info(),
+            Self::Seq2Seq(model) => model.info(),
             Self::Task(model, _) => model.info(),
         }
     }
@@ -60,6 +71,7 @@ impl<'m> Model<'m> {
     pub(crate) fn forward(self, tape: &mut Tape<'m>, batch: &MicroBatch) -> Result<Option<Pass>> {
         match self {
             Self::Causal(model) => next_tokens(model, tape, batch),
+            Self::Seq2Seq(model) => texts(model, tape, batch),
             Self::Task(model, set) => labels(model, set.problem, tape, batch),
         }
     }
@@ -76,15 +88,58 @@ fn next_tokens<'m>(model: &'m dyn CausalLm, tape: &mut Tape<'m>, batch: &MicroBa
     // positions without a label need no logits
     let labelled =
         if rows.len() == tokens.len() { hidden } else { ops::select_rows(tape, &hidden, rows.into())? };
-    let label_tokens = targets.len();
     let out = model.head_loss(tape, &labelled, targets.into())?;
-    drop(labelled);
+    Ok(Some(of_head(out)))
+}
+
+/// What the fused head says of all labels.
+fn of_head(out: HeadLoss) -> Pass {
     let sums = LossSums {
         loss: out.tokens.iter().map(|t| f64::from(t.loss)).sum(),
-        label_tokens,
+        label_tokens: out.tokens.len(),
         correct: out.tokens.iter().filter(|t| t.correct).count(),
     };
-    Ok(Some(Pass { loss: Some(out.loss), sums, logits: Vec::new() }))
+    Pass { loss: Some(out.loss), sums, logits: Vec::new() }
+}
+
+/// Cross entropy of each row's target, which the decoder sees shifted right behind its start token.
+fn texts<'m>(model: &'m dyn Seq2Seq, tape: &mut Tape<'m>, batch: &MicroBatch) -> Result<Option<Pass>> {
+    let (mut sources, mut inputs, mut labels) = (Rows::default(), Rows::default(), Vec::new());
+    for (segment, goal) in batch.segments.iter().zip(&batch.goals) {
+        // a row without a target teaches nothing
+        let Goal::Sequence(target) = goal else { continue };
+        let Some((_, before)) = target.split_last() else { continue };
+        sources.push(batch.tokens[segment.clone()].iter());
+        inputs.push([model.start_token()].iter().chain(before));
+        labels.extend(target);
+    }
+    if labels.is_empty() {
+        return Ok(None);
+    }
+    let states = model.encode(tape, &sources.batch())?;
+    let hidden = model.decoder_states(tape, &inputs.batch(), &states)?;
+    drop(states);
+    let out = model.head_loss(tape, &hidden, labels.into())?;
+    Ok(Some(of_head(out)))
+}
+
+/// Rows end to end.
+#[derive(Default)]
+struct Rows {
+    tokens: Vec<u32>,
+    ranges: Vec<Range<usize>>,
+}
+
+impl Rows {
+    fn push<'t>(&mut self, row: impl Iterator<Item = &'t u32>) {
+        let start = self.tokens.len();
+        self.tokens.extend(row);
+        self.ranges.push(start..self.tokens.len());
+    }
+
+    fn batch(&self) -> TokenBatch {
+        TokenBatch::packed(&self.tokens, &self.ranges)
+    }
 }
 
 /// Positions with a target, and their targets.

@@ -1,7 +1,7 @@
 //! What `memory::estimate` adds up, beside numbers counted by hand and peaks measured by `checks/plan.py`.
 
 use engobe_adapters::{Adapter, AdapterSizes};
-use engobe_formats::peft::{LoraConfig, TargetModules};
+use engobe_formats::peft::{LoraConfig, PeftConfig, TargetModules};
 use engobe_models::{LoadOptions, Outline, WeightDtype};
 use engobe_train::memory::advice::{Storage, choose, fits, suggestions};
 use engobe_train::memory::{Estimate, Run, estimate};
@@ -114,6 +114,46 @@ fn activations_follow_the_formulae() {
         ..AdapterSizes::default()
     };
     assert_eq!(estimate(&run(&outline, &upper, &full)).activations, 4 * (kept / 30 + top));
+}
+
+/// What other methods than LoRA keep in a block, by hand as above.
+#[test]
+fn bottlenecks_prompts_and_prefixes_are_counted() {
+    let (n, d, f, kv) = (512, 576, 1536, 192);
+    let keys = |rows: usize| rows * 2 * kv;
+    let block = |n: usize, more: usize| n * (4 * d + 2 * f + 9 + 2 + more);
+    // the hidden states, the gradient of the block's output, the gated activation's backward
+    let top = |n: usize| n * (2 * d + d + 3 * f);
+    let all_blocks = |n: usize, more: usize| 30 * (block(n, more) + keys(n)) + top(n);
+    for (kind, settings, expected) in [
+        // what it reads, and what goes into its activation
+        ("BOTTLENECK", json!({ "architecture": "pfeiffer" }), all_blocks(n, d + 36)),
+        (
+            "BOTTLENECK",
+            json!({ "architecture": "houlsby", "reduction_factor": 4 }),
+            all_blocks(n, 2 * (d + 144)),
+        ),
+        // it reads the residual, which is kept anyway
+        ("BOTTLENECK", json!({ "architecture": "parallel" }), all_blocks(n, 288)),
+        ("BOTTLENECK", json!({ "scaling": "channel", "ln_after": true }), all_blocks(n, 3 * d + 36)),
+        (
+            "BOTTLENECK",
+            json!({ "architecture": "pfeiffer", "leave_out": (0..20).collect::<Vec<_>>() }),
+            10 * (block(n, d + 36) + keys(n)) + top(n),
+        ),
+        // a prompt lengthens rows, a prefix keys and values
+        ("PROMPT_TUNING", json!({ "num_virtual_tokens": 100 }), all_blocks(n + 100, 0)),
+        ("PREFIX_TUNING", json!({ "num_virtual_tokens": 100 }), 30 * (block(n, 0) + keys(n + 100)) + top(n)),
+    ] {
+        let mut config = PeftConfig::new(kind);
+        for (key, value) in settings.as_object().unwrap() {
+            config.set(key, value.clone());
+        }
+        let mut outline = outline(SMOL, "float32", &LoadOptions::default());
+        let adapter = Adapter::sizes(outline.model.as_mut(), config).unwrap();
+        let found = estimate(&run(&outline, &adapter, &plan(512, false))).activations;
+        assert_eq!(found, 4 * expected, "{kind} {settings}");
+    }
 }
 
 /// Peaks in MB that `checks/plan.py` measured (docs/memory.md); the issue asks for 10 %.

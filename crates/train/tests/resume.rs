@@ -83,7 +83,8 @@ fn of_method(
     let samples = Encoder::new(None, model.info().vocab_size, encode).unwrap().encode(&files).unwrap();
     let eval = vec![MicroBatch::of(&samples, &[0, 3, 5])];
     let s = &plan.schedule;
-    let order = LoaderOptions { batch_size: 2, max_seq_len: 48, packing: s.packing, shuffle: true, seed: 9 };
+    let order =
+        LoaderOptions { batch_size: 2, max_seq_len: 48, packing: s.packing, shuffle: true, seed: 9, lead: 0 };
     let loader = Loader::new(Arc::new(samples), order);
     let mut trainer =
         Trainer::new(model.as_ref(), &adapter, plan, loader, eval, out, fingerprint.to_string())?

@@ -105,7 +105,14 @@ fn logits_and_curves_are_those_of_transformers_and_peft() {
         plan.schedule.max_steps = Some(expected.losses.len());
         plan.schedule.batch_size = 4;
         plan.optimization.learning_rate = 1e-3;
-        let order = LoaderOptions { batch_size: 4, max_seq_len: 64, packing: false, shuffle: false, seed: 0 };
+        let order = LoaderOptions {
+            batch_size: 4,
+            max_seq_len: 64,
+            packing: false,
+            shuffle: false,
+            seed: 0,
+            lead: 0,
+        };
         let out = tempfile::tempdir().unwrap();
         let loader = Loader::new(Arc::new(samples), order);
         let task = Model::Task(&model, &labels);

@@ -212,6 +212,13 @@ impl Settings {
         Some(((d as f64 / factor).floor() as usize).max(1))
     }
 
+    /// Floats that a bottleneck of width `m` keeps of each token for its backward: what it reads (for a parallel one,
+    /// that is the residual, which is kept anyway), what goes into the activation, and what is scaled and normed.
+    pub(super) fn kept(&self, m: usize, d: usize) -> usize {
+        let scaled = !matches!(self.scaling, Scaling::Fixed(_));
+        m + d * (usize::from(!self.parallel) + usize::from(scaled) + usize::from(self.norms))
+    }
+
     /// All keys, as the package writes them.
     pub(super) fn write(&self, config: &mut PeftConfig) {
         let number = |f: f64| if f.fract() == 0.0 { json!(f as i64) } else { json!(f) };

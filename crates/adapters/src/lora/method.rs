@@ -345,7 +345,15 @@ impl Attach<'_> {
                 }
                 return Ok(());
             }
-            ModuleMut::RmsNorm(_) | ModuleMut::LayerNorm(_) => "a norm",
+            ModuleMut::LayerNorm(norm) => {
+                if self.config.bias == BiasMode::All {
+                    let bias = saved::train_norm_bias(norm)?;
+                    self.base_elements += bias.as_ref().map_or(0, Param::len);
+                    self.others.extend(bias);
+                }
+                "a norm"
+            }
+            ModuleMut::RmsNorm(_) => "a norm",
         };
         match self.targets.adapts(module.path(), false) {
             true => Err(Error::Unsupported { path: module.path().to_string(), kind }),

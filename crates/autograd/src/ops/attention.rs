@@ -6,11 +6,20 @@
 use crate::var::Kept;
 use crate::{Error, Result, Tape, Var, host, host_as, ops::dims2, tensor_of, uninit};
 use candle_core::{D, DType, Device, Tensor};
-use engobe_kernels::attention::{self as kernel, AttentionShape, Segment};
+use engobe_kernels::attention::{self as kernel, AttentionShape, RelativeBias, Segment};
 use engobe_kernels::attention_step::{self, Cached};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::sync::Arc;
+
+/// A bias on the scores by the distance of key and query ([`engobe_kernels::attention::RelativeBias`]).
+#[derive(Clone, Debug)]
+pub struct ScoreBias {
+    /// `[heads, distances]`
+    pub table: Var,
+    /// index of distance 0
+    pub zero: usize,
+}
 
 /// Attention of `q` `[nq, heads·head_dim]` over `k` and `v` `[nkv, kv_heads·head_dim]`: like `q`.
 pub fn attention<'m>(
@@ -21,18 +30,41 @@ pub fn attention<'m>(
     shape: AttentionShape,
     segments: Arc<[Segment]>,
 ) -> Result<Var> {
+    biased_attention(tape, q, k, v, shape, segments, None)
+}
+
+/// [`attention`] with a bias on the scores.
+pub fn biased_attention<'m>(
+    tape: &mut Tape<'m>,
+    q: &Var,
+    k: &Var,
+    v: &Var,
+    shape: AttentionShape,
+    segments: Arc<[Segment]>,
+    bias: Option<&ScoreBias>,
+) -> Result<Var> {
     let (nq, nkv) = check(q.tensor(), k.tensor(), v.tensor(), &shape, &segments)?;
-    let slots = [q.slot(), k.slot(), v.slot()];
+    if let Some(bias) = bias {
+        let table = bias.table.tensor().to_device(&Device::Cpu)?;
+        let table = host(&table)?;
+        if !(RelativeBias { table: &table, zero: bias.zero }).covers(&shape, &segments) {
+            let what = format!("a bias of {:?}, zero at {}", bias.table.tensor().dims(), bias.zero);
+            return Err(Error::shape("attention", format!("{what}, does not cover the segments")));
+        }
+    }
+    let slots = [q.slot(), k.slot(), v.slot(), bias.map(|b| b.table.slot()).unwrap_or_default()];
     let (qt, kt, vt) = (q.tensor(), k.tensor(), v.tensor());
+    // small, and one for all layers: kept as it is
+    let bias = bias.map(|b| (b.table.tensor().clone(), b.zero));
     if tape.generating().is_some() && tape.fast(qt) {
-        return generate(qt, kt, vt, &shape, &segments);
+        return generate(qt, kt, vt, &shape, &segments, bias.as_ref());
     }
     let kept = [tape.keep(q)?, tape.keep(k)?, tape.keep(v)?];
     if !tape.fast(qt) {
-        let y = composed(qt, kt, vt, &shape, &segments)?;
+        let y = composed(qt, kt, vt, &shape, &segments, bias.as_ref())?;
         return Ok(tape.record1(&slots, y, move |dy, sink| {
             let [qt, kt, vt] = taken(kept)?;
-            let grads = composed_backward(&qt, &kt, &vt, &dy, &shape, &segments)?;
+            let grads = composed_backward(&qt, &kt, &vt, &dy, &shape, &segments, bias.as_ref())?;
             for (slot, grad) in slots.into_iter().zip(grads) {
                 sink.add(slot, grad)?;
             }
@@ -43,36 +75,51 @@ pub fn attention<'m>(
     let tracked = slots.iter().any(|s| s.is_tracked());
     let mut out = uninit(nq * width);
     let mut lse = if tracked { uninit(shape.heads * nq) } else { Vec::new() };
-    kernel::attention(
-        &shape,
-        &segments,
-        &host(qt)?,
-        &host(kt)?,
-        &host(vt)?,
-        &mut out,
-        tracked.then_some(&mut lse),
-    );
+    with_bias(bias.as_ref(), |bias| {
+        kernel::attention(
+            &shape,
+            &segments,
+            &host(qt)?,
+            &host(kt)?,
+            &host(vt)?,
+            bias,
+            &mut out,
+            tracked.then_some(&mut lse),
+        );
+        Ok(())
+    })?;
     let y = tensor_of(out, (nq, width))?;
     tape.record_keeping(&slots, y, move |saved, dy, sink| {
         let [qt, kt, vt] = taken(kept)?;
         let saved = saved.take()?;
         let (mut dq, mut dk, mut dv) = (uninit(nq * width), uninit(nkv * kv_width), uninit(nkv * kv_width));
-        kernel::attention_backward(
-            &shape,
-            &segments,
-            &host(&qt)?,
-            &host(&kt)?,
-            &host(&vt)?,
-            &host(&saved)?,
-            &lse,
-            &host(&dy)?,
-            &mut dq,
-            &mut dk,
-            &mut dv,
-        );
+        let dims = bias.as_ref().map(|(table, _)| table.dims2()).transpose()?.unwrap_or_default();
+        let mut dbias = slots[3].is_tracked().then(|| uninit(dims.0 * dims.1));
+        with_bias(bias.as_ref(), |bias| {
+            kernel::attention_backward(
+                &shape,
+                &segments,
+                &host(&qt)?,
+                &host(&kt)?,
+                &host(&vt)?,
+                bias,
+                &host(&saved)?,
+                &lse,
+                &host(&dy)?,
+                &mut dq,
+                &mut dk,
+                &mut dv,
+                dbias.as_deref_mut(),
+            );
+            Ok(())
+        })?;
         sink.add(slots[0], tensor_of(dq, (nq, width))?)?;
         sink.add(slots[1], tensor_of(dk, (nkv, kv_width))?)?;
-        sink.add(slots[2], tensor_of(dv, (nkv, kv_width))?)
+        sink.add(slots[2], tensor_of(dv, (nkv, kv_width))?)?;
+        match dbias {
+            Some(dbias) => sink.add(slots[3], tensor_of(dbias, dims)?),
+            None => Ok(()),
+        }
     })
 }
 
@@ -81,11 +128,29 @@ fn taken(kept: [Kept; 3]) -> Result<[Tensor; 3]> {
     Ok([q.take()?, k.take()?, v.take()?])
 }
 
+/// A table and the index of distance 0.
+type Bias = (Tensor, usize);
+
+/// Runs `f` on the bias as a slice.
+fn with_bias<R>(bias: Option<&Bias>, f: impl FnOnce(Option<RelativeBias<'_>>) -> Result<R>) -> Result<R> {
+    match bias {
+        None => f(None),
+        Some((table, zero)) => f(Some(RelativeBias { table: &host(table)?, zero: *zero })),
+    }
+}
+
 /// Attention without a record, over keys and values in f32 or f16. Segments with one query go their own way.
-fn generate(q: &Tensor, k: &Tensor, v: &Tensor, shape: &AttentionShape, segments: &[Segment]) -> Result<Var> {
+fn generate(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: &AttentionShape,
+    segments: &[Segment],
+    bias: Option<&Bias>,
+) -> Result<Var> {
     let mut out = uninit(q.elem_count());
     let (steps, others): (Vec<Segment>, Vec<Segment>) =
-        segments.iter().cloned().partition(|s| s.q.len() == 1);
+        segments.iter().cloned().partition(|s| s.q.len() == 1 && bias.is_none());
     if !steps.is_empty() {
         let q = host(q)?;
         if k.dtype() == DType::F16 {
@@ -98,7 +163,10 @@ fn generate(q: &Tensor, k: &Tensor, v: &Tensor, shape: &AttentionShape, segments
     }
     if !others.is_empty() {
         let (k, v) = (widened(k, &others)?, widened(v, &others)?);
-        kernel::attention(shape, &others, &host(q)?, &host(&k)?, &host(&v)?, &mut out, None);
+        with_bias(bias, |bias| {
+            kernel::attention(shape, &others, &host(q)?, &host(&k)?, &host(&v)?, bias, &mut out, None);
+            Ok(())
+        })?;
     }
     Ok(Var::constant(tensor_of(out, q.shape().clone())?))
 }
@@ -182,8 +250,17 @@ pub(super) fn merge_heads(t: &Tensor, heads: usize, group: usize) -> Result<Tens
 }
 
 /// Probabilities of one segment, `[heads, q, kv]`.
-fn probabilities(q: &Tensor, k: &Tensor, shape: &AttentionShape) -> Result<Tensor> {
-    softmax_of(scores(q, k, shape)?, shape)
+fn probabilities(q: &Tensor, k: &Tensor, shape: &AttentionShape, bias: Option<&Bias>) -> Result<Tensor> {
+    softmax_of(scores(q, k, shape)?, shape, bias)
+}
+
+/// Indices into a table of distances of all pairs of one segment, `[q·kv]`. What causal attention hides may point
+/// anywhere.
+fn distances(shape: &AttentionShape, nq: usize, nkv: usize, (table, zero): &Bias) -> Result<Tensor> {
+    let last = table.dim(1)?.saturating_sub(1);
+    let of = |i: usize, j: usize| (zero + j - shape.place(nq, nkv, i)).min(last) as u32;
+    let all: Vec<u32> = (0..nq).flat_map(|i| (0..nkv).map(move |j| of(i, j))).collect();
+    Ok(Tensor::from_vec(all, nq * nkv, table.device())?)
 }
 
 /// Scores before the mask, squashed if they shall be: `[heads, q, kv]`.
@@ -196,8 +273,12 @@ fn scores(q: &Tensor, k: &Tensor, shape: &AttentionShape) -> Result<Tensor> {
 }
 
 /// Probabilities of the keys that each query may see.
-fn softmax_of(mut scores: Tensor, shape: &AttentionShape) -> Result<Tensor> {
-    let (_, nq, nkv) = scores.dims3()?;
+fn softmax_of(mut scores: Tensor, shape: &AttentionShape, bias: Option<&Bias>) -> Result<Tensor> {
+    let (heads, nq, nkv) = scores.dims3()?;
+    if let Some(bias) = bias {
+        let values = bias.0.index_select(&distances(shape, nq, nkv, bias)?, 1)?;
+        scores = (scores + values.reshape((heads, nq, nkv))?)?;
+    }
     if shape.causal || shape.window.is_some() {
         let mask = (0..nq).flat_map(|i| {
             let visible = shape.visible(nq, nkv, i);
@@ -216,6 +297,7 @@ fn composed(
     v: &Tensor,
     shape: &AttentionShape,
     segments: &[Segment],
+    bias: Option<&Bias>,
 ) -> Result<Tensor> {
     let group = shape.heads / shape.kv_heads;
     let mut parts = Vec::new();
@@ -224,6 +306,7 @@ fn composed(
             &heads_of(q, &s.q, shape.heads, 1)?,
             &heads_of(k, &s.kv, shape.kv_heads, group)?,
             shape,
+            bias,
         )?;
         let y = p.matmul(&heads_of(v, &s.kv, shape.kv_heads, group)?)?;
         parts.push(merge_heads(&y, shape.heads, 1)?);
@@ -239,20 +322,27 @@ fn composed_backward(
     dy: &Tensor,
     shape: &AttentionShape,
     segments: &[Segment],
-) -> Result<[Tensor; 3]> {
+    bias: Option<&Bias>,
+) -> Result<Vec<Tensor>> {
     let group = shape.heads / shape.kv_heads;
     let mut dq = Vec::new();
     let mut dk = Tensor::zeros(k.dims(), DType::F32, k.device())?;
     let mut dv = dk.clone();
+    let mut dbias = bias.map(|(table, _)| table.zeros_like()).transpose()?;
     for s in segments {
         let (qs, ks) = (heads_of(q, &s.q, shape.heads, 1)?, heads_of(k, &s.kv, shape.kv_heads, group)?);
         let vs = heads_of(v, &s.kv, shape.kv_heads, group)?;
         let dys = heads_of(dy, &s.q, shape.heads, 1)?;
         let capped = scores(&qs, &ks, shape)?;
-        let p = softmax_of(capped.clone(), shape)?;
+        let p = softmax_of(capped.clone(), shape, bias)?;
         let dp = dys.matmul(&vs.t()?)?;
         let mean = (&dp * &p)?.sum_keepdim(D::Minus1)?;
-        let mut ds = ((&p * dp.broadcast_sub(&mean)?)? * f64::from(shape.scale))?;
+        let ds = (&p * dp.broadcast_sub(&mean)?)?;
+        if let (Some(sum), Some(bias)) = (&mut dbias, bias) {
+            let (heads, nq, nkv) = ds.dims3()?;
+            *sum = sum.index_add(&distances(shape, nq, nkv, bias)?, &ds.reshape((heads, nq * nkv))?, 1)?;
+        }
+        let mut ds = (ds * f64::from(shape.scale))?;
         if let Some(cap) = shape.soft_cap {
             // the slope of c·tanh(S/c)
             ds = (&ds - (ds.clone() * (capped / f64::from(cap))?.sqr()?)?)?;
@@ -264,5 +354,5 @@ fn composed_backward(
         dk = dk.index_add(&rows, &dks, 0)?;
         dv = dv.index_add(&rows, &dvs, 0)?;
     }
-    Ok([Tensor::cat(&dq, 0)?, dk, dv])
+    Ok([Tensor::cat(&dq, 0)?, dk, dv].into_iter().chain(dbias).collect())
 }

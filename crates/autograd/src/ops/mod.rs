@@ -24,7 +24,7 @@ mod segment_mean;
 mod split;
 
 pub use add::add;
-pub use attention::attention;
+pub use attention::{ScoreBias, attention, biased_attention};
 pub use columns::{concat_columns, flatten, scale_columns, scale_rows};
 pub use disentangled::{PositionTerms, disentangled_attention};
 pub use dropout::dropout as drop_out;
@@ -45,7 +45,7 @@ pub use row_loss::{RowTargets, row_loss};
 pub use rows::select_rows;
 pub use scale::scale;
 pub use segment_mean::segment_mean;
-pub use split::{reshape, split_columns};
+pub use split::{reshape, split_columns, transpose};
 
 use crate::{Error, Result};
 use candle_core::Tensor;

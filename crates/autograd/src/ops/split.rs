@@ -68,3 +68,10 @@ pub fn reshape<'m>(tape: &mut Tape<'m>, x: &Var, shape: (usize, usize)) -> Resul
     let (y, slot) = (x.tensor().reshape(shape)?, x.slot());
     Ok(tape.record1(&[slot], y, move |dy, sink| sink.add_shared(slot, dy.reshape((n, width))?)))
 }
+
+/// `x` `[n, d]` as `[d, n]`.
+pub fn transpose<'m>(tape: &mut Tape<'m>, x: &Var) -> Result<Var> {
+    dims2("transpose", x.tensor())?;
+    let (y, slot) = (x.tensor().t()?.contiguous()?, x.slot());
+    Ok(tape.record1(&[slot], y, move |dy, sink| sink.add(slot, dy.t()?.contiguous()?)))
+}

@@ -166,6 +166,30 @@ fn attention_grouped_packed_causal_and_not() {
 }
 
 #[test]
+fn attention_with_a_bias_by_distance() {
+    let extras =
+        [(true, 0, None), (false, 0, None), (false, 2, None), (true, 0, Some(0.8)), (false, 0, Some(0.8))];
+    for (causal, keys, soft_cap) in extras {
+        let shape = AttentionShape { soft_cap, ..AttentionShape::new(4, 2, 4, 0.5, causal) };
+        let (q, k, v) = (param("q", 11, &[7, 16]), param("k", 12, &[9, 8]), param("v", 13, &[9, 8]));
+        let segments: Arc<[Segment]> =
+            Arc::from([Segment { q: 0..3, kv: 0..3 + keys }, Segment { q: 3..7, kv: 3 + keys..7 + keys }]);
+        let (distances, zero) = RelativeBias::needed(&shape, &segments);
+        let table = param("table", 17, &[distances, 4]);
+        check(&[&q, &k, &v, &table], &|tape| {
+            let (q, k, v, table) = (tape.param(&q), tape.param(&k), tape.param(&v), tape.param(&table));
+            let bias = ops::ScoreBias { table: ops::transpose(tape, &table)?, zero };
+            let y = ops::biased_attention(tape, &q, &k, &v, shape, segments.clone(), Some(&bias))?;
+            weigh(tape, &[y])
+        });
+        let mut tape = Tape::inference();
+        let (q, k, v) = (tape.param(&q), tape.param(&k), tape.param(&v));
+        let short = ops::ScoreBias { table: Var::constant(tensor(1, &[4, distances - 1])), zero };
+        assert!(ops::biased_attention(&mut tape, &q, &k, &v, shape, segments, Some(&short)).is_err());
+    }
+}
+
+#[test]
 fn disentangled_attention() {
     let shape = AttentionShape::new(2, 2, 4, 0.4, false);
     let [q, k, v] = [("q", 11), ("k", 12), ("v", 13)].map(|(name, seed)| param(name, seed, &[6, 8]));

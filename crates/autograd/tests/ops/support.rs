@@ -4,7 +4,7 @@ pub use candle_core::{Device, Tensor};
 pub use engobe_autograd::ops::{self, Head, LinearSpec, LowRank, Matrix, OutputScale, RopeSpec, RowTargets};
 pub use engobe_autograd::{Error, FrozenWeight, Gradients, Half, Param, Result, Tape, Var};
 pub use engobe_kernels::activation::Activation;
-pub use engobe_kernels::attention::{AttentionShape, Segment};
+pub use engobe_kernels::attention::{AttentionShape, RelativeBias, Segment};
 pub use engobe_kernels::codec::FourBit;
 pub use engobe_kernels::quantize::{QuantizedWeight, Scheme};
 pub use engobe_kernels::rope::RopeTable;

@@ -122,7 +122,7 @@ pub enum Content {
     Tokens {
         /// the ids
         ids: Vec<u32>,
-        /// label of each position; `None` where it is -100
+        /// label of each position, or the ids of a target; `None` where it is -100
         labels: Option<Vec<Option<u32>>>,
     },
 }

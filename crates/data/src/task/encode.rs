@@ -17,16 +17,16 @@ pub struct TaskOptions {
 /// Turns rows into samples of a task.
 #[derive(Debug)]
 pub struct TaskEncoder<'t> {
-    tokenizer: &'t TextTokenizer,
+    tokenizer: Option<&'t TextTokenizer>,
     labels: Option<&'t LabelSet>,
     vocab_size: usize,
     options: TaskOptions,
 }
 
 impl<'t> TaskEncoder<'t> {
-    /// `labels` are needed by tasks that have labels; `vocab_size` is the number of rows of the model's embedding.
+    /// Without a tokenizer only token ids are read. `labels` are needed by tasks that have labels; `vocab_size` is the number of rows of the model's embedding.
     pub fn new(
-        tokenizer: &'t TextTokenizer,
+        tokenizer: Option<&'t TextTokenizer>,
         labels: Option<&'t LabelSet>,
         vocab_size: usize,
         options: TaskOptions,
@@ -49,8 +49,10 @@ impl<'t> TaskEncoder<'t> {
                 self.tagged(row, tokens, tags.as_deref())?
             }
             (Task::Seq2SeqLm, Content::Pair { prompt, completion }) => {
+                let target = self.text(row, completion, None)?;
                 let mut sample = self.text(row, prompt, None)?;
-                sample.goal = Goal::Sequence(self.text(row, completion, None)?.ids);
+                sample.truncated += target.truncated;
+                sample.goal = Goal::Sequence(target.ids);
                 sample
             }
             (Task::SeqCls | Task::Regression, Content::Labelled { text, pair, label }) => {
@@ -61,6 +63,9 @@ impl<'t> TaskEncoder<'t> {
                 };
                 sample
             }
+            (Task::Seq2SeqLm, Content::Tokens { ids, labels }) => self.ids(row, ids, labels.as_deref()),
+            // sources to be answered
+            (Task::Seq2SeqLm, Content::Text(text)) => self.text(row, text, None)?,
             (Task::Embedding, Content::Labelled { text, pair, .. }) => {
                 self.text(row, text, pair.as_deref())?
             }
@@ -71,7 +76,7 @@ impl<'t> TaskEncoder<'t> {
                 let needed = match task {
                     Task::SeqCls | Task::Regression => "text (and text_pair) and label",
                     Task::TokenCls => "tokens and tags",
-                    Task::Seq2SeqLm => "source and target, or prompt and completion",
+                    Task::Seq2SeqLm => "source and target, prompt and completion, or input_ids and labels",
                     Task::Embedding | Task::CausalLm => "text",
                 };
                 return Err(row.place.error(format!("the task {task} needs columns {needed}")));
@@ -85,7 +90,7 @@ impl<'t> TaskEncoder<'t> {
     }
 
     fn text(&self, row: &Row, text: &str, pair: Option<&str>) -> Result<Sample> {
-        let encoded = self.tokenizer.encode_pair(text, pair, self.options.max_seq_len)?;
+        let encoded = self.tokenizer()?.encode_pair(text, pair, self.options.max_seq_len)?;
         Ok(Sample {
             labels: vec![None; encoded.ids.len()],
             ids: encoded.ids,
@@ -94,6 +99,28 @@ impl<'t> TaskEncoder<'t> {
             goal: Goal::NextTokens,
             second_type_from: encoded.second_type_from,
         })
+    }
+
+    /// A source and its target, which are tokens already.
+    fn ids(&self, row: &Row, ids: &[u32], labels: Option<&[Option<u32>]>) -> Sample {
+        let most = self.options.max_seq_len;
+        let target: Vec<u32> = labels.unwrap_or_default().iter().flatten().copied().collect();
+        let cut = |n: usize| n.saturating_sub(most);
+        Sample {
+            ids: ids[..ids.len().min(most)].to_vec(),
+            labels: vec![None; ids.len().min(most)],
+            place: row.place.clone(),
+            truncated: cut(ids.len()) + cut(target.len()),
+            goal: match labels {
+                Some(_) => Goal::Sequence(target[..target.len().min(most)].to_vec()),
+                None => Goal::Nothing,
+            },
+            second_type_from: None,
+        }
+    }
+
+    fn tokenizer(&self) -> Result<&'t TextTokenizer> {
+        self.tokenizer.ok_or_else(|| Error::Options("the model has no tokenizer.json: texts need one".into()))
     }
 
     fn labels(&self) -> Result<&'t LabelSet> {
@@ -123,7 +150,7 @@ impl<'t> TaskEncoder<'t> {
 
     /// The first token of each word has the word's tag, as in transformers' examples; words beyond the cut have none.
     fn tagged(&self, row: &Row, words: &[String], tags: Option<&[Label]>) -> Result<Sample> {
-        let encoded = self.tokenizer.encode_words(words, self.options.max_seq_len)?;
+        let encoded = self.tokenizer()?.encode_words(words, self.options.max_seq_len)?;
         let mut labels = vec![None; encoded.ids.len()];
         if let Some(tags) = tags {
             let set = self.labels()?;
@@ -149,7 +176,7 @@ impl<'t> TaskEncoder<'t> {
 
     /// For each word of a row the position of its first token, `None` where it was cut or has no token.
     pub fn first_tokens(&self, words: &[String]) -> Result<Vec<Option<usize>>> {
-        Ok(self.tokenizer.encode_words(words, self.options.max_seq_len)?.first_tokens)
+        Ok(self.tokenizer()?.encode_words(words, self.options.max_seq_len)?.first_tokens)
     }
 
     fn check_ids(&self, row: &Row, sample: &Sample) -> Result<()> {
@@ -161,7 +188,7 @@ impl<'t> TaskEncoder<'t> {
             None => Ok(()),
             Some(id) => Err(row.place.error(format!(
                 "token {:?} has id {id}, the model's vocabulary ends at {}: tokenizer and model do not belong together",
-                self.tokenizer.token_str(*id).unwrap_or_default(),
+                self.tokenizer.and_then(|t| t.token_str(*id)).unwrap_or_default(),
                 self.vocab_size.saturating_sub(1)
             ))),
         }

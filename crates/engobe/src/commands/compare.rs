@@ -1,4 +1,6 @@
 //! `engobe compare`: several methods under one budget, over one load of the frozen base.
+//!
+//! What a method came to is kept beside its adapter (`compare.json`), so that `--resume` goes on with the next.
 
 use crate::Usage;
 use crate::args::CompareArgs;
@@ -11,15 +13,22 @@ use crate::workbench::{self, Bench, thousands};
 use crate::{allocator, scoring};
 use anyhow::{Context, Result, bail};
 use engobe_formats::atomic::write_atomic;
-use engobe_train::StepMetrics;
+use engobe_train::{StepMetrics, metrics};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use std::path::Path;
 
+/// Where a method's row is kept, in its directory.
+const KEPT: &str = "compare.json";
+
 /// What a method came to.
+#[derive(Serialize, Deserialize)]
 pub struct Row {
     /// the method
     pub method: String,
     /// trained elements
+    #[serde(rename = "trainable_parameters")]
     pub parameters: usize,
     /// size of the adapter's file
     pub file_bytes: u64,
@@ -32,7 +41,21 @@ pub struct Row {
     /// share of prompts whose greedy continuation is the row's completion
     pub exact_match: Option<f64>,
     /// all steps
+    #[serde(skip)]
     pub history: Vec<StepMetrics>,
+}
+
+/// A row as it is kept, and what it is the answer to.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    asked: String,
+    row: Row,
+}
+
+/// What the base comes to as it is.
+struct Base {
+    eval_loss: Option<f64>,
+    exact_match: Option<f64>,
 }
 
 /// Trains each method and compares them.
@@ -57,23 +80,33 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     workbench::set_chat_template(bench.tokenizer.as_mut(), all.text("chat_template"))?;
     let base_bytes = weight_bytes(&path, &options)?;
     let mut rows = Vec::new();
-    let base = test(args, &all, &bench, &mut note)?;
+    let exact_match = test(args, &all, &bench, &mut note)?;
+    let base = Base { eval_loss: training::validation_loss(&all, &bench)?, exact_match };
     for (method, given) in &runs {
+        let dir = given.path("out").context("out is missing")?;
+        let asked = asked(args, given)?;
+        if let Some(row) = kept(&dir, &asked).filter(|_| args.resume) {
+            note.line(&format!("{method}: done before"));
+            rows.push(row);
+            continue;
+        }
         note.line(&format!("{method}:"));
         let row = one(args, method, given, &mut bench, &path, base_bytes, &mut note)?;
         bench.model.detach_all();
-        rows.push(row);
+        let kept = Kept { asked, row };
+        write_atomic(&dir.join(KEPT), serde_json::to_string_pretty(&kept)?.as_bytes())?;
+        rows.push(kept.row);
     }
     std::fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
     let curves: Vec<Curve<'_>> =
         rows.iter().map(|r| Curve { name: &r.method, history: &r.history }).collect();
     let svg = report::compare_svg(&curves)?;
-    write_atomic(&out.join("compare.md"), table(&rows, base).as_bytes())?;
+    write_atomic(&out.join("compare.md"), table(&rows, &base).as_bytes())?;
     write_atomic(&out.join("compare.svg"), svg.as_bytes())?;
     if args.common.json {
-        return print_json(&to_json(&rows, base, &out));
+        return print_json(&to_json(&rows, &base, &out));
     }
-    print(&table(&rows, base))?;
+    print(&table(&rows, &base))?;
     print(&format!("\nadapters, compare.md and compare.svg are in {}\n", out.display()))
 }
 
@@ -101,6 +134,26 @@ fn each(all: &Given, methods: &[String], only: &[String]) -> Result<Vec<(String,
     methods.iter().map(with).collect()
 }
 
+/// What a method's row depends on: its settings, and what the files hold.
+fn asked(args: &CompareArgs, given: &Given) -> Result<String> {
+    let mut hash = Sha256::new();
+    hash.update(format!("{given:?} {}", args.max_new_tokens));
+    for file in given.paths("data").iter().chain(&given.paths("val_data")).chain(&args.test_data) {
+        let bytes = std::fs::read(file).with_context(|| file.display().to_string())?;
+        hash.update(bytes.len().to_le_bytes());
+        hash.update(bytes);
+    }
+    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// The row that an earlier comparison kept, if it was asked the same.
+fn kept(dir: &Path, asked: &str) -> Option<Row> {
+    let text = std::fs::read_to_string(dir.join(KEPT)).ok()?;
+    let Kept { asked: before, mut row } = serde_json::from_str(&text).ok()?;
+    row.history = metrics::read(&dir.join("metrics.jsonl")).ok()?;
+    (before == asked).then_some(row)
+}
+
 /// Bytes of the base as it is held: its own copies, and what stays mapped.
 fn weight_bytes(path: &Path, options: &engobe_models::LoadOptions) -> Result<u64> {
     let outline = engobe_models::Outline::read(path, options)?;
@@ -120,14 +173,14 @@ fn one(
 ) -> Result<Row> {
     let before = allocator::large_bytes();
     allocator::forget_peak();
-    let setup = Setup::new(given, path, false)?;
+    let setup = Setup::new(given, path, args.resume)?;
     let out = given.path("out").context("out is missing")?;
-    training::prepare_out(&out, false)?;
+    training::prepare_out(&out, args.resume)?;
     let trained = training::train(bench, setup, note)?;
     let peak = allocator::peak_large_bytes().saturating_sub(before) as u64;
     let summary = &trained.summary;
     if summary.outcome.interrupted {
-        bail!("stopped after step {} of {method}", summary.outcome.steps);
+        bail!("stopped after step {} of {method}: --resume goes on", summary.outcome.steps);
     }
     training::tell(summary, note);
     let size = |name: &str| std::fs::metadata(out.join(name)).ok().map(|m| m.len());
@@ -160,15 +213,19 @@ fn test(args: &CompareArgs, given: &Given, bench: &Bench, note: &mut Note) -> Re
 }
 
 /// The table, as people read it and as Markdown.
-fn table(rows: &[Row], base: Option<f64>) -> String {
+fn table(rows: &[Row], base: &Base) -> String {
     let percent = |v: Option<f64>| v.map_or("-".to_string(), |v| format!("{:.1} %", 100.0 * v));
+    let loss = |v: Option<f64>| v.map_or("-".to_string(), |v| format!("{v:.4}"));
     let mut lines = vec![
         ["method", "trained", "file", "peak memory", "time", "validation loss", "exact match"]
             .map(str::to_string),
     ];
-    if base.is_some() {
-        let none = || "-".to_string();
-        lines.push(["base".to_string(), none(), none(), none(), none(), none(), percent(base)]);
+    if base.eval_loss.is_some() || base.exact_match.is_some() {
+        let [none, loss] = ["-".to_string(), loss(base.eval_loss)];
+        let name = "base".to_string();
+        let nones = [(); 4].map(|()| none.clone());
+        let [parameters, file, peak, time] = nones;
+        lines.push([name, parameters, file, peak, time, loss, percent(base.exact_match)]);
     }
     lines.extend(rows.iter().map(|r| {
         [
@@ -177,7 +234,7 @@ fn table(rows: &[Row], base: Option<f64>) -> String {
             bytes_text(r.file_bytes),
             bytes_text(r.peak_bytes),
             seconds_text(r.seconds),
-            r.eval_loss.map_or("-".to_string(), |v| format!("{v:.4}")),
+            loss(r.eval_loss),
             percent(r.exact_match),
         ]
     }));
@@ -200,17 +257,11 @@ fn table(rows: &[Row], base: Option<f64>) -> String {
     text
 }
 
-fn to_json(rows: &[Row], base: Option<f64>, out: &Path) -> Value {
-    let one = |r: &Row| {
-        json!({
-            "method": r.method,
-            "trainable_parameters": r.parameters,
-            "file_bytes": r.file_bytes,
-            "peak_bytes": r.peak_bytes,
-            "seconds": r.seconds,
-            "eval_loss": r.eval_loss,
-            "exact_match": r.exact_match,
-        })
-    };
-    json!({ "out": out, "base_exact_match": base, "methods": rows.iter().map(one).collect::<Vec<_>>() })
+fn to_json(rows: &[Row], base: &Base, out: &Path) -> Value {
+    json!({
+        "out": out,
+        "base_eval_loss": base.eval_loss,
+        "base_exact_match": base.exact_match,
+        "methods": rows,
+    })
 }

@@ -125,7 +125,7 @@ fn read(args: &EmbedArgs, path: &Path, encoder: &dyn Encoder, habit: Option<usiz
     let info = encoder.info();
     let most = args.max_seq_len.or(habit).unwrap_or(info.max_positions).min(info.max_positions);
     let options = TaskOptions { task: Task::Embedding, max_seq_len: most };
-    let rows = TaskEncoder::new(&tokenizer, None, info.vocab_size, options);
+    let rows = TaskEncoder::new(Some(&tokenizer), None, info.vocab_size, options);
     if args.text.is_empty() == args.data.is_empty() {
         bail!(Usage("give texts with --text, or files of them with --data".to_string()));
     }

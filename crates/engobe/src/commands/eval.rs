@@ -2,19 +2,13 @@
 
 use crate::args::EvalArgs;
 use crate::dataset::{self, Dataset, RowSettings};
-use crate::terminal::{Note, Progress, print, print_json};
+use crate::terminal::{Note, Progress};
+use crate::text_scores::{self, Completed};
 use crate::workbench::{self, Bench};
-use crate::{Usage, memory, scoring, tasks};
+use crate::{scoring, tasks};
 use anyhow::{Result, bail};
 use engobe_data::{Encoder, Prompt, Task};
-use engobe_formats::atomic::write_atomic;
-use engobe_metrics::text;
 use engobe_train::evaluate;
-use serde_json::{Map, Value, json};
-
-/// Scores of completions; the others need no generation.
-const OF_TEXTS: [&str; 3] = ["exact_match", "bleu", "rouge_l"];
-const OF_TOKENS: [&str; 3] = ["loss", "perplexity", "token_accuracy"];
 
 /// Scores a model on rows.
 pub fn run(args: &EvalArgs) -> Result<()> {
@@ -30,6 +24,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     };
     match tasks::choose(&hints, &mut note)? {
         Task::CausalLm => next_tokens(args, &mut note),
+        Task::Seq2SeqLm => tasks::seq2seq::eval(args, &path, &mut note),
         task => {
             let options = workbench::options_of(&args.model)?;
             tasks::eval::run(args, task, &path, adapter.as_deref(), &options, &mut note)
@@ -39,10 +34,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 
 /// Scores a decoder.
 fn next_tokens(args: &EvalArgs, note: &mut Note) -> Result<()> {
-    let known = [&OF_TOKENS[..], &OF_TEXTS].concat();
-    if let Some(name) = args.metrics.iter().find(|m| !known.contains(&m.as_str())) {
-        bail!(Usage(format!("--metrics {name}: for next tokens there are {}", known.join(", "))));
-    }
+    let wanted = text_scores::wanted(args, "next tokens")?;
     let mut bench = Bench::open(&args.model, &args.common, note)?;
     workbench::set_chat_template(bench.tokenizer.as_mut(), args.rows.chat_template.as_deref())?;
     let settings = RowSettings {
@@ -58,46 +50,12 @@ fn next_tokens(args: &EvalArgs, note: &mut Note) -> Result<()> {
         progress.update(done, || "measuring the loss".to_string())
     })?;
     drop(progress);
-    let of_texts =
-        |name: &&str| args.metrics.iter().any(|m| m == name) || (*name == "exact_match" && args.exact_match);
-    let wanted: Vec<&str> = OF_TEXTS.into_iter().filter(|name| of_texts(name)).collect();
-    let scores = match wanted.is_empty() && args.predictions.is_none() {
-        true => Vec::new(),
+    let completed = match wanted.is_empty() && args.predictions.is_none() {
+        true => Completed::default(),
         false => completions(args, &bench, &rows, &encoder, &wanted, note)?,
     };
-    if args.common.json {
-        let mut json = json!({
-            "loss": found.loss,
-            "perplexity": found.perplexity,
-            "token_accuracy": found.token_accuracy,
-            "label_tokens": found.label_tokens,
-            "rows": rows.samples.len(),
-            "peak_rss_bytes": memory::peak_resident_bytes(),
-            "exact_match": Value::Null,
-        });
-        let scores = scores.iter().map(|(name, score)| ((*name).to_string(), json!(score)));
-        json.as_object_mut().unwrap_or(&mut Map::new()).extend(scores);
-        return print_json(&json);
-    }
-    let mut text = format!(
-        "loss {:.4} · perplexity {:.3} · token accuracy {:.2} % · {} rows, {} labels\n",
-        found.loss,
-        found.perplexity,
-        100.0 * found.token_accuracy,
-        rows.samples.len(),
-        found.label_tokens
-    );
-    for (name, score) in scores {
-        text += &match name {
-            "exact_match" => {
-                let of = prompts_of(&rows, &encoder)?.len();
-                format!("exact match {:.0} of {of} ({:.1} %)\n", score * of as f64, 100.0 * score)
-            }
-            "bleu" => format!("BLEU {score:.2}\n"),
-            _ => format!("ROUGE-L {:.2} %\n", 100.0 * score),
-        };
-    }
-    print(&text)
+    let scores = completed.scores(&wanted);
+    text_scores::show(args.common.json, &found, rows.samples.len(), &scores, completed.scored())
 }
 
 fn prompts_of(rows: &Dataset, encoder: &Encoder<'_>) -> Result<Vec<Prompt>> {
@@ -108,7 +66,7 @@ fn prompts_of(rows: &Dataset, encoder: &Encoder<'_>) -> Result<Vec<Prompt>> {
     Ok(prompts)
 }
 
-/// Generates the rows' completions, scores them, and writes them if they were asked for.
+/// Generates the rows' completions, and writes them if they were asked for.
 fn completions(
     args: &EvalArgs,
     bench: &Bench,
@@ -116,7 +74,7 @@ fn completions(
     encoder: &Encoder<'_>,
     wanted: &[&'static str],
     note: &Note,
-) -> Result<Vec<(&'static str, f64)>> {
+) -> Result<Completed> {
     let prompts = prompts_of(rows, encoder)?;
     if prompts.is_empty() {
         let flag = if args.exact_match { "--exact-match" } else { "completions' scores and --predictions" };
@@ -133,18 +91,9 @@ fn completions(
         _ => scoring::complete(bench, &prompts, args.max_new_tokens, &mut tell)?,
     };
     drop(progress);
+    let completed = Completed(prompts.into_iter().map(|p| Some(p.completion)).zip(texts).collect());
     if let Some(file) = &args.predictions {
-        let line = |(prompt, text): (&Prompt, &String)| {
-            format!("{}\n", json!({ "completion": prompt.completion, "prediction": text }))
-        };
-        let lines: String = prompts.iter().zip(&texts).map(line).collect();
-        write_atomic(file, lines.as_bytes())?;
+        completed.write(file)?;
     }
-    let references: Vec<&str> = prompts.iter().map(|p| p.completion.as_str()).collect();
-    let score = |name: &'static str| match name {
-        "exact_match" => text::exact_match(&references, &texts),
-        "bleu" => text::bleu(&references, &texts),
-        _ => text::rouge_l(&references, &texts),
-    };
-    Ok(wanted.iter().map(|name| (*name, score(name))).collect())
+    Ok(completed)
 }

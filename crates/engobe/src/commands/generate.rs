@@ -2,15 +2,20 @@
 
 use crate::Usage;
 use crate::args::GenerateArgs;
+use crate::tasks::{self, seq2seq::Answerer};
 use crate::terminal::{Note, print, print_json, say, since_start};
 use crate::workbench::{self, Bench};
 use anyhow::{Context, Result, bail};
 use engobe_data::template::message;
 use engobe_data::{ChatTemplate, TextTokenizer};
-use engobe_infer::{Generated, Generator, Sampler, Sampling, StopReason, StopStrings};
+use engobe_infer::{
+    Activations, Generated, Generator, Sampler, Sampling, StopReason, StopStrings, generate_from,
+};
+use engobe_nn::{ModelInfo, Seq2Seq};
 use serde_json::{Value, json};
 use std::io::{BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
+use std::path::Path;
 
 /// Continues a prompt, or talks.
 pub fn run(args: &GenerateArgs) -> Result<()> {
@@ -23,9 +28,15 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let mut sampler = Sampler::new(sampling(args))
         .map_err(|e| Usage(format!("--{}", e.to_string().replacen('_', "-", 1))))?;
     let mut note = Note::new(&args.common);
-    let mut bench = Bench::open(&args.model, &args.common, &mut note)?;
+    workbench::set_threads(args.model.threads)?;
+    let path = workbench::resolve(&args.model.model, &args.common, &mut note)?;
+    if tasks::is_seq2seq(&path) {
+        return answer(args, &path, &mut sampler, &mut note);
+    }
+    let mut bench = Bench::open_at(&path, &args.model)?;
     workbench::set_chat_template(bench.tokenizer.as_mut(), args.chat_template.as_deref())?;
-    let mut talk = Talk { args, bench: &bench, end: bench.end_ids()?, generator: None };
+    let speaker = Speaker::Decoder { bench: &bench, generator: None };
+    let mut talk = Talk { args, tokenizer: bench.tokenizer.as_ref(), end: bench.end_ids()?, speaker };
     if !args.prompt_ids.is_empty() {
         return talk.finish(args.prompt_ids.clone(), &mut sampler, &mut note);
     }
@@ -38,6 +49,22 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         }
         (None, _) => talk.dialogue(tokenizer, &mut sampler),
     }
+}
+
+/// What an encoder-decoder makes of a text.
+fn answer(args: &GenerateArgs, path: &Path, sampler: &mut Sampler, note: &mut Note) -> Result<()> {
+    if args.chat {
+        bail!(Usage("--chat: an encoder-decoder holds no dialogue; give it a --prompt".to_string()));
+    }
+    let answerer = Answerer::open(path, &args.model)?;
+    let activations = workbench::activations(&args.model);
+    let speaker = Speaker::EncoderDecoder { model: answerer.model()?, activations };
+    let mut talk = Talk { args, tokenizer: answerer.tokenizer(), end: answerer.end_ids()?, speaker };
+    let ids = match &args.prompt {
+        Some(prompt) => answerer.need_tokenizer()?.encode(prompt, true)?,
+        None => args.prompt_ids.clone(),
+    };
+    talk.finish(ids, sampler, note)
 }
 
 fn sampling(args: &GenerateArgs) -> Sampling {
@@ -70,9 +97,49 @@ fn chat_ids(tokenizer: &TextTokenizer, template: &ChatTemplate, messages: &[Valu
 /// A model in conversation.
 struct Talk<'a> {
     args: &'a GenerateArgs,
-    bench: &'a Bench,
+    tokenizer: Option<&'a TextTokenizer>,
     end: Vec<u32>,
-    generator: Option<Generator<'a>>,
+    speaker: Speaker<'a>,
+}
+
+/// What makes the tokens.
+enum Speaker<'a> {
+    /// a decoder, with what it has read and said so far
+    Decoder { bench: &'a Bench, generator: Option<Generator<'a>> },
+    /// an encoder-decoder, which begins anew with each text
+    EncoderDecoder { model: &'a dyn Seq2Seq, activations: Activations },
+}
+
+impl Speaker<'_> {
+    fn info(&self) -> &ModelInfo {
+        match self {
+            Self::Decoder { bench, .. } => bench.model.info(),
+            Self::EncoderDecoder { model, .. } => model.info(),
+        }
+    }
+
+    fn generate(
+        &mut self,
+        ids: &[u32],
+        most: usize,
+        end: &[u32],
+        sampler: &mut Sampler,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Generated> {
+        match self {
+            Self::Decoder { bench, generator } => {
+                if generator.is_none() {
+                    let (model, activations) = (bench.model.as_ref(), bench.activations);
+                    *generator = Some(Generator::new(model, ids.len() + most, activations)?);
+                }
+                let Some(generator) = generator else { bail!("no generator") };
+                Ok(generator.generate(ids, most, end, sampler, on_token)?)
+            }
+            Self::EncoderDecoder { model, activations } => {
+                Ok(generate_from(*model, ids, most, end, *activations, sampler, on_token)?)
+            }
+        }
+    }
 }
 
 /// An answer.
@@ -118,7 +185,7 @@ impl<'a> Talk<'a> {
     }
 
     fn check(&self, ids: &[u32]) -> Result<()> {
-        let vocab = self.bench.model.info().vocab_size;
+        let vocab = self.speaker.info().vocab_size;
         match ids.iter().find(|id| **id as usize >= vocab) {
             Some(id) => bail!("--prompt-ids: {id} is beyond the model's vocabulary of {vocab}"),
             None => Ok(()),
@@ -127,15 +194,9 @@ impl<'a> Talk<'a> {
 
     /// Continues `ids`, showing the text as it comes if it is to be streamed.
     fn answer(&mut self, ids: &[u32], sampler: &mut Sampler, stream: bool) -> Result<Answer> {
-        if self.generator.is_none() {
-            let capacity = ids.len() + self.args.max_new_tokens;
-            let (model, activations) = (self.bench.model.as_ref(), self.bench.activations);
-            self.generator = Some(Generator::new(model, capacity, activations)?);
-        }
-        let Some(generator) = &mut self.generator else { bail!("no generator") };
         let mut text = String::new();
         let mut stops = StopStrings::new(self.args.stop.iter().cloned());
-        let mut decoder = self.bench.tokenizer.as_ref().map(|t| t.decode_stream(true));
+        let mut decoder = self.tokenizer.map(|t| t.decode_stream(true));
         let mut failed = None;
         let mut first_token_seconds = None;
         let show = |piece: &str, text: &mut String| -> Result<()> {
@@ -162,8 +223,8 @@ impl<'a> Talk<'a> {
                 Err(e) => stop(&mut failed, e),
             }
         };
-        let mut generated =
-            generator.generate(ids, self.args.max_new_tokens, &self.end, sampler, &mut on_token)?;
+        let most = self.args.max_new_tokens;
+        let mut generated = self.speaker.generate(ids, most, &self.end, sampler, &mut on_token)?;
         if let Some(error) = failed {
             return Err(error);
         }

@@ -34,7 +34,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         let base = workbench::resolve(model, &args.common, &mut note)?;
         let mut bench = Bench::load(&base, Some(&path), &LoadOptions::default())?;
         let adapter = bench.adapter.take().context("no adapter")?;
-        let all = adapter.num_added() + workbench::base_parameters(bench.model.as_mut());
+        let all = adapter.num_added() + workbench::parameters_of(bench.model.as_mut());
         found.fact("trainable_parameters", adapter.num_parameters());
         found.fact("all_parameters", all);
         let line = workbench::trainable_line(bench.model.as_mut(), &adapter);

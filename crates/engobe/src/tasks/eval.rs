@@ -39,12 +39,12 @@ pub fn run(
             }
         }
     };
-    let mut bench = TaskBench::load(path, labels, options, SEED)?;
+    let mut bench = TaskBench::load(path, task, Some(labels.clone()), options, SEED)?;
     if let Some(dir) = adapter {
         let device = options.device.clone();
         bench.adapter = Some(Adapter::load(tree(&mut bench), dir, &device)?);
     } else {
-        tell_fresh(&bench.model, note);
+        tell_fresh(&bench, note);
     }
     let samples = bench.encoder(args.max_seq_len).encode(&files)?;
     tell_files(&files, &samples, note);
@@ -68,7 +68,7 @@ pub fn run(
     };
     if let Some(file) = &args.predictions {
         strip_labels(&mut files);
-        write_predictions(&bench, &files, args.max_seq_len, file, note)?;
+        write_predictions(&bench, &labels, &files, args.max_seq_len, file, note)?;
     }
     match (found, &args.predictions) {
         (Some(found), _) => show(&found, task, labelled.len(), &args.metrics, args.common.json),
@@ -123,6 +123,7 @@ fn strip_labels(files: &mut [DataFile]) {
 /// A line of JSON a row, in the order of the rows.
 fn write_predictions(
     bench: &TaskBench,
+    labels: &LabelSet,
     files: &[DataFile],
     max_seq_len: usize,
     file: &Path,
@@ -142,12 +143,11 @@ fn write_predictions(
         let line = match &row.content {
             Content::Tagged { tokens, .. } => {
                 let classes = prediction.classes();
-                let tag =
-                    |at: &Option<usize>| at.and_then(|at| classes.get(at)).map(|c| bench.labels.name(*c));
+                let tag = |at: &Option<usize>| at.and_then(|at| classes.get(at)).map(|c| labels.name(*c));
                 let tags: Vec<Option<&str>> = encoder.first_tokens(tokens)?.iter().map(tag).collect();
                 json!({ "row": row.place.number, "tokens": tokens, "tags": tags })
             }
-            _ => of_text(&bench.labels, row, prediction),
+            _ => of_text(labels, row, prediction),
         };
         text += &format!("{line}\n");
     }

@@ -3,8 +3,11 @@
 // each file of tests uses what it needs of this
 #![allow(dead_code)]
 
+use engobe_formats::safetensors_file::{SafetensorsFile, write_typed};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -39,4 +42,34 @@ pub fn error(command: &mut Command) -> (i32, String) {
     assert_eq!(lines.len(), 1, "{command:?}\n{text}");
     assert!(!text.contains("mistake of ours"), "{text}");
     (status.code().unwrap(), lines[0].to_string())
+}
+
+/// A model of `golden/` with a tiny tokenizer of the data crate's tests: the matrices in `grown` get as many rows as the
+/// tokenizer has tokens, by repeating rows, each time turned by an element more.
+pub fn with_tokenizer(base: &str, tokenizer: &str, vocab: usize, grown: &[&str], to: &Path) {
+    let from = golden(base);
+    fs::create_dir_all(to).unwrap();
+    let mut config: Value = serde_json::from_slice(&fs::read(from.join("config.json")).unwrap()).unwrap();
+    config["vocab_size"] = vocab.into();
+    fs::write(to.join("config.json"), config.to_string()).unwrap();
+    let file = SafetensorsFile::open(&from.join("model.safetensors")).unwrap();
+    let tensors = file.tensors().map(|view| {
+        let (mut shape, mut bytes) = (view.shape.clone(), view.bytes().to_vec());
+        if grown.iter().any(|name| view.name.ends_with(name)) {
+            let (row, element) = (bytes.len() / shape[0], bytes.len() / shape[0] / shape[1]);
+            let turned = |i: usize| {
+                let mut row = bytes[i % shape[0] * row..][..row].to_vec();
+                row.rotate_left(i / shape[0] * element);
+                row
+            };
+            bytes = (0..vocab).flat_map(turned).collect();
+            shape[0] = vocab;
+        }
+        (view.name.clone(), view.dtype.clone(), shape, bytes)
+    });
+    write_typed(&to.join("model.safetensors"), tensors.collect(), &BTreeMap::new()).unwrap();
+    let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/tests/golden/tasks").join(tokenizer);
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(tokenizer.join(name), to.join(name)).unwrap();
+    }
 }

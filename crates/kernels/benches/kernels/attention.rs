@@ -21,11 +21,13 @@ pub fn all(c: &mut Criterion) {
         let name = format!("attention {rows}x{each}");
         let bytes = (2 * wide + 2 * narrow) * F;
         measure(c, &name, 2 * product, bytes, || {
-            attention(&shape, &segments, &q, &k, &v, &mut out, Some(&mut lse));
+            attention(&shape, &segments, &q, &k, &v, None, &mut out, Some(&mut lse));
         });
         let bytes = (4 * wide + 4 * narrow) * F;
         measure(c, &format!("{name} backward"), 5 * product, bytes, || {
-            attention_backward(&shape, &segments, &q, &k, &v, &out, &lse, &dout, &mut dq, &mut dk, &mut dv);
+            attention_backward(
+                &shape, &segments, &q, &k, &v, None, &out, &lse, &dout, &mut dq, &mut dk, &mut dv, None,
+            );
         });
     }
 }

@@ -27,9 +27,14 @@ impl AttentionShape {
         Self { heads, kv_heads, head_dim, scale, causal, window: None, soft_cap: None }
     }
 
+    /// Where query `row` of `nq` sits among `nkv` keys.
+    pub fn place(&self, nq: usize, nkv: usize, row: usize) -> usize {
+        if self.causal { nkv - nq + row } else { row }
+    }
+
     /// The keys, of `nkv`, that query `row` of `nq` may see.
     pub fn visible(&self, nq: usize, nkv: usize, row: usize) -> Range<usize> {
-        let at = if self.causal { nkv - nq + row } else { row };
+        let at = self.place(nq, nkv, row);
         let end = if self.causal { at + 1 } else { nkv };
         match self.window {
             None => 0..end,

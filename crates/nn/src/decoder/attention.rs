@@ -60,7 +60,8 @@ impl Attention {
             let (keys, values) = cache.kv.append(cache.layer, &context.batch, k.tensor(), v.tensor())?;
             (k, v) = (Var::constant(keys), Var::constant(values));
         }
-        ops::attention(tape, &q, &k, &v, self.shape, context.batch.segments.clone())
+        let (segments, bias) = (context.batch.segments.clone(), context.bias.as_ref());
+        ops::biased_attention(tape, &q, &k, &v, self.shape, segments, bias)
     }
 
     fn project<'m>(&'m self, tape: &mut Tape<'m>, x: &Var) -> Result<[Var; 3]> {

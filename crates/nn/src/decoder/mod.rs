@@ -17,7 +17,7 @@ use crate::{
     SiteMut, TokenBatch,
 };
 use candle_core::{Device, Tensor};
-use engobe_autograd::ops::{self, Head, HeadLoss, RopeSpec};
+use engobe_autograd::ops::{self, Head, HeadLoss, RopeSpec, ScoreBias};
 use engobe_autograd::{Tape, Var};
 use std::sync::Arc;
 
@@ -28,6 +28,8 @@ pub struct Context {
     pub ropes: Arc<[RopeSpec]>,
     /// the tokens, with what adapters put before them
     pub batch: TokenBatch,
+    /// what is added to attention's scores
+    pub bias: Option<ScoreBias>,
 }
 
 /// A block's place in a cache.
@@ -175,7 +177,7 @@ impl CausalLm for Decoder {
         let longest = batch.positions.iter().max().map_or(0, |p| *p as usize + 1);
         let angles =
             |rope: &Rope| RopeSpec { table: rope.table(longest), positions: batch.positions.clone() };
-        let context = Context { ropes: self.ropes.iter().map(angles).collect(), batch };
+        let context = Context { ropes: self.ropes.iter().map(angles).collect(), batch, bias: None };
         for (layer, block) in self.blocks.iter().enumerate() {
             x = match cache.as_deref_mut() {
                 Some(kv) => block.forward(tape, &x, &context, Some(CacheSlot { kv, layer }))?,

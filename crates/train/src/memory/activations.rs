@@ -18,6 +18,9 @@
 //! backward widen it: gate and up beside their gradients, q, k, v and the output beside theirs, a block's input when the
 //! block runs again; the 16 bits go as the 32 come.
 //!
+//! What other adapters keep of each token is added to Σr (`AdapterSizes::kept`). A prompt lengthens rows; a prefix of p
+//! lengthens keys and values alone, 2kv·(n + rows·p) of the above.
+//!
 //! Blocks of other kinds keep `extra` floats more for each token (norms of heads, norms after sub-layers); a plain MLP
 //! keeps f and not 2f. Norms, gated products and masked inputs are not kept: they are made again. Without checkpointing, all adapted blocks
 //! are kept when the head or the last block's backward is at work. With it, each block keeps its input (n·d), and one
@@ -50,6 +53,8 @@ pub struct StepSizes {
     pub rows: usize,
     /// tokens in a row
     pub len: usize,
+    /// keys and values before those of a row
+    pub prefix: usize,
     /// width of the hidden states
     pub d: usize,
     /// query heads
@@ -106,8 +111,7 @@ impl StepSizes {
                 *by_block.entry(block).or_default() += floats;
             }
         }
-        // a bias or module that is trained in full may lie in any block
-        // and what comes before a sequence reaches all of them
+        // a bias or module that is trained in full may lie in any block, and what comes before a sequence reaches all
         let lowest = match run.adapter.full.is_empty() && run.adapter.other.is_empty() {
             true => by_block.keys().next().copied().unwrap_or(s.layers),
             false => 0,
@@ -115,6 +119,7 @@ impl StepSizes {
         Self {
             rows: schedule.batch_size,
             len: schedule.max_seq_len + run.adapter.lead,
+            prefix: run.adapter.key_value_lead,
             d: s.hidden,
             heads: s.heads,
             kv_heads: s.kv_heads,
@@ -142,6 +147,11 @@ impl StepSizes {
         self.rows * self.len
     }
 
+    /// Keys of all rows.
+    fn keys(&self) -> usize {
+        self.rows * (self.len + self.prefix)
+    }
+
     fn widths(&self) -> (usize, usize) {
         (self.heads * self.head_dim, self.kv_heads * self.head_dim)
     }
@@ -154,8 +164,8 @@ impl StepSizes {
     /// What block `i` of the adapted ones keeps for its backward.
     fn kept(&self, i: usize) -> usize {
         let (a, kv) = self.widths();
-        let values = 2 * self.d + 2 * a + 2 * kv + self.inner() * self.f + self.extra + self.ranks[i];
-        self.n() * (self.each() * values + F * (self.heads + 2))
+        let values = 2 * self.d + 2 * a + self.inner() * self.f + self.extra + self.ranks[i];
+        self.n() * (self.each() * values + F * (self.heads + 2)) + self.keys() * self.each() * 2 * kv
     }
 
     /// Bytes of a number that is kept.
@@ -174,12 +184,13 @@ impl StepSizes {
         let (n, d, f) = (self.n(), self.d, self.f);
         let down = n * (d + 2 * f) + if self.dropout { 2 * n * f } else { 0 };
         let gated = n * (d + (1 + self.inner()) * f) + self.widened(self.inner() * n * f) / F;
-        let padded_rows = self.len.next_multiple_of(PANEL) * self.rows;
-        let packed = padded_rows * 2 * kv + n * self.kv_heads * self.head_dim.next_multiple_of(PANEL);
-        let attention = n * (2 * a + 2 * kv) + packed + 2 * a * self.rows * self.seen();
+        let padded_rows = (self.len + self.prefix).next_multiple_of(PANEL) * self.rows;
+        let packed =
+            padded_rows * 2 * kv + self.keys() * self.kv_heads * self.head_dim.next_multiple_of(PANEL);
+        let own = n * 2 * a + self.keys() * 2 * kv;
         // of one row at a time
         let scores = self.score_planes * self.heads * self.len * self.len;
-        let attention = F * (attention + scores) + self.widened(n * (2 * a + 2 * kv));
+        let attention = F * (own + packed + scores + 2 * a * self.rows * self.seen()) + self.widened(own);
         // gate and up are gone by then
         (F * down.max(gated)).max(attention.saturating_sub(self.each() * self.inner() * n * f))
     }
@@ -188,7 +199,8 @@ impl StepSizes {
     fn seen(&self) -> usize {
         let parts = (self.len / QUERY_PART).clamp(1, QUERY_PARTS);
         // parts hold equally many scores: the i-th of p ends at √(i/p) of the row
-        (1..=parts).map(|i| (self.len as f64 * (i as f64 / parts as f64).sqrt()) as usize).sum()
+        let queries = |i: usize| (self.len as f64 * (i as f64 / parts as f64).sqrt()) as usize;
+        (1..=parts).map(|i| self.prefix + queries(i)).sum()
     }
 
     /// What a forward of a block without a tape, or the end of one with it, holds on top of its input.
@@ -223,7 +235,7 @@ impl StepSizes {
     /// What threads keep between calls.
     fn scratch(&self) -> usize {
         let tile = if self.decoded_head { F * HEAD_BLOCK.min(self.vocab) * self.d } else { 0 };
-        let scores = F * 2 * QUERY_BLOCK * (self.len + self.head_dim);
+        let scores = F * 2 * QUERY_BLOCK * (self.len + self.prefix + self.head_dim);
         self.threads * (tile + scores + PRODUCT_SCRATCH)
     }
 }

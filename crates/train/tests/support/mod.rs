@@ -15,7 +15,8 @@ pub fn train(model: &dyn CausalLm, adapter: &Adapter, plan: &Plan, out: &Path) -
     let options = EncodeOptions { train_on: TrainOn::Completions, style: PromptStyle::Auto, max_seq_len: 64 };
     let encoder = Encoder::new(None, model.info().vocab_size, options).unwrap();
     let samples = Arc::new(encoder.encode(&files).unwrap());
-    let order = LoaderOptions { batch_size: 2, max_seq_len: 64, packing: false, shuffle: false, seed: 0 };
+    let order =
+        LoaderOptions { batch_size: 2, max_seq_len: 64, packing: false, shuffle: false, seed: 0, lead: 0 };
     let loader = Loader::new(samples, order);
     let mut trainer = Trainer::new(model, adapter, plan, loader, vec![], out, String::new()).unwrap();
     trainer.run(&mut Silent).unwrap();

@@ -192,7 +192,7 @@ impl Fields<'_> {
         Ok(Content::Tagged { tokens: words, tags })
     }
 
-    /// Ids with their labels; a row without labels has all of its ids as labels.
+    /// Ids with their labels. How many labels there must be depends on the task.
     pub fn tokens(&self) -> Result<Content> {
         let number = |key: &str, i: usize, v: &Value| {
             v.as_i64()
@@ -209,13 +209,6 @@ impl Fields<'_> {
             return Ok(Content::Tokens { ids, labels: None });
         }
         let list = self.list("labels")?;
-        if list.len() != ids.len() {
-            return Err(self.place.error(format!(
-                "{} labels for {} input_ids; one label a token",
-                list.len(),
-                ids.len()
-            )));
-        }
         let mut labels = Vec::with_capacity(ids.len());
         for (i, v) in list.iter().enumerate() {
             labels.push(match number("labels", i, v)? {
