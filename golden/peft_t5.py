@@ -17,7 +17,7 @@ from shared import HERE, save_adapter, write_expected
 from tiny import padded
 
 from parity import perturb
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import T5ForConditionalGeneration
 
 STEPS, LR = 10, 1e-3
@@ -33,6 +33,8 @@ CASES = {
     "ia3": ("v11", IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"])),
     # PEFT makes a second prompt for the decoder, which nothing reads
     "prompt": ("v10", PromptTuningConfig(num_virtual_tokens=5)),
+    # before the keys of the decoder's own attention
+    "prefix": ("v11", PrefixTuningConfig(num_virtual_tokens=3)),
     "prompt_source": ("uneven", PromptTuningConfig(num_virtual_tokens=2, num_transformer_submodules=1)),
 }
 

@@ -27,6 +27,8 @@ pub struct AdapterSizes {
     pub other: Vec<usize>,
     /// floats that are kept of each token for the backward beside u = A·x of the layers above, by module path
     pub kept: Vec<(String, usize)>,
+    /// floats that are kept for the backward whatever the number of tokens, by module path
+    pub fixed: Vec<(String, usize)>,
     /// trained elements that are the base's own (biases)
     pub base_elements: usize,
     /// rows that come before each sequence

@@ -1,5 +1,10 @@
 //! Prefix tuning (Li & Liang 2021): trained keys and values before those of each sequence, in every attention module.
 //!
+//! In an encoder-decoder they stand before the decoder's own keys and values, as PEFT has it: the encoder and the attention
+//! between them have none. PEFT lays out keys and values of both attentions of a decoder's block and then leaves those between
+//! encoder and decoder away, so of a file's L pairs the i-th block takes the one numbered 2i mod L: with an even L two blocks
+//! share every second pair, and the others are not used. Files are exchanged with PEFT, so it is the same here.
+//!
 //! A file holds one matrix `[count, layers · 2 · kv_width]`: for each row the first block's key and value, then the
 //! second's, and so on. With `prefix_projection` these are `tanh(E·W₁ᵀ + b₁)·W₂ᵀ + b₂` of an embedding E `[count,
 //! kv_width]` while it is trained, and only the outcome is saved. W₂ is kept in pieces, one for the keys and one for
@@ -115,11 +120,15 @@ impl Method for PrefixTuning {
     ) -> Result<Box<dyn Attached>> {
         let (sites, heads, width) = self.sites(model)?;
         let prefix = Prefix::new(config, sites.key_values.len(), width, at)?;
-        let mut layers = prefix.layers.iter();
+        let mut blocks = 0usize..;
+        let pair = |block: usize| match sites.encoder_decoder {
+            true => 2 * block % prefix.layers.len(),
+            false => block,
+        };
         model.visit_sites(&mut |site| match site {
             SiteMut::Entry(entry) => entry.attach_key_values(prefix.count),
             SiteMut::KvPrefix(site) => {
-                if let Some(layer) = layers.next() {
+                if let Some(layer) = blocks.next().and_then(|block| prefix.layers.get(pair(block))) {
                     site.attach(layer.clone());
                 }
             }
@@ -127,6 +136,9 @@ impl Method for PrefixTuning {
         });
         let mut config = config.clone();
         virtual_tokens::write_model(&mut config, width, heads, sites.key_values.len());
+        if sites.encoder_decoder {
+            virtual_tokens::write_encoder_decoder(&mut config);
+        }
         let hidden = config.whole(HIDDEN)?.unwrap_or(width);
         config.set(HIDDEN, hidden);
         // what it started from is none of a file's business: PEFT would not know the key

@@ -20,7 +20,7 @@ use engobe_nn::{Linear, LinearAdapter, ModuleMut, ModuleTree};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// VeRA.
 #[derive(Debug)]
@@ -93,7 +93,9 @@ impl Method for Vera {
     ) -> Result<Box<dyn Attached>> {
         let r = config.whole("r")?.unwrap_or(256);
         let rules = modules::rules(config)?;
-        let (out, width) = largest(model, &rules)?;
+        let layers = targeted(model, &rules)?;
+        let width = layers.iter().map(|(_, width, _)| *width).max().unwrap_or(1);
+        let out = layers.iter().map(|(_, _, out)| *out).max().unwrap_or(1);
         let key = config.whole("projection_prng_key")?.unwrap_or(0) as u64;
         let matrix = |name: &str, shape: (usize, usize)| -> Result<Param> {
             let start = match at.purpose {
@@ -106,7 +108,10 @@ impl Method for Vera {
             };
             Ok(Param::new(name, &start.to_device(at.device)?)?)
         };
-        let shared = Arc::new([matrix(A, (r, width))?, matrix(B, (out, r))?]);
+        let shared = Arc::new(Shared {
+            matrices: [matrix(A, (r, width))?, matrix(B, (out, r))?],
+            parts: Mutex::default(),
+        });
         let dropout = config.dropout("vera_dropout")? as f32;
         let d_initial = config.number("d_initial")?.unwrap_or(0.1);
         let mut layers = Vec::new();
@@ -124,38 +129,68 @@ impl Method for Vera {
     fn sizes(&self, model: &mut dyn ModuleTree, config: &PeftConfig) -> Result<AdapterSizes> {
         let (r, mut thin) = (config.whole("r")?.unwrap_or(256), config.clone());
         thin.set("r", 1);
+        let layers = targeted(model, &modules::rules(config)?)?;
         let attached = self.attach(model, &thin, &Attaching::to_count(&Default::default()))?;
         let inner = |p: &&Param| p.name().ends_with("vera_lambda_d");
         let params = attached.params();
         Ok(AdapterSizes {
             other: params.iter().map(|p| if inner(p) { r } else { p.len() }).collect(),
             kept: params.iter().filter(|p| inner(p)).map(|p| (p.name().to_string(), r)).collect(),
+            // each layer's scaled matrices
+            fixed: layers.into_iter().map(|(path, width, out)| (path, r * (width + out))).collect(),
             dropout: config.dropout("vera_dropout")? > 0.0,
             ..AdapterSizes::default()
         })
     }
 }
 
-/// Rows and columns of the largest matrices among the targets, each on its own.
-fn largest(model: &mut dyn ModuleTree, rules: &LoraConfig) -> Result<(usize, usize)> {
+/// Path, input and output features of each target.
+fn targeted(model: &mut dyn ModuleTree, rules: &LoraConfig) -> Result<Vec<(String, usize, usize)>> {
     let targets = crate::target::Targets::new(rules)?;
     let heads = model.output_heads();
-    let mut size = (1, 1);
+    let mut layers = Vec::new();
     model.visit_modules(&mut |module| {
         if let ModuleMut::Linear(m) = module
             && targets.adapts(m.path(), !heads.iter().any(|h| h == m.path()))
         {
-            size = (size.0.max(m.out_features()), size.1.max(m.in_features()));
+            layers.push((m.path().to_string(), m.in_features(), m.out_features()));
         }
     });
-    Ok(size)
+    Ok(layers)
+}
+
+/// A and B, and their parts that layers of one size have in common.
+#[derive(Debug)]
+struct Shared {
+    matrices: [Param; 2],
+    /// columns of A, or rows of B (true), by their number
+    parts: Mutex<BTreeMap<(bool, usize), Tensor>>,
+}
+
+impl Shared {
+    /// The first `len` columns of A, or rows of B: one copy for all layers.
+    fn part(&self, of_b: bool, len: usize) -> candle_core::Result<Tensor> {
+        let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(part) = parts.get(&(of_b, len)) {
+            return Ok(part.clone());
+        }
+        let whole = self.matrices[usize::from(of_b)].tensor();
+        let part = whole.narrow(usize::from(!of_b), 0, len)?.contiguous()?;
+        parts.insert((of_b, len), part.clone());
+        Ok(part)
+    }
+
+    /// Forgets the copies: the matrices have other values now.
+    fn changed(&self) {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
 }
 
 /// The two vectors of one layer.
 #[derive(Debug)]
 struct Vectors {
     path: String,
-    shared: Arc<[Param; 2]>,
+    shared: Arc<Shared>,
     /// `[out]`
     b: Param,
     /// `[r]`
@@ -167,7 +202,7 @@ struct Vectors {
 impl Vectors {
     fn new(
         linear: &Linear,
-        shared: &Arc<[Param; 2]>,
+        shared: &Arc<Shared>,
         (r, d_initial, dropout): (usize, f64, f32),
         device: &Device,
     ) -> Result<Self> {
@@ -181,9 +216,7 @@ impl Vectors {
 
     /// This layer's part of the shared matrices.
     fn matrices(&self) -> candle_core::Result<(Tensor, Tensor)> {
-        let [a, b] = &*self.shared;
-        let a = a.tensor().narrow(1, 0, self.width)?.contiguous()?;
-        Ok((a, b.tensor().narrow(0, 0, self.b.len())?.contiguous()?))
+        Ok((self.shared.part(false, self.width)?, self.shared.part(true, self.b.len())?))
     }
 }
 
@@ -201,7 +234,7 @@ impl LinearAdapter for Vectors {
 #[derive(Debug)]
 struct Attachment {
     config: PeftConfig,
-    shared: Arc<[Param; 2]>,
+    shared: Arc<Shared>,
     layers: Vec<Arc<Vectors>>,
     selection: Selection,
 }
@@ -216,7 +249,7 @@ impl Attached for Attachment {
     }
 
     fn export(&self) -> Result<BTreeMap<String, Tensor>> {
-        let [a, b] = &*self.shared;
+        let [a, b] = &self.shared.matrices;
         by_name(&self.params().into_iter().chain([a, b]).collect::<Vec<_>>())
     }
 
@@ -226,8 +259,10 @@ impl Attached for Attachment {
                            generator drew cannot be drawn again; save it with save_projection=True";
             return Err(Error::DoesNotFit { path: path.to_path_buf(), problems: vec![problem.to_string()] });
         }
-        let [a, b] = &*self.shared;
-        fill::by_name(&self.params().into_iter().chain([a, b]).collect::<Vec<_>>(), path, tensors)
+        let [a, b] = &self.shared.matrices;
+        fill::by_name(&self.params().into_iter().chain([a, b]).collect::<Vec<_>>(), path, tensors)?;
+        self.shared.changed();
+        Ok(())
     }
 
     fn unmatched_targets(&self) -> &[String] {

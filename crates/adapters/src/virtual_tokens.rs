@@ -38,6 +38,11 @@ pub(crate) fn write_model(config: &mut PeftConfig, token_dim: usize, heads: usiz
     config.set(SUBMODULES, 1);
 }
 
+/// Says in PEFT's words that a prefix is an encoder-decoder's.
+pub(crate) fn write_encoder_decoder(config: &mut PeftConfig) {
+    config.set(SUBMODULES, 2);
+}
+
 /// How many prompts a file holds, one below the other. PEFT makes two for an encoder-decoder, and uses the first.
 pub(crate) fn prompts_in_file(config: &PeftConfig) -> Result<usize> {
     let count = config.whole(SUBMODULES)?.unwrap_or(1);
@@ -55,14 +60,17 @@ pub(crate) struct Sites {
     pub width: usize,
     /// heads and width of the keys of each attention module
     pub key_values: Vec<(usize, usize)>,
+    /// rows go before sources, keys and values before targets
+    pub encoder_decoder: bool,
 }
 
 impl Sites {
     /// Looks for them.
     pub fn find(model: &mut dyn ModuleTree, method: &'static str) -> Result<Self> {
-        let (mut entry, mut key_values) = (None, Vec::new());
+        let (mut entry, mut key_values, mut encoder_decoder) = (None, Vec::new(), false);
         model.visit_sites(&mut |site| match site {
-            SiteMut::Entry(e) => entry = Some((e.path().to_string(), e.width())),
+            SiteMut::Entry(e) if e.takes_rows() => entry = Some((e.path().to_string(), e.width())),
+            SiteMut::Entry(_) => encoder_decoder = true,
             SiteMut::KvPrefix(site) => key_values.push((site.kv_heads(), site.width())),
             SiteMut::SubLayer(_) => {}
         });
@@ -77,7 +85,7 @@ impl Sites {
                 embedding = Some(weight.clone());
             }
         });
-        Ok(Self { embedding: embedding.ok_or_else(missing)?, width, key_values })
+        Ok(Self { embedding: embedding.ok_or_else(missing)?, width, key_values, encoder_decoder })
     }
 
     /// Puts `rows` before the embedded tokens, and what PEFT's files say of the model into `config`.

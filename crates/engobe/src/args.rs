@@ -191,8 +191,8 @@ pub struct MethodsArgs {
 
 const COMPARE_EXAMPLES: &str = "\
 The base is loaded once; methods are attached to it, trained and taken away again one after the
-other. All see the same rows in the same order for the same number of steps; --only gives one of
-them settings of its own. Peak memory is the base's weights and the most that tensors took beside.
+other. All see the rows in the same order for the same number of steps (a prompt's rows count in
+what a step takes); --only gives one of them settings of its own. Peak memory is the base's weights and the most that tensors took beside.
 
 Examples:
   engobe compare --model smollm2-135m --methods lora,prefix-tuning --data train.jsonl --out compared

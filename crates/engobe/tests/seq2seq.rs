@@ -106,7 +106,9 @@ fn methods_train_and_are_read_again() {
     rows(&data, 0, 8);
     let (m, d) = (text(&model), text(&data));
     let base = json(&mut engobe(&["eval", "--model", &m, "--data", &d]));
-    let methods: [&[&str]; 2] = [
+    let methods: [&[&str]; 4] = [
+        &["bottleneck", "--reduction-factor", "4", "--learning-rate", "1e-2"],
+        &["prefix-tuning", "--num-virtual-tokens", "4", "--learning-rate", "0.1"],
         &["ia3", "--target-modules", "k,v,wo", "--feedforward-modules", "wo"],
         &["prompt-tuning", "--num-virtual-tokens", "4"],
     ];

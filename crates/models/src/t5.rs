@@ -19,7 +19,7 @@ use engobe_kernels::attention::{AttentionShape, RelativeBias, Segment};
 use engobe_nn::decoder::{Attention, CacheSlot, Context, Mlp, Projection, Up};
 use engobe_nn::{
     Embedding, EncoderStates, Entry, KvCache, KvPrefix, Linear, ModelInfo, ModuleMut, ModuleTree, RmsNorm,
-    Seq2Seq, Seq2SeqCache, SiteMut, SubLayer, SubLayerKind, TokenBatch, linear_group,
+    Seq2Seq, Seq2SeqCache, SiteMut, SubLayer, SubLayerKind, Takes, TokenBatch, linear_group,
 };
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -58,6 +58,8 @@ struct T5 {
     shared: Embedding,
     /// where adapters put rows before each source
     entry: Entry,
+    /// where adapters put keys and values before each target
+    target_entry: Entry,
     encoder: Stack,
     decoder: Stack,
     lm_head: Linear,
@@ -79,7 +81,7 @@ struct Block {
     cross: Option<Cross>,
     mlp: Mlp,
     mlp_norm: RmsNorm,
-    /// nothing attaches here yet: biases by distance do not count rows before a sequence
+    /// what stands before a target's keys; in the bias they are as far away as they lie
     prefix: KvPrefix,
     attention_end: SubLayer,
     mlp_end: SubLayer,
@@ -135,7 +137,8 @@ impl T5 {
             },
             config: c.clone(),
             shared,
-            entry: Entry::new("shared", c.d_model),
+            entry: Entry::new("shared", c.d_model).taking(Takes::Rows),
+            target_entry: Entry::new("shared", c.d_model).taking(Takes::KeyValues),
             encoder,
             decoder,
             lm_head: Linear::new("lm_head", lm_head, None),
@@ -307,7 +310,11 @@ impl ModuleTree for T5 {
 
     fn visit_sites(&mut self, f: &mut dyn FnMut(SiteMut<'_>)) {
         f(SiteMut::Entry(&mut self.entry));
+        f(SiteMut::Entry(&mut self.target_entry));
         for block in self.encoder.blocks.iter_mut().chain(&mut self.decoder.blocks) {
+            if block.cross.is_some() {
+                f(SiteMut::KvPrefix(&mut block.prefix));
+            }
             f(SiteMut::SubLayer(&mut block.attention_end));
             if let Some(cross) = &mut block.cross {
                 f(SiteMut::SubLayer(&mut cross.end));
@@ -356,7 +363,8 @@ impl Seq2Seq for T5 {
         states: &EncoderStates,
     ) -> OpResult<Var> {
         let cross = states.cross(target)?;
-        let mut x = self.embed(tape, target)?;
+        let x = self.embed(tape, target)?;
+        let (mut x, target) = self.target_entry.enter(tape, x, target)?;
         let bias = self.decoder.bias(tape, &self.config, &target.segments, &self.device)?;
         for block in &self.decoder.blocks {
             let (target, zero, cross) = (target.clone(), bias.zero, cross.clone());
@@ -380,8 +388,9 @@ impl Seq2Seq for T5 {
             sources.push((k.into_tensor(), v.into_tensor()));
         }
         let (layers, width, slots) = (self.info.num_layers, self.info.kv_width, states.rows.len());
-        let own = KvCache::new(layers, width, slots, capacity, DType::F32, &self.device)?;
-        Ok(Seq2SeqCache { own, sources, rows: states.rows.clone() })
+        let lead = self.target_entry.lead();
+        let own = KvCache::new(layers, width, slots, capacity + lead, DType::F32, &self.device)?;
+        Ok(Seq2SeqCache { own: own.with_lead(lead), sources, rows: states.rows.clone() })
     }
 
     fn next_states<'m>(
@@ -391,12 +400,13 @@ impl Seq2Seq for T5 {
         cache: &mut Seq2SeqCache,
     ) -> OpResult<Var> {
         let cross = cache.cross(batch)?;
-        let mut x = self.embed(tape, batch)?;
-        let bias = self.decoder.bias(tape, &self.config, &batch.segments, &self.device)?;
+        let x = self.embed(tape, batch)?;
+        let (mut x, entered) = self.target_entry.enter(tape, x, batch)?;
+        let bias = self.decoder.bias(tape, &self.config, &entered.segments, &self.device)?;
         for (layer, block) in self.decoder.blocks.iter().enumerate() {
             let sources = Some((Sources::KeyValues(&cache.sources[layer]), cross.clone()));
             let slot = CacheSlot { kv: &mut cache.own, layer };
-            let context = context(batch, &bias.table, bias.zero);
+            let context = context(&entered, &bias.table, bias.zero);
             x = block.forward(tape, &x, &context, Some(slot), sources)?;
         }
         cache.own.advance(batch);

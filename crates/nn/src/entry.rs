@@ -27,14 +27,37 @@ pub trait InputRows: Debug + Send + Sync {
 pub struct Entry {
     path: String,
     width: usize,
+    takes: Takes,
     rows: Option<Arc<dyn InputRows>>,
     key_values: usize,
+}
+
+/// What may come before the sequences of a stack of blocks. An encoder-decoder has rows before its sources, and keys and
+/// values before its targets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Takes {
+    /// rows, and keys and values
+    Both,
+    /// rows alone
+    Rows,
+    /// keys and values alone
+    KeyValues,
 }
 
 impl Entry {
     /// The way in behind the embedding at a module path, of width `d`.
     pub fn new(path: impl Into<String>, width: usize) -> Self {
-        Self { path: path.into(), width, rows: None, key_values: 0 }
+        Self { path: path.into(), width, takes: Takes::Both, rows: None, key_values: 0 }
+    }
+
+    /// The same for one side of an encoder-decoder. What it does not take is not attached.
+    pub fn taking(self, takes: Takes) -> Self {
+        Self { takes, ..self }
+    }
+
+    /// True if rows may be attached.
+    pub fn takes_rows(&self) -> bool {
+        self.takes != Takes::KeyValues
     }
 
     /// Path of the token embedding.
@@ -49,12 +72,12 @@ impl Entry {
 
     /// Puts rows before each sequence; they take the place of others.
     pub fn attach(&mut self, rows: Arc<dyn InputRows>) {
-        self.rows = Some(rows);
+        self.rows = Some(rows).filter(|_| self.takes_rows());
     }
 
     /// Says that every attention module of this model puts `count` key/value rows before each sequence.
     pub fn attach_key_values(&mut self, count: usize) {
-        self.key_values = count;
+        self.key_values = if self.takes == Takes::Rows { 0 } else { count };
     }
 
     /// Takes away what was attached.

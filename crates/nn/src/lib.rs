@@ -23,7 +23,7 @@ pub use cache::KvCache;
 pub use causal::{CausalLm, ModelInfo, TokenBatch};
 pub use encoder::{Encoder, EncoderStack, Pooler, embed_types};
 pub use engobe_autograd::{Error, FrozenWeight, HostBytes, Result};
-pub use entry::{Entry, InputRows};
+pub use entry::{Entry, InputRows, Takes};
 pub use linear::{Linear, LinearAdapter, linear_group};
 pub use modules::{
     Embedding, EmbeddingAdapter, LayerNorm, ModuleMut, ModuleTree, Norm, RmsNorm, SiteMut, Weight,

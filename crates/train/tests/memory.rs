@@ -141,6 +141,12 @@ fn bottlenecks_prompts_and_prefixes_are_counted() {
             json!({ "architecture": "pfeiffer", "leave_out": (0..20).collect::<Vec<_>>() }),
             10 * (block(n, d + 36) + keys(n)) + top(n),
         ),
+        // u = A·x of seven layers, and each layer's scaled parts of A and B whatever the tokens
+        (
+            "VERA",
+            json!({ "r": 8, "target_modules": "all-linear" }),
+            all_blocks(n, 7 * 8) + 30 * 8 * (4 * d + 2 * d + 2 * kv + 3 * (d + f)),
+        ),
         // a prompt lengthens rows, a prefix keys and values
         ("PROMPT_TUNING", json!({ "num_virtual_tokens": 100 }), all_blocks(n + 100, 0)),
         ("PREFIX_TUNING", json!({ "num_virtual_tokens": 100 }), 30 * (block(n, 0) + keys(n + 100)) + top(n)),

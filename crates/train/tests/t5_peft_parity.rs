@@ -76,7 +76,7 @@ fn curve(name: &str, expected: &Expected, checkpointing: bool) -> Vec<(f64, f64)
 #[test]
 fn curves_are_those_of_peft() {
     let names = cases("peft_t5");
-    assert_eq!(names, ["default", "feed_forward", "ia3", "prompt", "prompt_source", "saved"]);
+    assert_eq!(names, ["default", "feed_forward", "ia3", "prefix", "prompt", "prompt_source", "saved"]);
     for name in names {
         let expected: Expected = golden_json(format!("peft_t5/{name}/expected.json"));
         assert_eq!(expected.losses.len(), 10);

@@ -77,6 +77,8 @@ pub struct StepSizes {
     pub decoded_head: bool,
     /// ranks of each block's adapters, summed, from the lowest block with an adapter upwards
     pub ranks: Vec<usize>,
+    /// what these blocks keep whatever the number of tokens
+    pub fixed: Vec<usize>,
     /// inputs are masked for the adapters
     pub dropout: bool,
     /// the head itself is trained or adapted
@@ -111,6 +113,12 @@ impl StepSizes {
                 *by_block.entry(block).or_default() += floats;
             }
         }
+        let mut fixed: BTreeMap<usize, usize> = BTreeMap::new();
+        for (path, floats) in &run.adapter.fixed {
+            if let Some(block) = block_of(path) {
+                *fixed.entry(block).or_default() += floats;
+            }
+        }
         // a bias or module that is trained in full may lie in any block, and what comes before a sequence reaches all
         let lowest = match run.adapter.full.is_empty() && run.adapter.other.is_empty() {
             true => by_block.keys().next().copied().unwrap_or(s.layers),
@@ -132,6 +140,7 @@ impl StepSizes {
             // (the embedding has as many rows as the head, if it is not the head itself)
             decoded_head: run.tensors.iter().any(|t| t.rows == s.vocab && t.storage != "F32"),
             ranks: (lowest..s.layers).map(|i| by_block.get(&i).copied().unwrap_or(0)).collect(),
+            fixed: (lowest..s.layers).map(|i| fixed.get(&i).copied().unwrap_or(0)).collect(),
             dropout: run.adapter.dropout,
             trained_head,
             checkpointing: run.plan.compute.activation_checkpointing,
@@ -165,7 +174,10 @@ impl StepSizes {
     fn kept(&self, i: usize) -> usize {
         let (a, kv) = self.widths();
         let values = 2 * self.d + 2 * a + self.inner() * self.f + self.extra + self.ranks[i];
-        self.n() * (self.each() * values + F * (self.heads + 2)) + self.keys() * self.each() * 2 * kv
+        let whatever = self.fixed.get(i).copied().unwrap_or(0);
+        self.n() * (self.each() * values + F * (self.heads + 2))
+            + self.keys() * self.each() * 2 * kv
+            + F * whatever
     }
 
     /// Bytes of a number that is kept.
