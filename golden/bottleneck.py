@@ -4,7 +4,8 @@
     PYTHONPATH=DIR python golden/bottleneck.py
 
 (the package wants an older transformers than the other scripts). Writes golden/bottleneck/NAME/: the adapter that
-training starts from, as the package saves it, and expected.json. The models are those of golden/llama.
+training starts from, as the package saves it, and expected.json. The models are those of golden/llama. Those with a task's
+head, over golden/encoders and golden/llama, go to golden/peft_tasks/.
 """
 
 import shutil
@@ -46,6 +47,45 @@ CASES = {
     ),
 }
 
+# with a head: base, problem, classes as in peft_tasks.py
+TASKS = {
+    "bert_houlsby": ("bert", "single_label_classification", 3, DoubleSeqBnConfig(reduction_factor=8)),
+    "bert_pfeiffer": ("bert", "tokens", 3, SeqBnConfig(reduction_factor=4)),
+    "roberta_parallel": ("roberta", "regression", 1, ParBnConfig(reduction_factor=4)),
+    "distilbert_houlsby": ("distilbert", "multi_label_classification", 3, DoubleSeqBnConfig(reduction_factor=8)),
+    "llama_pfeiffer": ("llama/gqa_tied", "single_label_classification", 3, SeqBnConfig(reduction_factor=4)),
+}
+
+
+def with_head(config):
+    def adapt(model, directory, base):
+        adapters.init(model)
+        model.add_adapter("task", config=config)
+        model.train_adapter("task")
+        head = [p for n, p in model.named_parameters() if not n.startswith(model.base_model_prefix)]
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p) * 0.1)
+        assert all(p.requires_grad for p in head)
+        directory.mkdir(parents=True)
+        model.save_adapter(str(directory), "task", use_safetensors=True)
+        for extra in directory.iterdir():
+            if extra.name not in ("adapter_config.json", "adapter.safetensors", "model_head.safetensors"):
+                extra.unlink()
+        path = directory / "adapter_config.json"
+        path.write_text(path.read_text().replace(f"{HERE.parent}/", ""))
+        return model, 0
+
+    return adapt
+
+
+def tasks():
+    from peft_tasks import record
+
+    for seed, (name, (*case, config)) in enumerate(TASKS.items(), start=100):
+        record(name, seed, case, with_head(config))
+
 
 def main():
     out = HERE / "bottleneck"
@@ -70,6 +110,7 @@ def main():
         path = out / name / "adapter_config.json"
         path.write_text(path.read_text().replace(f"{HERE.parent}/", ""))
         expect(model, base, accumulation, rows, out / name / "expected.json")
+    tasks()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ use self::settings::{Init, SETTINGS, Scaling, Settings, architecture, number_of}
 use crate::fill;
 use crate::method::{Attached, Attaching, Card, Method};
 use crate::random::{gaussian, generator, uniform};
+use crate::saved;
 use crate::{AdapterSizes, Error, Result};
 use engobe_autograd::ops::{self, LinearSpec, Matrix};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
@@ -97,7 +98,9 @@ impl Method for Bottleneck {
         if layers.is_empty() {
             return Err(Error::NoSite { method: self.name(), needs: NEEDS });
         }
-        Ok(Box::new(Attachment { config: config.clone(), layers }))
+        // the package keeps heads under their own paths
+        let saved = saved::train_named(model, config, "")?;
+        Ok(Box::new(Attachment { config: config.clone(), layers, saved }))
     }
 
     /// Counted, not attached: bottlenecks of a large model are large.
@@ -122,7 +125,10 @@ impl Method for Bottleneck {
         });
         match vectors.is_empty() {
             true => Err(Error::NoSite { method: self.name(), needs: NEEDS }),
-            false => Ok(AdapterSizes { vectors, kept, ..AdapterSizes::default() }),
+            false => {
+                let full = saved::count_named(model, config)?;
+                Ok(AdapterSizes { vectors, kept, full, ..AdapterSizes::default() })
+            }
         }
     }
 }
@@ -155,10 +161,9 @@ impl Layer {
             let found = format!("without a value for layer {}", number.unwrap_or(0));
             config.bad("reduction_factor", &found, "\"default\" or a value for each layer")
         })?;
-        let block = path.rsplit_once('.').map_or(path, |(block, _)| block);
-        let place = if kind == SubLayerKind::FeedForward { "output_adapters" } else { "attention_adapters" };
-        let name = |part: &str| format!("{block}.{place}.adapters.{name}.{part}");
-        let mut rng = generator(at.start.seed, &format!("{block}.{place}"));
+        let place = place(path, kind);
+        let name = |part: &str| format!("{place}.adapters.{name}.{part}");
+        let mut rng = generator(at.start.seed, &place);
         let mut normal = |len: usize| -> Vec<f32> {
             match settings.init {
                 Init::Houlsby => {
@@ -248,6 +253,23 @@ impl Layer {
     }
 }
 
+/// The module that holds the bottlenecks of the sub-layer at `path`, as the package names it: in BERT's kin the one that
+/// closes the sub-layer, in T5 the sub-layer, elsewhere one of the block's own.
+fn place(path: &str, kind: SubLayerKind) -> String {
+    let (block, last) = match path.rsplit_once('.') {
+        // a feed-forward of layers that are the block's own (OPT)
+        Some((_, number)) if number.parse::<usize>().is_ok() => (path, ""),
+        Some(split) => split,
+        None => (path, ""),
+    };
+    match (last, kind) {
+        ("output", _) => path.to_string(),
+        ("SelfAttention" | "DenseReluDense", _) => block.to_string(),
+        (_, SubLayerKind::FeedForward) => format!("{block}.output_adapters"),
+        _ => format!("{block}.attention_adapters"),
+    }
+}
+
 /// Epsilon of `nn.LayerNorm`.
 const NORM_EPS: f32 = 1e-5;
 
@@ -280,6 +302,7 @@ impl SubLayerAdapter for Layer {
 struct Attachment {
     config: PeftConfig,
     layers: Vec<Arc<Layer>>,
+    saved: Vec<Param>,
 }
 
 impl Attached for Attachment {
@@ -288,7 +311,7 @@ impl Attached for Attachment {
     }
 
     fn params(&self) -> Vec<&Param> {
-        self.layers.iter().flat_map(|l| l.params()).collect()
+        self.layers.iter().flat_map(|l| l.params()).chain(&self.saved).collect()
     }
 
     /// Names may lack the prefix of the model that the package saved from (`model.`).

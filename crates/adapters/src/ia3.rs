@@ -8,7 +8,7 @@
 use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, Setting, setting};
 use crate::modules::{self, Selection};
 use crate::random::{gaussian, generator};
-use crate::target::Targets;
+use crate::target::{Targets, ends_with_module};
 use crate::{AdapterSizes, Result};
 use candle_core::{DType, Device, Tensor};
 use engobe_autograd::ops::{self, LinearSpec, OutputScale};
@@ -39,8 +39,32 @@ const SETTINGS: [Setting; 5] = [
 const FEEDFORWARD: &str = "feedforward_modules";
 const INIT: &str = "init_ia3_weights";
 /// Names of the last linear layer of feed-forward networks: what PEFT's mapping holds for the models that engobe loads.
-const FEEDFORWARD_NAMES: [&str; 7] =
-    ["down_proj", "fc2", "dense_4h_to_h", "wo", "output.dense", "c_proj", "mlp.c_proj"];
+const FEEDFORWARD_NAMES: [&str; 10] = [
+    "down_proj",
+    "fc2",
+    "dense_4h_to_h",
+    "wo",
+    "output.dense",
+    "c_proj",
+    "mlp.c_proj",
+    "lin2",
+    "ffn.lin2",
+    "mlp.Wo",
+];
+/// Names of keys and values, or of the layer that holds them too, and last the feed-forward's last layer: the first of
+/// these that a model has all names of are its targets, if none are given.
+const KEYS_VALUES_FEEDFORWARD: [&[&str]; 10] = [
+    &["k_proj", "v_proj", "down_proj"],
+    &["k_proj", "v_proj", "fc2"],
+    &["qkv_proj", "down_proj"],
+    &["c_attn", "mlp.c_proj"],
+    &["query_key_value", "dense_4h_to_h"],
+    &["key", "value", "output.dense"],
+    &["key_proj", "value_proj", "output.dense"],
+    &["k_lin", "v_lin", "ffn.lin2"],
+    &["Wqkv", "mlp.Wo"],
+    &["k", "v", "wo"],
+];
 
 const CARD: Card = Card {
     name: "ia3",
@@ -56,10 +80,7 @@ impl Method for Ia3 {
     }
 
     fn defaults(&self) -> Vec<(&'static str, Value)> {
-        vec![
-            ("target_modules", json!(["k_proj", "v_proj", "down_proj"])),
-            (FEEDFORWARD, json!(["down_proj"])),
-        ]
+        Vec::new()
     }
 
     fn normalize(&self, config: &PeftConfig) -> Result<PeftConfig> {
@@ -86,6 +107,7 @@ impl Method for Ia3 {
         config: &PeftConfig,
         at: &Attaching<'_>,
     ) -> Result<Box<dyn Attached>> {
+        let config = &with_targets(model, config);
         let lora = LoraConfig {
             target_modules: config.modules("target_modules")?,
             exclude_modules: config.modules("exclude_modules")?,
@@ -118,6 +140,24 @@ impl Method for Ia3 {
     }
 }
 
+/// The configuration with targets, if any fit the model.
+fn with_targets(model: &mut dyn ModuleTree, config: &PeftConfig) -> PeftConfig {
+    let mut config = config.clone();
+    if config.get("target_modules").is_none() {
+        let mut paths = Vec::new();
+        model.visit_modules(&mut |module| paths.push(module.path().to_string()));
+        let has = |name: &&str| paths.iter().any(|path| ends_with_module(path, name));
+        let fitting = KEYS_VALUES_FEEDFORWARD.iter().find(|names| names.iter().all(|name| has(name)));
+        if let Some([others @ .., last]) = fitting {
+            config.set("target_modules", json!([others, &[*last]].concat()));
+            if config.get(FEEDFORWARD).is_none() {
+                config.set(FEEDFORWARD, json!([last]));
+            }
+        }
+    }
+    config
+}
+
 /// A layer whose output is kept for the gradient of its factors.
 fn kept(param: &Param) -> Option<(String, usize)> {
     let output = param.name().ends_with(".ia3_l") && param.tensor().dims().last() == Some(&1);
@@ -133,6 +173,8 @@ fn feedforward(config: &PeftConfig) -> Result<Option<TargetModules>> {
     Ok(match (given, config.modules("target_modules")?) {
         (Some(given), _) => Some(given),
         (None, Some(TargetModules::List(names))) => Some(guess(&names)),
+        // without targets the model decides on both
+        (None, None) => None,
         (None, _) => Some(TargetModules::List(vec!["down_proj".to_string()])),
     })
 }

@@ -7,7 +7,6 @@ use crate::modules::{EXCLUDE_HELP, SAVED_HELP, TARGETS_HELP, list_or_null, nothi
 use crate::saved;
 use crate::target::Targets;
 use crate::{AdapterSizes, Error, Result};
-use candle_core::Tensor;
 use engobe_autograd::Param;
 use engobe_formats::peft::{LoraConfig, PeftConfig, TargetModules, modules_json};
 use engobe_nn::{ModuleMut, ModuleTree};
@@ -151,7 +150,7 @@ impl Own {
             let part = if saves { Part::Modules } else { self.part };
             // copies of whole modules are not made for the sake of their sizes
             match counting && part == Part::Modules {
-                true => sizes.extend(elements(&module)),
+                true => sizes.extend(saved::elements(&module)),
                 false => result = train(&mut module, part).map(|new| params.extend(new)),
             }
         });
@@ -181,20 +180,6 @@ impl Own {
     }
 }
 
-/// Sizes of a module's tensors.
-fn elements(module: &ModuleMut<'_>) -> Vec<usize> {
-    let of = |weight: usize, bias: Option<&Tensor>| {
-        [weight].into_iter().chain(bias.map(Tensor::elem_count)).collect()
-    };
-    let matrix = |(rows, cols): (usize, usize)| rows * cols;
-    match module {
-        ModuleMut::Linear(m) => of(matrix(m.weight().dims()), m.bias()),
-        ModuleMut::Embedding(m) => of(matrix(m.weight().dims()), None),
-        ModuleMut::RmsNorm(m) => of(m.weight().elem_count(), None),
-        ModuleMut::LayerNorm(m) => of(m.weight().elem_count(), m.bias()),
-    }
-}
-
 /// Trains a part of a module, under the names that PEFT's files have.
 fn train(module: &mut ModuleMut<'_>, part: Part) -> Result<Vec<Param>> {
     match (part, module) {
@@ -202,7 +187,7 @@ fn train(module: &mut ModuleMut<'_>, part: Part) -> Result<Vec<Param>> {
             Ok(saved::train_bias(linear, false)?.into_iter().collect())
         }
         (Part::Biases, ModuleMut::LayerNorm(norm)) => Ok(saved::train_norm_bias(norm)?.into_iter().collect()),
-        (Part::Norms, module) => Ok(saved::train_module_as(module, ".ln_tuning_layers")?),
+        (Part::Norms, module) => Ok(saved::train_module_as(module, saved::ROOT, ".ln_tuning_layers")?),
         (_, module) => Ok(saved::train_module(module)?),
     }
 }

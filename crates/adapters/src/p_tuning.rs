@@ -2,9 +2,10 @@
 //!
 //! The encoder's outcome is all that a file holds; an adapter that is loaded goes on as a plain prompt.
 
-use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, Purpose, Setting, setting};
+use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, Purpose, Setting, by_name, setting};
 use crate::random::{gaussian, generator, uniform};
-use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR};
+use crate::saved;
+use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, SAVED, Sites, TENSOR};
 use crate::{AdapterSizes, Result};
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, LinearSpec, Matrix};
@@ -35,8 +36,9 @@ enum Encoder {
 
 const NAMES: [(&str, Encoder); 2] = [("MLP", Encoder::Mlp), ("LSTM", Encoder::Lstm)];
 
-const SETTINGS: [Setting; 5] = [
+const SETTINGS: [Setting; 6] = [
     COUNT,
+    SAVED,
     training(KIND, Kind::Text, "encoder of a prompt: mlp or lstm [mlp]"),
     training(HIDDEN, Kind::Whole, "width of the encoder's hidden layer [width of a virtual token]"),
     training(LAYERS, Kind::Whole, "layers of an LSTM encoder [2]"),
@@ -94,7 +96,8 @@ impl Method for PTuning {
                 other.extend([4 * h * h, 2 * h, d * 2 * h, d]);
             }
         }
-        Ok(AdapterSizes { other, lead: count, ..AdapterSizes::default() })
+        let full = saved::count_named(model, config)?;
+        Ok(AdapterSizes { other, full, lead: count, ..AdapterSizes::default() })
     }
 
     fn attach(
@@ -109,7 +112,8 @@ impl Method for PTuning {
         config.set(HIDDEN, hidden);
         let rows = Arc::new(Prompt::new(&config, sites.width, hidden, at)?);
         sites.attach_rows(model, &rows, &mut config);
-        Ok(Box::new(Attachment { config, rows }))
+        let saved = saved::train_named(model, &config, saved::PROMPT_ROOT)?;
+        Ok(Box::new(Attachment { config, rows, saved }))
     }
 }
 
@@ -254,6 +258,7 @@ impl InputRows for Prompt {
 struct Attachment {
     config: PeftConfig,
     rows: Arc<Prompt>,
+    saved: Vec<Param>,
 }
 
 impl Attached for Attachment {
@@ -262,12 +267,14 @@ impl Attached for Attachment {
     }
 
     fn params(&self) -> Vec<&Param> {
-        self.rows.params()
+        self.rows.params().into_iter().chain(&self.saved).collect()
     }
 
     fn export(&self) -> Result<BTreeMap<String, Tensor>> {
         let rows = self.rows.rows(&mut Tape::inference())?;
-        Ok(BTreeMap::from([(TENSOR.to_string(), rows.tensor().to_device(&Device::Cpu)?)]))
+        let mut tensors = by_name(&self.saved.iter().collect::<Vec<_>>())?;
+        tensors.insert(TENSOR.to_string(), rows.tensor().to_device(&Device::Cpu)?);
+        Ok(tensors)
     }
 
     fn file_is_whole(&self) -> bool {

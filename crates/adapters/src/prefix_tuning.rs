@@ -10,9 +10,12 @@
 //! kv_width]` while it is trained, and only the outcome is saved. W₂ is kept in pieces, one for the keys and one for
 //! the values of each block, so that a block computes its own rows and no others.
 
-use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
+use crate::method::{
+    Attached, Attaching, Card, Decides, Kind, Method, NeedsText, Purpose, Setting, by_name, setting,
+};
 use crate::random::{gaussian, generator, uniform};
-use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR};
+use crate::saved;
+use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, SAVED, Sites, TENSOR};
 use crate::{AdapterSizes, Error, Result, fill};
 use candle_core::{D, Device, Tensor};
 use engobe_autograd::ops::{self, LinearSpec, Matrix};
@@ -35,8 +38,9 @@ const HIDDEN: &str = "encoder_hidden_size";
 const ZERO: &str = "init_weights";
 const INIT_TEXT: &str = "prefix_init_text";
 
-const SETTINGS: [Setting; 5] = [
+const SETTINGS: [Setting; 6] = [
     COUNT,
+    SAVED,
     setting(PROJECTION, Kind::Flag, "train the prefix through a two-layer MLP"),
     Setting {
         decides: Decides::Training,
@@ -107,6 +111,7 @@ impl Method for PrefixTuning {
         let (sites, _, width) = self.sites(model)?;
         Ok(AdapterSizes {
             other: counts(config, sites.key_values.len(), width)?,
+            full: saved::count_named(model, config)?,
             key_value_lead: config.whole(COUNT.name)?.unwrap_or(DEFAULT_COUNT),
             ..AdapterSizes::default()
         })
@@ -143,7 +148,8 @@ impl Method for PrefixTuning {
         config.set(HIDDEN, hidden);
         // what it started from is none of a file's business: PEFT would not know the key
         config.set(INIT_TEXT, Value::Null);
-        Ok(Box::new(Attachment { config, prefix }))
+        let saved = saved::train_named(model, &config, saved::PROMPT_ROOT)?;
+        Ok(Box::new(Attachment { config, prefix, saved }))
     }
 }
 
@@ -307,6 +313,7 @@ fn affine(tape: &mut Tape<'_>, weight: &Param, bias: &Param) -> LinearSpec {
 struct Attachment {
     config: PeftConfig,
     prefix: Prefix,
+    saved: Vec<Param>,
 }
 
 impl Attached for Attachment {
@@ -320,7 +327,7 @@ impl Attached for Attachment {
             Rows::Trained(both) => both.iter().collect::<Vec<_>>(),
             Rows::Projected(_, both) => both.iter().flatten().collect(),
         });
-        shared.chain(own).collect()
+        shared.chain(own).chain(&self.saved).collect()
     }
 
     fn export(&self) -> Result<BTreeMap<String, Tensor>> {
@@ -330,7 +337,9 @@ impl Attached for Attachment {
                 columns.push(rows.tensor().to_device(&Device::Cpu)?);
             }
         }
-        Ok(BTreeMap::from([(TENSOR.to_string(), Tensor::cat(&columns, D::Minus1)?.contiguous()?)]))
+        let mut tensors = by_name(&self.saved.iter().collect::<Vec<_>>())?;
+        tensors.insert(TENSOR.to_string(), Tensor::cat(&columns, D::Minus1)?.contiguous()?);
+        Ok(tensors)
     }
 
     fn fill(&self, path: &Path, tensors: &BTreeMap<String, TensorView>) -> Result<()> {
@@ -343,7 +352,8 @@ impl Attached for Attachment {
                 &Device::Cpu,
             )?,
         )?;
-        fill::by_name(&[&whole], path, tensors)?;
+        let params: Vec<&Param> = [&whole].into_iter().chain(&self.saved).collect();
+        fill::by_name(&params, path, tensors)?;
         let rows = self.prefix.layers.iter().filter_map(|layer| match &layer.rows {
             Rows::Trained(both) => Some(both),
             Rows::Projected(..) => None,

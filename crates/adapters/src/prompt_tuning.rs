@@ -5,7 +5,8 @@
 
 use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
 use crate::random::{gaussian, generator};
-use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, Sites, TENSOR, repeated};
+use crate::saved;
+use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, SAVED, Sites, TENSOR, repeated};
 use crate::{Result, fill};
 use candle_core::{DType, Device, Tensor};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
@@ -39,8 +40,9 @@ const TOKENIZER: &str = "tokenizer_name_or_path";
 const NAMES: [(&str, Init); 3] =
     [("RANDOM", Init::Random), ("SAMPLE_VOCAB", Init::Vocabulary), ("TEXT", Init::Text)];
 
-const SETTINGS: [Setting; 3] = [
+const SETTINGS: [Setting; 4] = [
     COUNT,
+    SAVED,
     Setting {
         decides: Decides::Start,
         ..setting(INIT, Kind::Text, "how a prompt starts: random, sample_vocab, text [sample_vocab]")
@@ -130,7 +132,8 @@ impl Method for PromptTuning {
         let in_file = virtual_tokens::prompts_in_file(config)?;
         let mut config = config.clone();
         sites.attach_rows(model, &rows, &mut config);
-        Ok(Box::new(Attachment { config, rows, in_file }))
+        let saved = saved::train_named(model, &config, saved::PROMPT_ROOT)?;
+        Ok(Box::new(Attachment { config, rows, saved, in_file }))
     }
 }
 
@@ -152,6 +155,7 @@ impl InputRows for Prompt {
 struct Attachment {
     config: PeftConfig,
     rows: Arc<Prompt>,
+    saved: Vec<Param>,
     /// prompts in the file that it came from
     in_file: usize,
 }
@@ -162,7 +166,7 @@ impl Attached for Attachment {
     }
 
     fn params(&self) -> Vec<&Param> {
-        vec![&self.rows.0]
+        [&self.rows.0].into_iter().chain(&self.saved).collect()
     }
 
     fn fill(&self, path: &Path, tensors: &BTreeMap<String, TensorView>) -> Result<()> {
@@ -170,7 +174,8 @@ impl Attached for Attachment {
         let width = prompt.len() / count.max(1);
         let all = Tensor::zeros((self.in_file * count, width), DType::F32, &Device::Cpu)?;
         let all = Param::new(TENSOR, &all)?;
-        fill::by_name(&[&all], path, tensors)?;
+        let params: Vec<&Param> = [&all].into_iter().chain(&self.saved).collect();
+        fill::by_name(&params, path, tensors)?;
         let first = all.tensor().narrow(0, 0, count)?.contiguous()?;
         Ok(prompt.set(&first.to_device(prompt.tensor().device())?)?)
     }

@@ -109,6 +109,18 @@ impl Targets {
         })
     }
 
+    /// Rules that name modules to train in full, and no others.
+    ///
+    /// # Errors
+    /// A name that is no regular expression.
+    pub fn saving(names: &[String]) -> Result<Self> {
+        Self::new(&LoraConfig {
+            target_modules: Some(TargetModules::List(Vec::new())),
+            modules_to_save: names.to_vec(),
+            ..LoraConfig::default()
+        })
+    }
+
     /// True if the module at `path` gets an adapter; `is_plain_linear`: it is a linear layer and no head.
     pub fn adapts(&self, path: &str, is_plain_linear: bool) -> bool {
         if self.exclude.as_ref().is_some_and(|m| m.matches(path, is_plain_linear))

@@ -8,8 +8,8 @@ use candle_core::Tensor;
 use engobe_autograd::Param;
 use engobe_formats::peft::{PeftConfig, TokenIndices, tokens};
 use engobe_formats::tensor::TensorView;
-use engobe_nn::{ModuleMut, ModuleTree, Weight};
-use serde_json::{Value, json};
+use engobe_nn::{ModuleMut, ModuleTree, SiteMut, Weight};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -45,8 +45,6 @@ impl Method for TrainableTokens {
         }
         let mut out = config.clone();
         out.set("init_weights", config.get("init_weights").cloned().unwrap_or(Value::Bool(true)));
-        let targets = config.get("target_modules").cloned();
-        out.set("target_modules", targets.unwrap_or_else(|| json!("embed_tokens")));
         Ok(out)
     }
 
@@ -60,6 +58,10 @@ impl Method for TrainableTokens {
             return Err(config.bad(IDS, "missing", "a list of token ids").into());
         };
         // a text is a name here, as one embedding is all that there is to choose
+        let mut config = config.clone();
+        if config.get("target_modules").is_none() {
+            config.set("target_modules", input_embedding(model));
+        }
         let wanted = config.names("target_modules")?;
         let (mut rows, mut result, mut paths): (Vec<(Weight, Arc<TokenRows>)>, _, _) =
             (vec![], Ok(()), vec![]);
@@ -89,8 +91,19 @@ impl Method for TrainableTokens {
         if rows.is_empty() {
             return Err(nothing("target_modules", format!("{wanted:?} among embeddings"), &paths));
         }
-        Ok(Box::new(Attachment { config: config.clone(), rows: rows.into_iter().map(|(_, r)| r).collect() }))
+        Ok(Box::new(Attachment { config, rows: rows.into_iter().map(|(_, r)| r).collect() }))
     }
+}
+
+/// The name of the embedding whose rows enter the blocks.
+fn input_embedding(model: &mut dyn ModuleTree) -> String {
+    let mut name = "embed_tokens".to_string();
+    model.visit_sites(&mut |site| {
+        if let SiteMut::Entry(entry) = site {
+            name = entry.path().rsplit('.').next().unwrap_or_default().to_string();
+        }
+    });
+    name
 }
 
 #[derive(Debug)]

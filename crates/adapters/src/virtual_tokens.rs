@@ -1,6 +1,7 @@
 //! What soft prompts, their encoders and prefixes share: PEFT's `PromptLearningConfig` and the sites of a model.
 
 use crate::method::{Kind, Setting, setting};
+use crate::modules::SAVED_HELP;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use engobe_formats::peft::{KnownKeys, PeftConfig};
@@ -14,6 +15,9 @@ pub(crate) const TENSOR: &str = "prompt_embeddings";
 pub(crate) const COUNT: Setting =
     setting("num_virtual_tokens", Kind::Whole, "rows before each sequence [20]");
 
+/// Modules trained in full beside them: a task's head.
+pub(crate) const SAVED: Setting = setting("modules_to_save", Kind::Names, SAVED_HELP);
+
 /// Keys in files that say what the model was; the model itself says so to us.
 const OF_MODEL: [&str; 4] = ["num_attention_heads", "num_layers", SUBMODULES, "token_dim"];
 
@@ -24,9 +28,9 @@ pub(crate) const DEFAULT_COUNT: usize = 20;
 
 /// Checks the keys of a configuration, and gives the number of virtual tokens.
 pub(crate) fn read(config: &PeftConfig, settings: &[&str], notes: &[&str]) -> Result<usize> {
-    let settings: Vec<&str> = settings.iter().copied().chain([COUNT.name]).collect();
+    let settings: Vec<&str> = settings.iter().copied().chain([COUNT.name, SAVED.name]).collect();
     let notes: Vec<&str> = notes.iter().copied().chain(OF_MODEL).collect();
-    config.check_keys(KnownKeys { settings: &settings, notes: &notes, not_yet: &["modules_to_save"] })?;
+    config.check_keys(KnownKeys { settings: &settings, notes: &notes, not_yet: &[] })?;
     Ok(config.whole(COUNT.name)?.unwrap_or(DEFAULT_COUNT))
 }
 

@@ -10,8 +10,9 @@ use crate::forecast::Head;
 use crate::settings::Given;
 use crate::terminal::Note;
 use crate::workbench;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use engobe_adapters::Adapter;
+use engobe_adapters::method::{NeedsText, StartText};
 use engobe_data::task::lint_task;
 use engobe_data::{
     DataFile, LabelSet, LintReport, Problem, Sample, Task, TaskEncoder, TaskOptions, TextTokenizer,
@@ -19,7 +20,7 @@ use engobe_data::{
 use engobe_formats::hf_config::HfConfig;
 use engobe_formats::peft::{PeftAdapter, PeftConfig};
 use engobe_models::{
-    HeadKind, LoadOptions, TaskOutline, encoder_architecture, load_seq2seq, load_task_model,
+    HeadKind, LoadOptions, TaskOutline, config_of, encoder_architecture, load_seq2seq, load_task_model,
     seq2seq_architecture,
 };
 use engobe_nn::{ModelInfo, ModuleTree, Seq2Seq, TaskModel};
@@ -36,6 +37,8 @@ pub struct TaskBench {
     pub tokenizer: Option<TextTokenizer>,
     /// the adapter, if one was asked for
     pub adapter: Option<Adapter>,
+    /// rows that it puts before each text
+    lead: usize,
 }
 
 /// The model of a task.
@@ -70,15 +73,15 @@ pub fn choose(hints: &Hints<'_>, note: &mut Note) -> Result<Task> {
         note.line(&format!("task: {} (from the adapter's labels.json)", labels.task));
         return Ok(labels.task);
     }
-    // decoders, GGUF files and whatever is no directory: the loader will say what is wrong with it
+    // GGUF files and whatever is no directory: the loader will say what is wrong with it
     let Ok(config) = HfConfig::open(hints.model) else { return Ok(Task::CausalLm) };
     if seq2seq_architecture(&config)?.is_some() {
         return Ok(Task::Seq2SeqLm);
     }
-    if encoder_architecture(&config).is_err() {
+    let of_config = task_of_architectures(&config);
+    if of_config.is_none() && encoder_architecture(&config).is_err() {
         return Ok(Task::CausalLm);
     }
-    let of_config = task_of_architectures(&config);
     let files = engobe_data::reader::read(hints.data)?;
     let of_rows = Task::of_rows(&files);
     let (task, why) = match (of_config, of_rows) {
@@ -128,7 +131,7 @@ fn head_kind(task: Task) -> Result<Option<HeadKind>> {
 
 /// Names of the classes that the model's configuration knows.
 fn known_names(path: &Path) -> Result<Vec<String>> {
-    let config = HfConfig::open(path)?;
+    let config = config_of(path)?;
     Ok(LabelSet::known(&Value::Object(config.raw().clone())))
 }
 
@@ -179,7 +182,7 @@ impl TaskBench {
             _ => Kind::Texts(load_seq2seq(path, options)?),
         };
         let tokenizer = workbench::tokenizer(path)?;
-        Ok(Self { task, kind, tokenizer, adapter: None })
+        Ok(Self { task, kind, tokenizer, adapter: None, lead: 0 })
     }
 
     /// The model with what its outputs mean.
@@ -210,11 +213,24 @@ impl TaskBench {
     pub fn encoder(&self, max_seq_len: usize) -> TaskEncoder<'_> {
         let info = self.info();
         let most = match &self.kind {
-            Kind::Labels(..) => info.max_positions,
+            Kind::Labels(..) => info.max_positions.saturating_sub(self.lead),
             Kind::Texts(_) => usize::MAX,
         };
         let options = TaskOptions { task: self.task, max_seq_len: max_seq_len.min(most) };
         TaskEncoder::new(self.tokenizer.as_ref(), self.labels(), info.vocab_size, options)
+    }
+
+    /// What the text that a new adapter starts from is to the model.
+    fn start_text(&self, needs: Option<NeedsText>) -> Result<StartText> {
+        let Some(needs) = needs else { return Ok(StartText::default()) };
+        if needs.key_values {
+            bail!(
+                "prefix_init_text: works on models that generate; a model with a task's head keeps no keys and values"
+            );
+        }
+        let missing = "prompt_tuning_init_text: the model has no tokenizer.json, and a text needs one";
+        let ids = self.tokenizer.as_ref().context(missing)?.encode(&needs.text, false)?;
+        Ok(StartText { ids, key_values: Vec::new() })
     }
 
     /// What is trained and what is there, as PEFT prints it.
@@ -332,6 +348,11 @@ pub fn checked(
     let special = tokenizer.map_or(0, TextTokenizer::special_around);
     let report = lint_task(&train.samples, &val, labels.as_ref(), special, max_seq_len);
     Ok((train, report))
+}
+
+/// True if the model is an encoder: what heads over decoders take is not worked out.
+fn is_encoder(path: &Path) -> bool {
+    HfConfig::open(path).is_ok_and(|config| encoder_architecture(&config).is_ok())
 }
 
 /// The head of a task with so many labels; `None` where texts are made.

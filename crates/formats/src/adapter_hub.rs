@@ -1,6 +1,9 @@
 //! Bottleneck adapters in AdapterHub's format: `adapter_config.json`, whose `config` holds the settings, and
 //! `adapter.safetensors`, as `save_adapter(.., use_safetensors=True)` of the `adapters` package writes them.
 //!
+//! A task's head lies beside them in `model_head.safetensors`, under the model's own names, and `modules_to_save` tells
+//! in memory which modules it is of. We write no `head_config.json`: with one, the package wants the same class of model.
+//!
 //! In memory they are a [`PeftConfig`] of the type [`BOTTLENECK`] like any other method's: the settings, and beside them
 //! the name of the adapter ([`NAME`]), which is part of the names of its tensors.
 
@@ -9,7 +12,7 @@ use crate::peft::{PeftAdapter, PeftConfig};
 use crate::safetensors_file::{SafetensorsFile, write_safetensors};
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -20,6 +23,14 @@ pub const NAME: &str = "adapter_name";
 
 /// Name of the weights' file.
 pub const WEIGHTS: &str = "adapter.safetensors";
+/// Name of the file of a task's head.
+pub const HEAD_WEIGHTS: &str = "model_head.safetensors";
+/// What names of bottlenecks have in them, and names of heads have not.
+const MARK: &str = ".adapters.";
+/// Ends of names of classes whose heads make next tokens: what the package saves of them is the base's own.
+const LANGUAGE_MODELS: [&str; 4] = ["ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM"];
+const SAVED: &str = "modules_to_save";
+
 /// Keys of the file beside `config`, that describe the model.
 const OF_MODEL: [&str; 4] = ["hidden_size", "model_class", "model_name", "model_type"];
 /// Version of the package whose format we write.
@@ -47,16 +58,25 @@ pub(crate) fn to_peft(map: Map<String, Value>) -> Map<String, Value> {
 }
 
 /// Reads the tensors of a directory.
-pub(crate) fn load(dir: &Path, config: PeftConfig) -> Result<PeftAdapter> {
+pub(crate) fn load(dir: &Path, mut config: PeftConfig) -> Result<PeftAdapter> {
     let path = dir.join(WEIGHTS);
     if !path.exists() && dir.join("pytorch_adapter.bin").exists() {
         let what = "has its weights in pytorch_adapter.bin only, which can run code when read; save it again with use_safetensors=True";
         return Err(Error::corrupt(dir, what));
     }
     let file = SafetensorsFile::open(&path)?;
-    let tensors: BTreeMap<_, _> = file.tensors().map(|t| (t.name.clone(), t.clone())).collect();
+    let mut tensors: BTreeMap<_, _> = file.tensors().map(|t| (t.name.clone(), t.clone())).collect();
     if tensors.is_empty() {
         return Err(Error::corrupt(&path, "holds no tensors: the adapter was saved empty"));
+    }
+    let class = config.text("model_class").unwrap_or_default();
+    let head = dir.join(HEAD_WEIGHTS);
+    if head.exists() && !LANGUAGE_MODELS.iter().any(|end| class.ends_with(end)) {
+        let file = SafetensorsFile::open(&head)?;
+        let module = |name: &str| name.rsplit_once('.').map_or(name, |(module, _)| module).to_string();
+        let modules: BTreeSet<String> = file.tensors().map(|t| module(&t.name)).collect();
+        config.set(SAVED, json!(modules));
+        tensors.extend(file.tensors().map(|t| (t.name.clone(), t.clone())));
     }
     Ok(PeftAdapter { config, tensors })
 }
@@ -68,7 +88,8 @@ pub(crate) fn save<B: AsRef<[u8]>>(
     tensors: &[(String, Vec<usize>, B)],
 ) -> Result<()> {
     let all: Map<String, Value> = serde_json::from_str(&config.to_json()).unwrap_or_default();
-    let labels = ["auto_mapping", "inference_mode", "peft_type", "peft_version", "revision", "task_type"];
+    let labels =
+        ["auto_mapping", "inference_mode", "peft_type", "peft_version", "revision", "task_type", SAVED];
     let (mut settings, mut file) = (BTreeMap::new(), BTreeMap::new());
     for (key, value) in all {
         match key.as_str() {
@@ -83,6 +104,11 @@ pub(crate) fn save<B: AsRef<[u8]>>(
     file.insert("version".to_string(), json!(VERSION));
     let text = serde_json::to_string_pretty(&file).unwrap_or_default();
     fs::create_dir_all(dir).map_err(Error::io(dir))?;
-    write_safetensors(&dir.join(WEIGHTS), tensors, &BTreeMap::new())?;
+    let views = tensors.iter().map(|(name, shape, bytes)| (name.clone(), shape.clone(), bytes.as_ref()));
+    let (own, head): (Vec<_>, Vec<_>) = views.partition(|(name, ..)| name.contains(MARK));
+    write_safetensors(&dir.join(WEIGHTS), &own, &BTreeMap::new())?;
+    if !head.is_empty() {
+        write_safetensors(&dir.join(HEAD_WEIGHTS), &head, &BTreeMap::new())?;
+    }
     write_atomic(&dir.join("adapter_config.json"), text.as_bytes())
 }

@@ -28,6 +28,11 @@ impl HfConfig {
         }
     }
 
+    /// A configuration that was made of another file's, at `path`.
+    pub fn made(path: &Path, raw: Map<String, Value>) -> Self {
+        Self { path: path.to_path_buf(), raw }
+    }
+
     /// Where the file is.
     pub fn path(&self) -> &Path {
         &self.path

@@ -389,6 +389,11 @@ impl Encoder for DebertaV2 {
     }
 
     fn hidden_states<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> OpResult<Var> {
+        let (x, batch) = self.hidden_rows(tape, batch)?;
+        self.entry.leave(tape, x, &batch)
+    }
+
+    fn hidden_rows<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> OpResult<(Var, TokenBatch)> {
         let (embedded, batch) = self.embed(tape, batch)?;
         let longest = batch.segments.iter().map(|s| s.q.len()).max().unwrap_or(1).max(1);
         let relative = self.relative.as_ref();
@@ -407,6 +412,6 @@ impl Encoder for DebertaV2 {
                 x = conv.forward(tape, &embedded, &x, &batch.segments)?;
             }
         }
-        self.entry.leave(tape, x, &batch)
+        Ok((x, batch))
     }
 }

@@ -46,7 +46,7 @@ pub use scope::Naming;
 pub use seq2seq::{SEQ2SEQS, Seq2SeqArchitecture, load_seq2seq, seq2seq_architecture};
 pub use settings::DecoderSizes;
 pub use stored::Stored;
-pub use task_heads::{HeadKind, load_task_model};
+pub use task_heads::{HeadKind, config_of, load_task_model};
 pub use task_outline::TaskOutline;
 pub use weights::{WeightDtype, Weights};
 
@@ -171,6 +171,11 @@ pub fn load_causal_lm(path: &Path, options: &LoadOptions) -> Result<Box<dyn Caus
     let checkpoint = Checkpoint::open(path)?;
     let described = Described::of(&checkpoint, path)?;
     described.family.build(&Weights::of(&described, &checkpoint, options)?)
+}
+
+/// `model_type` of every decoder that we know.
+pub fn decoder_types() -> impl Iterator<Item = &'static str> {
+    registry::ARCHITECTURES.iter().map(|a| a.model_type)
 }
 
 /// The `config.json` that transformers needs to load the weights of a GGUF file from a Hugging Face directory.

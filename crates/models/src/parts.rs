@@ -104,7 +104,8 @@ impl Frame {
     ) -> Result<Decoder> {
         let (rows, width) = (sizes.vocab, self.embedding_width);
         let embedding = weights.matrix(&format!("{}.weight", self.embedding), rows, width)?;
-        let head = match sizes.tied_head {
+        // a head that nobody reads is stood in for
+        let head = match sizes.tied_head || weights.is_headless() {
             true => embedding.clone(),
             false => weights.matrix(&format!("{}.weight", self.head), rows, width)?,
         };

@@ -4,7 +4,7 @@
 //! transformers begins it: weights normal with the configuration's `initializer_range`, biases zero.
 
 use crate::encoders::{EncoderArchitecture, activation, bad};
-use crate::registry::check_quantization;
+use crate::registry::{Described, check_quantization};
 use crate::scope::Naming;
 use crate::{Error, LoadOptions, Result, Weights, encoder_architecture};
 use candle_core::{Device, Shape, Tensor};
@@ -13,7 +13,10 @@ use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
 use engobe_kernels::random;
-use engobe_nn::{FrozenWeight, HeadLayer, LayerNorm, Linear, Norm, Pooling, TaskHead, TaskModel};
+use engobe_nn::{
+    Encoder, FrozenWeight, HeadLayer, HeadlessDecoder, LayerNorm, Linear, Norm, Pooling, TaskHead, TaskModel,
+};
+use serde_json::Value;
 use std::path::Path;
 
 /// What a head is for.
@@ -25,7 +28,19 @@ pub enum HeadKind {
     Token,
 }
 
-/// Loads the encoder of a Hugging Face directory with a head of `labels` logits; `seed` decides how new layers begin.
+/// The configuration of a model in a Hugging Face directory or a GGUF file.
+pub fn config_of(path: &Path) -> Result<HfConfig> {
+    match Checkpoint::open(path)?.gguf() {
+        None => Ok(HfConfig::open(path)?),
+        Some(gguf) => match crate::hf_config_of(gguf)? {
+            Value::Object(raw) => Ok(HfConfig::made(path, raw)),
+            _ => Ok(HfConfig::made(path, Default::default())),
+        },
+    }
+}
+
+/// Loads an encoder, or a decoder without its output head, with a head of `labels` logits; `seed` decides how new layers
+/// begin.
 ///
 /// # Errors
 /// An architecture without such a head, or a checkpoint without the pooler that the head reads.
@@ -36,10 +51,19 @@ pub fn load_task_model(
     labels: usize,
     seed: u64,
 ) -> Result<TaskModel> {
-    let config = HfConfig::open(path)?;
-    check_quantization(&config)?;
-    let architecture = encoder_architecture(&config)?;
     let checkpoint = Checkpoint::open(path)?;
+    let config = config_of(path)?;
+    check_quantization(&config)?;
+    let Ok(architecture) = encoder_architecture(&config) else {
+        let described = Described::of(&checkpoint, path)?;
+        let weights = Weights::of(&described, &checkpoint, options)?.headless();
+        let base = HeadlessDecoder::new(described.family.build(&weights)?);
+        let d = config.opt_usize("word_embed_proj_dim")?.unwrap_or(base.info().hidden_size);
+        let mut builder =
+            HeadBuilder { config: &config, weights: &weights, d, labels, seed, fresh: Vec::new() };
+        let parts = builder.decoder(kind, described.architecture.model_type)?;
+        return Ok(builder.finish(Box::new(base), parts));
+    };
     let weights = Weights::hugging_face(&checkpoint, options)?;
     build_task(&config, architecture, &weights, kind, labels, seed)
 }
@@ -56,31 +80,22 @@ pub(crate) fn build_task(
     let encoder = (architecture.build)(config, weights, Naming::UnderTask)?;
     let d = encoder.info().hidden_size;
     let mut builder = HeadBuilder { config, weights, d, labels, seed, fresh: Vec::new() };
-    let (pooling, layers) = match (kind, architecture.model_type) {
+    let parts = match (kind, architecture.model_type) {
         (HeadKind::Sequence, "bert") => builder.bert(architecture.prefix)?,
         (HeadKind::Sequence, "roberta") => builder.roberta()?,
         (HeadKind::Sequence, "distilbert") => builder.distilbert()?,
         (HeadKind::Sequence, "deberta-v2") => builder.deberta()?,
         (kind, "modernbert") => builder.modernbert(kind)?,
         (HeadKind::Token, _) => builder.tokens()?,
-        (HeadKind::Sequence, other) => {
-            let known = "bert, roberta, distilbert, deberta-v2, modernbert".to_string();
-            return Err(Error::Architecture {
-                path: config.path().to_path_buf(),
-                found: other.to_string(),
-                known,
-            });
-        }
+        (HeadKind::Sequence, other) => return Err(none_of(config, other, "a text")),
     };
-    let fresh = std::mem::take(&mut builder.fresh);
-    // PEFT trains what ends in "classifier"; whatever else begins at random must be kept as well
-    let mut saved = vec!["classifier".to_string()];
-    for path in &fresh {
-        if !path.split('.').any(|part| part.ends_with("classifier")) {
-            saved.push(path.clone());
-        }
-    }
-    Ok(TaskModel::new(encoder, TaskHead { pooling, layers, saved, fresh }))
+    Ok(builder.finish(encoder, parts))
+}
+
+/// transformers has no such class, so nobody could read what was trained.
+fn none_of(config: &HfConfig, found: &str, reads: &str) -> Error {
+    let expected = format!("an architecture for which transformers has a head that reads {reads}");
+    bad(config, "model_type", found, &expected)
 }
 
 struct HeadBuilder<'a> {
@@ -95,6 +110,45 @@ struct HeadBuilder<'a> {
 type Parts = (Option<Pooling>, Vec<HeadLayer>);
 
 impl HeadBuilder<'_> {
+    fn finish(self, base: Box<dyn Encoder>, (pooling, layers): Parts) -> TaskModel {
+        // PEFT trains what ends in "classifier" or "score"; whatever else begins at random must be kept as well
+        let last = layers.last().map_or("classifier", |layer| layer.linear.path());
+        let head = last.split('.').next().unwrap_or(last).to_string();
+        let mut saved = vec![head.clone()];
+        for path in &self.fresh {
+            if !path.split('.').any(|part| part.ends_with(&head)) {
+                saved.push(path.clone());
+            }
+        }
+        TaskModel::new(base, TaskHead { pooling, layers, saved, fresh: self.fresh })
+    }
+
+    /// `score` without a bias over the last token; over every token `score`, or `classifier` in older families.
+    fn decoder(&mut self, kind: HeadKind, model_type: &str) -> Result<Parts> {
+        let linear = |path: &'static str, bias: bool, builder: &mut Self| {
+            builder.linear(path, builder.labels, builder.d, bias)
+        };
+        let (pooling, dropout, linear) = match (kind, model_type) {
+            (HeadKind::Sequence, _) => (Some(Pooling::Last), 0.0, linear("score", false, self)?),
+            (HeadKind::Token, "opt" | "gemma3_text") => {
+                return Err(none_of(self.config, model_type, "every token"));
+            }
+            (HeadKind::Token, "gpt_neox") => {
+                (None, self.probability("classifier_dropout", 0.1)?, linear("classifier", true, self)?)
+            }
+            (HeadKind::Token, other) => {
+                let key = ["classifier_dropout", "hidden_dropout"]
+                    .into_iter()
+                    .find(|k| self.config.get(k).is_some());
+                let dropout = self.probability(key.unwrap_or("classifier_dropout"), 0.1)?;
+                let path = if other == "gpt2" { "classifier" } else { "score" };
+                let bias = self.config.bool_or("token_classification_bias", true)?;
+                (None, dropout, linear(path, bias, self)?)
+            }
+        };
+        Ok((pooling, vec![HeadLayer { dropout, linear, activation: None, norm: None }]))
+    }
+
     /// The pooler's output, dropout, `classifier`.
     fn bert(&mut self, prefix: &str) -> Result<Parts> {
         let pooler = "pooler.dense.weight";

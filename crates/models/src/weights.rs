@@ -49,6 +49,8 @@ pub struct Weights<'a> {
     device: Device,
     /// what a GGUF file calls its tensors, and how it keeps them
     gguf: Option<&'a Described>,
+    /// nothing reads the output head: a checkpoint may lack it
+    headless: bool,
 }
 
 /// How a matrix lies in its file.
@@ -108,7 +110,17 @@ impl<'a> Weights<'a> {
         }
         let LoadOptions { dtype, quantize, device } = options.clone();
         let gguf = described.filter(|d| d.is_gguf);
-        Ok(Self { source, dtype, quantize, device, gguf })
+        Ok(Self { source, dtype, quantize, device, gguf, headless: false })
+    }
+
+    /// These tensors for a model whose output head nobody reads: it need not be there.
+    pub(crate) fn headless(self) -> Self {
+        Self { headless: true, ..self }
+    }
+
+    /// True if a decoder's output head is not wanted.
+    pub(crate) fn is_headless(&self) -> bool {
+        self.headless
     }
 
     /// Where the weights shall live.

@@ -116,6 +116,9 @@ pub trait CausalLm: ModuleTree + Send + Sync {
         cache: Option<&mut KvCache>,
     ) -> Result<Var>;
 
+    /// What the output head reads of `hidden`: behind the final norm, `[n, d]`.
+    fn normed<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var) -> Result<Var>;
+
     /// Summed cross entropy of `hidden` (labelled rows only) against `targets`; final norm and head included.
     fn head_loss<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var, targets: Arc<[u32]>) -> Result<HeadLoss>;
 

@@ -11,7 +11,7 @@ use engobe_autograd::{Result, Tape, Var};
 use engobe_kernels::activation::Activation;
 use std::sync::Arc;
 
-/// A bidirectional encoder: every token of a segment sees all the others of its segment, and nothing else. What other
+/// What heads and pooling read: a bidirectional encoder, whose every token of a segment sees all the others of its segment, and nothing else. What other
 /// programs mask as padding is not there.
 pub trait Encoder: ModuleTree + Send + Sync {
     /// Its sizes; no head is counted.
@@ -22,6 +22,13 @@ pub trait Encoder: ModuleTree + Send + Sync {
 
     /// Hidden states of all tokens as transformers' `last_hidden_state` has them: `[n, d]`. A final norm is included.
     fn hidden_states<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<Var>;
+
+    /// [`Encoder::hidden_states`] of all rows that the blocks see, those that an adapter put before each sequence among
+    /// them, and the batch as they see it. It is what a head pools: with a prompt before a text, the first row is the
+    /// prompt's.
+    fn hidden_rows<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<(Var, TokenBatch)> {
+        Ok((self.hidden_states(tape, batch)?, batch.clone()))
+    }
 
     /// What the model's own pooler makes of `firsts` `[segments, d]`, the hidden states of each segment's first token;
     /// `None` if the model has no pooler, or its checkpoint none.
@@ -148,6 +155,11 @@ impl Encoder for EncoderStack {
     }
 
     fn hidden_states<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<Var> {
+        let (x, batch) = self.hidden_rows(tape, batch)?;
+        self.entry.leave(tape, x, &batch)
+    }
+
+    fn hidden_rows<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<(Var, TokenBatch)> {
         let (mut x, batch) = self.embed(tape, batch)?;
         let longest = batch.positions.iter().max().map_or(0, |p| *p as usize + 1);
         let angles =
@@ -157,11 +169,10 @@ impl Encoder for EncoderStack {
             let context = Context { ropes: ropes.clone(), batch: batch.clone(), bias: None };
             x = tape.block(&[x], move |tape, xs| block.forward(tape, &xs[0], &context, None))?;
         }
-        let x = self.entry.leave(tape, x, &batch)?;
-        match &self.final_norm {
-            Some(norm) => norm.forward(tape, &x),
-            None => Ok(x),
+        if let Some(norm) = &self.final_norm {
+            x = norm.forward(tape, &x)?;
         }
+        Ok((x, batch))
     }
 
     fn pooled<'m>(&'m self, tape: &mut Tape<'m>, firsts: &Var) -> Result<Option<Var>> {

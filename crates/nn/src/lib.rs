@@ -31,4 +31,4 @@ pub use modules::{
 pub use prefix::{KeyValueRows, KvPrefix};
 pub use seq2seq::{EncoderStates, Seq2Seq, Seq2SeqCache};
 pub use sub_layer::{Closing, NormAfter, SubLayer, SubLayerAdapter, SubLayerKind};
-pub use task::{HeadLayer, Pooling, TaskHead, TaskModel, pool};
+pub use task::{HeadLayer, HeadlessDecoder, Pooling, TaskHead, TaskModel, pool};

@@ -1,7 +1,7 @@
 //! Heads that make few logits out of hidden states: for classes of texts or words, and for numbers.
 
 use crate::Linear;
-use crate::causal::{ModelInfo, TokenBatch};
+use crate::causal::{CausalLm, ModelInfo, TokenBatch};
 use crate::encoder::Encoder;
 use crate::modules::{ModuleMut, ModuleTree, Norm, SiteMut};
 use candle_core::Device;
@@ -50,10 +50,54 @@ pub struct TaskHead {
     pub fresh: Vec<String>,
 }
 
-/// An encoder with a head.
+/// An encoder, or a decoder without its output head, with a head of its own.
 pub struct TaskModel {
     encoder: Box<dyn Encoder>,
     head: TaskHead,
+}
+
+/// A decoder whose output head is not there: a task's head reads its hidden states behind the final norm.
+pub struct HeadlessDecoder(Box<dyn CausalLm>);
+
+impl HeadlessDecoder {
+    /// `model` without its output head.
+    pub fn new(model: Box<dyn CausalLm>) -> Self {
+        Self(model)
+    }
+}
+
+impl ModuleTree for HeadlessDecoder {
+    fn visit_modules(&mut self, f: &mut dyn FnMut(ModuleMut<'_>)) {
+        let heads = self.0.output_heads();
+        self.0.visit_modules(&mut |module| {
+            if !heads.iter().any(|head| head == module.path()) {
+                f(module);
+            }
+        });
+    }
+
+    fn visit_sites(&mut self, f: &mut dyn FnMut(SiteMut<'_>)) {
+        self.0.visit_sites(f);
+    }
+
+    fn output_heads(&self) -> Vec<String> {
+        Vec::new()
+    }
+}
+
+impl Encoder for HeadlessDecoder {
+    fn info(&self) -> &ModelInfo {
+        self.0.info()
+    }
+
+    fn device(&self) -> &Device {
+        self.0.device()
+    }
+
+    fn hidden_states<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch) -> Result<Var> {
+        let hidden = self.0.hidden_states(tape, batch, None)?;
+        self.0.normed(tape, &hidden)
+    }
 }
 
 /// One row of hidden states a segment: `[segments, d]`. No segment may be empty.
@@ -108,12 +152,16 @@ impl TaskModel {
 
     /// Logits of each segment `[segments, labels]`; of a head that reads tokens, of the tokens `rows` (ascending).
     pub fn logits<'m>(&'m self, tape: &mut Tape<'m>, batch: &TokenBatch, rows: Arc<[u32]>) -> Result<Var> {
-        let hidden = self.encoder.hidden_states(tape, batch)?;
         let mut x = match self.head.pooling {
-            Some(pooling) => pool(tape, self.encoder.as_ref(), batch, &hidden, pooling)?,
-            None => ops::select_rows(tape, &hidden, rows)?,
+            Some(pooling) => {
+                let (hidden, seen) = self.encoder.hidden_rows(tape, batch)?;
+                pool(tape, self.encoder.as_ref(), &seen, &hidden, pooling)?
+            }
+            None => {
+                let hidden = self.encoder.hidden_states(tape, batch)?;
+                ops::select_rows(tape, &hidden, rows)?
+            }
         };
-        drop(hidden);
         for layer in &self.head.layers {
             x = ops::drop_out(tape, &x, layer.dropout)?;
             x = layer.linear.forward(tape, &x)?;

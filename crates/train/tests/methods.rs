@@ -6,8 +6,7 @@ use candle_core::Device;
 use engobe_adapters::{Adapter, Start};
 use engobe_autograd::{Activations, Gradients, Tape, Var, host};
 use engobe_data::MicroBatch;
-use engobe_formats::peft::{PeftAdapter, PeftConfig};
-use engobe_formats::safetensors_file::SafetensorsFile;
+use engobe_formats::peft::PeftConfig;
 use engobe_nn::CausalLm;
 use engobe_testkit::models::{self, tiny};
 use engobe_testkit::{assert_close, assert_relative, cases, doubles, golden, golden_json};
@@ -39,20 +38,6 @@ fn logits(model: &dyn CausalLm, ids: &[u32]) -> Vec<f32> {
     models::logits(model, ids).pop().unwrap()
 }
 
-/// The adapter of a case as it is trained: with the encoder that a file of PEFT's leaves out.
-fn to_train(model: &mut dyn CausalLm, case: &str) -> Adapter {
-    let dir = golden(case);
-    let encoder = dir.join("encoder.safetensors");
-    if !encoder.exists() {
-        return Adapter::load(model, &dir, &Device::Cpu).unwrap();
-    }
-    let config = PeftAdapter::load(&dir).unwrap().config;
-    let adapter = Adapter::attach(model, config, Start { seed: 0 }, &Device::Cpu).unwrap();
-    let file = SafetensorsFile::open(&encoder).unwrap();
-    adapter.restore(&encoder, &file.tensors().map(|t| (t.name.clone(), t.clone())).collect()).unwrap();
-    adapter
-}
-
 #[test]
 fn curves_and_logits_are_those_of_peft() {
     assert!(curves("virtual_tokens") >= 7);
@@ -69,7 +54,7 @@ fn curves(dir: &str) -> usize {
     for name in names.iter().map(|name| format!("{dir}/{name}")) {
         let expected: Expected = golden_json(format!("{name}/expected.json"));
         let mut model = tiny(&expected.base);
-        let adapter = to_train(model.as_mut(), &name);
+        let adapter = support::to_train(model.as_mut(), &name);
         assert_eq!(adapter.num_parameters(), expected.trainable_parameters, "{name}");
         let what = |when: &str| format!("{name}: logits {when}");
         assert_close(

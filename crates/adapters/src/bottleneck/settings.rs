@@ -2,6 +2,7 @@
 
 use crate::Result;
 use crate::method::{Decides, Kind, Setting, setting};
+use crate::modules::SAVED_HELP;
 use engobe_formats::adapter_hub::NAME;
 use engobe_formats::peft::{KnownKeys, PeftConfig};
 use engobe_kernels::activation::Activation;
@@ -9,7 +10,7 @@ use engobe_nn::{SubLayer, SubLayerKind};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
-pub(super) const SETTINGS: [Setting; 13] = [
+pub(super) const SETTINGS: [Setting; 14] = [
     Setting {
         decides: Decides::Start,
         ..setting("architecture", Kind::Text, "bottlenecks of pfeiffer, houlsby or parallel [pfeiffer]")
@@ -37,6 +38,7 @@ pub(super) const SETTINGS: [Setting; 13] = [
         decides: Decides::Start,
         ..setting("init_weights", Kind::Text, "bert (normal, 0.02), mam_adapter (up zero) [mam_adapter]")
     },
+    setting("modules_to_save", Kind::Names, SAVED_HELP),
 ];
 
 /// Keys of the package that change nothing here, or of what is not there.

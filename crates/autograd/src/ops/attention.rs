@@ -216,8 +216,7 @@ pub(super) fn check(
         if s.q.start != next
             || s.q.end > nq
             || s.kv.end > nkv
-            || (shape.causal && s.kv.len() < s.q.len())
-            || (!shape.causal && shape.window.is_some() && s.kv.len() != s.q.len())
+            || ((shape.causal || shape.window.is_some()) && s.kv.len() < s.q.len())
         {
             return Err(Error::shape("attention", format!("segment {s:?} of {nq} queries, {nkv} keys")));
         }

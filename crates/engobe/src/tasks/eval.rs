@@ -42,7 +42,9 @@ pub fn run(
     let mut bench = TaskBench::load(path, task, Some(labels.clone()), options, SEED)?;
     if let Some(dir) = adapter {
         let device = options.device.clone();
-        bench.adapter = Some(Adapter::load(tree(&mut bench), dir, &device)?);
+        let adapter = Adapter::load(tree(&mut bench), dir, &device)?;
+        bench.lead = adapter.lead();
+        bench.adapter = Some(adapter);
     } else {
         tell_fresh(&bench, note);
     }

@@ -29,7 +29,12 @@ impl AttentionShape {
 
     /// Where query `row` of `nq` sits among `nkv` keys.
     pub fn place(&self, nq: usize, nkv: usize, row: usize) -> usize {
-        if self.causal { nkv - nq + row } else { row }
+        match (self.causal, self.window) {
+            (true, _) => nkv - nq + row,
+            // keys before the queries' own are a prefix
+            (false, Some(_)) => nkv.saturating_sub(nq) + row,
+            (false, None) => row,
+        }
     }
 
     /// The keys, of `nkv`, that query `row` of `nq` may see.
@@ -43,8 +48,8 @@ impl AttentionShape {
     }
 }
 
-/// One row of the batch: its queries, and the keys that they may see. With causal attention the last query
-/// sits at the last key.
+/// One row of the batch: its queries, and the keys that they may see. With causal attention or a window the last
+/// query sits at the last key: keys before the queries' own are a prefix or a cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// rows of q

@@ -114,18 +114,6 @@ impl Decoder {
         }
         Ok((x, batch))
     }
-
-    /// What the head takes of the last block's output.
-    fn before_head<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var) -> Result<Var> {
-        let mut x = hidden.clone();
-        if let Some(norm) = &self.norm {
-            x = norm.forward(tape, &x)?;
-        }
-        match &self.project_out {
-            Some(project) => project.forward(tape, &x),
-            None => Ok(x),
-        }
-    }
 }
 
 impl ModuleTree for Decoder {
@@ -193,15 +181,26 @@ impl CausalLm for Decoder {
         self.entry.leave(tape, x, &context.batch)
     }
 
+    fn normed<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var) -> Result<Var> {
+        let mut x = hidden.clone();
+        if let Some(norm) = &self.norm {
+            x = norm.forward(tape, &x)?;
+        }
+        match &self.project_out {
+            Some(project) => project.forward(tape, &x),
+            None => Ok(x),
+        }
+    }
+
     fn head_loss<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var, targets: Arc<[u32]>) -> Result<HeadLoss> {
-        let normed = self.before_head(tape, hidden)?;
+        let normed = self.normed(tape, hidden)?;
         let (normed, head) = self.lm_head.head(tape, &normed)?;
         let head = Head { soft_cap: self.soft_cap, ..head };
         ops::head_loss(tape, &normed, head, targets)
     }
 
     fn logits<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var) -> Result<Tensor> {
-        let normed = self.before_head(tape, hidden)?;
+        let normed = self.normed(tape, hidden)?;
         let logits = self.lm_head.forward(tape, &normed)?.into_tensor();
         match self.soft_cap.map(f64::from) {
             Some(cap) => Ok(((logits / cap)?.tanh()? * cap)?),
