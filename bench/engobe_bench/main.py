@@ -42,7 +42,7 @@ def main():
     try:
         python = peers.python(args.python)
         with locked(args.lock):
-            engobe, rate = peers.build(args.engobe)
+            engobe, rate = peers.build(args.engobe, rated=any(w.rated for w in workloads))
         versions = peers.versions(python)
     except (Failed, OSError, subprocess.CalledProcessError) as error:
         return f"bench/compare: {error}"

@@ -61,9 +61,10 @@ def target_dir():
     return Path(json.loads(out.stdout)["target_directory"])
 
 
-def build(given=None, engobe=True):
+def build(given=None, engobe=True, rated=True):
     """(engobe, machine_rate): the given binary or the one built here, and the program that measures the machine."""
-    cargo("build", "--release", "--quiet", "-p", "engobe-kernels", "--example", "machine_rate")
+    if rated:
+        cargo("build", "--release", "--quiet", "-p", "engobe-kernels", "--example", "machine_rate")
     target = target_dir() / "release"
     rate = target / "examples" / "machine_rate"
     if not engobe:

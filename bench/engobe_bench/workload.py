@@ -34,6 +34,8 @@ class Workload:
 
     key = ""
     title = ""
+    # the machine's rate is measured beside it
+    rated = False
 
     def prepare(self, ctx):
         """Makes what the entrants need, before anything is measured."""

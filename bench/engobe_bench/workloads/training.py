@@ -257,14 +257,14 @@ TRAINING = [
     *(
         Training(
             key,
-            f"the same, B={batch} T=512",
+            f"the same, B={batch} T=512, all labels",
             rows=lambda ctx: ctx.rows(24, 512),
             batch=batch,
             engobe_flags=["--batch-size", batch, "--max-seq-len", 512, "--no-shuffle"],
             sides=(Engobe(), Peft()),
             pairs=(Pair("engobe", "PEFT", "", 1.8),),
             shape="gpt2",
-            steps=4,
+            steps=3,
             warmup=1,
             rated=False,
         )

@@ -3,41 +3,97 @@
 use crate::memory::bytes_text;
 use crate::settings::Given;
 use crate::terminal::Note;
-use crate::workbench;
+use crate::{tasks, workbench};
 use anyhow::{Result, bail};
 use engobe_adapters::{Adapter, AdapterSizes};
 use engobe_formats::peft::PeftAdapter;
 use engobe_kernels::codec::FourBit;
 use engobe_kernels::quantize::Scheme;
-use engobe_models::{LoadOptions, Outline};
+use engobe_models::{DecoderSizes, HeadKind, LoadOptions, Outline, TaskOutline, TensorUse};
+use engobe_nn::ModuleTree;
 use engobe_train::Plan;
 use engobe_train::memory::advice::{self, Storage, Suggestion};
 use engobe_train::memory::guard::Guard;
 use engobe_train::memory::{self, Estimate, MemoryLimit, Run};
 use std::path::{Path, PathBuf};
 
+/// The head of a task.
+#[derive(Clone, Copy, Debug)]
+pub struct Head {
+    /// what it reads
+    pub kind: HeadKind,
+    /// its logits
+    pub labels: usize,
+}
+
+/// What headers say of a model.
+pub struct Headers {
+    /// sizes of its blocks; the vocabulary is that of its head
+    pub sizes: DecoderSizes,
+    /// tokens that are embedded
+    pub vocab: usize,
+    /// its tensors
+    pub tensors: Vec<TensorUse>,
+    /// the weights are there, not only a configuration
+    pub has_weights: bool,
+    /// modules of a task's head that are trained in full; of a decoder there is none
+    pub saved: Option<Vec<String>>,
+}
+
+impl Headers {
+    /// The modules of the model at `path`, what is known of it, and the elements of the base.
+    fn read(
+        path: &Path,
+        options: &LoadOptions,
+        head: Option<Head>,
+    ) -> Result<(Box<dyn ModuleTree>, Self, usize)> {
+        let Some(head) = head else {
+            let mut outline = Outline::read(path, options)?;
+            let elements = workbench::base_parameters(outline.model.as_mut(), outline.sizes.tied_head);
+            let Outline { model, sizes, tensors, has_weights, .. } = outline;
+            let headers = Self { sizes, vocab: sizes.vocab, tensors, has_weights, saved: None };
+            return Ok((model, headers, elements));
+        };
+        let TaskOutline { mut model, sizes, vocab, tensors, has_weights } =
+            TaskOutline::read(path, options, head.kind, head.labels)?;
+        let elements = workbench::elements(&mut model);
+        let saved = Some(model.head().saved.clone());
+        Ok((Box::new(model), Self { sizes, vocab, tensors, has_weights, saved }, elements))
+    }
+}
+
 /// A run that has not begun.
 pub struct Forecast {
     path: PathBuf,
     options: LoadOptions,
+    head: Option<Head>,
     /// the model without its weights
-    pub outline: Outline,
+    pub outline: Headers,
     /// what is trained
     pub adapter: AdapterSizes,
     /// elements of the base model
     pub base_parameters: usize,
     /// how it is trained
     pub plan: Plan,
-    tokenizer: bool,
+    tokenizer: usize,
     eval_tokens: usize,
     threads: usize,
 }
 
 impl Forecast {
-    /// Looks at the headers of the model at `path`.
-    pub fn new(given: &Given, plan: &Plan, path: &Path, options: &LoadOptions) -> Result<Self> {
-        let mut outline = Outline::read(path, options)?;
-        let asked = given.adapter("")?;
+    /// Looks at the headers of the model at `path`: of a decoder, or of an encoder with a head.
+    pub fn new(
+        given: &Given,
+        plan: &Plan,
+        path: &Path,
+        options: &LoadOptions,
+        head: Option<Head>,
+    ) -> Result<Self> {
+        let (mut tree, outline, base_parameters) = Headers::read(path, options, head)?;
+        let asked = match &outline.saved {
+            None => given.adapter("")?,
+            Some(saved) => tasks::with_head(given, "", saved)?,
+        };
         let config = match given.path("init_adapter") {
             Some(dir) => {
                 let mut config = PeftAdapter::load(&dir)?.config;
@@ -46,19 +102,22 @@ impl Forecast {
             }
             None => asked,
         };
-        let base_parameters = workbench::base_parameters(outline.model.as_mut(), outline.sizes.tied_head);
-        let adapter = Adapter::sizes(outline.model.as_mut(), &config)?;
+        let adapter = Adapter::sizes(tree.as_mut(), &config)?;
         // rows that are validated on come in bins of 512 tokens or their own length
         let validates = !given.paths("val_data").is_empty() || given.number("val_split").unwrap_or(0.0) > 0.0;
         let eval_tokens = if validates { plan.schedule.max_seq_len.max(512) } else { 0 };
         Ok(Self {
             path: path.to_path_buf(),
             options: options.clone(),
+            head,
+            tokenizer: match !path.is_dir() || path.join("tokenizer.json").exists() {
+                true => outline.vocab,
+                false => 0,
+            },
             outline,
             adapter,
             base_parameters,
             plan: plan.clone(),
-            tokenizer: !path.is_dir() || path.join("tokenizer.json").exists(),
             eval_tokens,
             threads: rayon::current_num_threads(),
         })
@@ -89,12 +148,12 @@ impl Forecast {
         let plain = self.outline.tensors.iter().all(|t| matches!(t.storage.as_str(), "F32" | "F16" | "BF16"));
         let quantized = match self.options.quantize.is_none() && plain {
             // a model that can't be quantized has no such suggestion
-            true => Outline::read(&self.path, &options).ok(),
+            true => Headers::read(&self.path, &options, self.head).ok(),
             false => None,
         };
         let storages: Vec<Storage> = quantized
             .into_iter()
-            .map(|outline| Storage {
+            .map(|(_, outline, _)| Storage {
                 settings: vec![
                     ("quantize".to_string(), "nf4".to_string()),
                     ("double_quant".to_string(), "true".to_string()),

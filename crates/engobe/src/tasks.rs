@@ -5,17 +5,22 @@ pub mod seq2seq;
 pub mod train;
 
 use crate::Usage;
+use crate::dataset::Dataset;
+use crate::forecast::Head;
 use crate::settings::Given;
 use crate::terminal::Note;
 use crate::workbench;
 use anyhow::{Context, Result, bail};
 use engobe_adapters::Adapter;
 use engobe_adapters::method::{NeedsText, StartText};
-use engobe_data::{DataFile, LabelSet, Problem, Sample, Task, TaskEncoder, TaskOptions, TextTokenizer};
+use engobe_data::task::lint_task;
+use engobe_data::{
+    DataFile, LabelSet, LintReport, Problem, Sample, Task, TaskEncoder, TaskOptions, TextTokenizer,
+};
 use engobe_formats::hf_config::HfConfig;
 use engobe_formats::peft::{PeftAdapter, PeftConfig};
 use engobe_models::{
-    HeadKind, LoadOptions, config_of, encoder_architecture, load_seq2seq, load_task_model,
+    HeadKind, LoadOptions, TaskOutline, config_of, encoder_architecture, load_seq2seq, load_task_model,
     seq2seq_architecture,
 };
 use engobe_nn::{ModelInfo, ModuleTree, Seq2Seq, TaskModel};
@@ -261,16 +266,98 @@ fn tell_files(files: &[DataFile], samples: &[Sample], note: &mut Note) {
 /// # Errors
 /// The method trains no modules beside its own parameters, and a head is needed.
 fn for_task(given: &Given, name: &str, bench: &TaskBench) -> Result<PeftConfig> {
-    let (method, mut config) = (given.method()?, given.adapter(name)?);
+    let mut config = match &bench.kind {
+        Kind::Labels(model, _) => with_head(given, name, &model.head().saved)?,
+        Kind::Texts(_) => given.adapter(name)?,
+    };
     config.set("task_type", bench.task.peft_name());
-    let Kind::Labels(model, _) = &bench.kind else { return Ok(config) };
+    Ok(config)
+}
+
+/// The settings of an adapter that trains the modules `head` beside it.
+///
+/// # Errors
+/// The method trains no modules beside its own parameters.
+pub fn with_head(given: &Given, name: &str, head: &[String]) -> Result<PeftConfig> {
+    let (method, mut config) = (given.method()?, given.adapter(name)?);
     if !method.settings().iter().any(|s| s.name == "modules_to_save") {
-        bail!("method = {:?} trains no head beside it, and the task {} needs one", method.name(), bench.task);
+        bail!("method = {:?} trains no head beside it, and this task needs one", method.name());
     }
     let mut saved = config.names("modules_to_save")?;
-    saved.extend(model.head().saved.iter().filter(|n| !saved.contains(n)).cloned().collect::<Vec<_>>());
+    saved.extend(head.iter().filter(|n| !saved.contains(n)).cloned().collect::<Vec<_>>());
     config.set("modules_to_save", saved);
     Ok(config)
+}
+
+/// The head of the run that `engobe plan` is asked about; `None` for next tokens. Classes are counted in the rows, or in
+/// the model's configuration.
+pub fn head_of_plan(given: &Given, path: &Path, note: &mut Note) -> Result<Option<Head>> {
+    let data = given.paths("data");
+    let config = match path.is_dir() {
+        true => HfConfig::open(path),
+        false => HfConfig::read(path),
+    };
+    let Some(config) = config.ok().filter(|config| encoder_architecture(config).is_ok()) else {
+        return Ok(None);
+    };
+    let task = match (given.text("task"), data.is_empty()) {
+        (None, true) => task_of_architectures(&config).unwrap_or(Task::SeqCls),
+        _ => of_training(given, path, note)?,
+    };
+    let known = LabelSet::known(&Value::Object(config.raw().clone()));
+    let labels = match data.is_empty() {
+        true if task == Task::Regression => 1,
+        true => known.len().max(2),
+        false => LabelSet::of_rows(task, &engobe_data::reader::read(&data)?, &known)?.len(),
+    };
+    note.line(&format!("task: {task}, a head of {labels}"));
+    head_of(task, labels)
+}
+
+/// Rows of a task as training would take them, and what is to be said of them: those of the first files to be trained on,
+/// those of the others to be validated on.
+pub fn checked(
+    task: Task,
+    path: &Path,
+    tokenizer: Option<&TextTokenizer>,
+    (data, val): (&[PathBuf], &[PathBuf]),
+    max_seq_len: usize,
+    note: &mut Note,
+) -> Result<(Dataset, LintReport)> {
+    let files = engobe_data::reader::read(data)?;
+    let labels = match task.is_labelled() {
+        true => Some(LabelSet::of_rows(task, &files, &known_names(path)?)?),
+        false => None,
+    };
+    let (vocab_size, most) = match head_of(task, labels.as_ref().map_or(0, LabelSet::len))? {
+        Some(Head { kind, labels }) => {
+            let outline = TaskOutline::read(path, &LoadOptions::default(), kind, labels)?;
+            let info = outline.model.info();
+            (info.vocab_size, info.max_positions)
+        }
+        None => (HfConfig::open(path)?.usize("vocab_size")?, usize::MAX),
+    };
+    let options = TaskOptions { task, max_seq_len: max_seq_len.min(most) };
+    let encoder = TaskEncoder::new(tokenizer, labels.as_ref(), vocab_size, options);
+    let train = Dataset { samples: encoder.encode(&files)?, files };
+    tell_files(&train.files, &train.samples, note);
+    let val = match val {
+        [] => Vec::new(),
+        paths => encoder.encode(&engobe_data::reader::read(paths)?)?,
+    };
+    let special = tokenizer.map_or(0, TextTokenizer::special_around);
+    let report = lint_task(&train.samples, &val, labels.as_ref(), special, max_seq_len);
+    Ok((train, report))
+}
+
+/// True if the model is an encoder: what heads over decoders take is not worked out.
+fn is_encoder(path: &Path) -> bool {
+    HfConfig::open(path).is_ok_and(|config| encoder_architecture(&config).is_ok())
+}
+
+/// The head of a task with so many labels; `None` where texts are made.
+fn head_of(task: Task, labels: usize) -> Result<Option<Head>> {
+    Ok(head_kind(task)?.map(|kind| Head { kind, labels }))
 }
 
 /// The task of a training run.

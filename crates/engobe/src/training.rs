@@ -160,7 +160,7 @@ pub fn run(given: &Given, resume: bool, common: &Common) -> Result<Summary> {
     }
     let mut setup = Setup::new(given, &path, resume)?;
     if let Some(limit) = plan.compute.memory_limit.filter(|_| options.device.is_cpu()) {
-        let forecast = Forecast::new(given, &plan, &path, &options)?;
+        let forecast = Forecast::new(given, &plan, &path, &options, None)?;
         setup.plan = forecast.fit(limit, &mut note)?;
         setup.guard = Some(forecast.guard(&setup.plan, limit));
     }

@@ -154,6 +154,39 @@ fn deberta_from_rows_to_predictions() {
 }
 
 #[test]
+fn a_run_is_planned_limited_and_its_rows_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let (model, data, val) = (model(dir.path()), at("train.tsv"), at("val.tsv"));
+    rows(&data, 0, 20);
+    rows(&val, 20, 30);
+    let (m, d) = (text(&model), text(&data));
+    let planned = json(&mut engobe(&["plan", "--model", &m, "--data", &d, "--r", "4"]));
+    let trained = json(&mut engobe(&train(
+        &model,
+        &data,
+        &val,
+        &at("limited"),
+        &["--max-steps", "2", "--memory-limit", "1GB"],
+    )));
+    assert_eq!(planned["trainable_parameters"], trained["trainable_parameters"]);
+    assert!(planned["has_weights"] == true && planned["peak_bytes"].as_u64().unwrap() > 12_000_000);
+    // a configuration alone, for tags
+    let config = text(&model.join("config.json"));
+    let tags = json(&mut engobe(&["plan", "--model", &config, "--task", "token-cls"]));
+    assert_eq!(tags["has_weights"], false);
+    let (status, line) =
+        error(&mut engobe(&train(&model, &data, &val, &at("small"), &["--memory-limit", "5MB"])));
+    assert!(status == 1 && line.contains("memory_limit 5 MB: this run takes"), "{line}");
+
+    let found = json(&mut engobe(&["lint", "--model", &m, "--data", &d]));
+    assert_eq!((&found["rows"], &found["label_tokens"]), (&20.into(), &20.into()), "{found}");
+    fs::write(at("same.tsv"), "sentence\tlabel\nfunny\tgood\nmat\tgood\n").unwrap();
+    let (status, line) = error(&mut engobe(&["lint", "--model", &m, "--data", &text(&at("same.tsv"))]));
+    assert!(status == 1 && line.contains("one-class"), "{line}");
+}
+
+#[test]
 fn tags_and_numbers() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);

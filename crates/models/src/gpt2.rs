@@ -70,6 +70,8 @@ impl Gpt2 {
             max_positions: config.opt_usize("n_positions")?.unwrap_or(1024),
             tied_head: config.bool_or("tie_word_embeddings", true)?,
             extra_kept: 0,
+            plain_mlp: true,
+            score_planes: 0,
         };
         sizes.check().map_err(|m| m.at(config.path()))?;
         whole_heads(&sizes).map_err(|m| m.at(config.path()))?;

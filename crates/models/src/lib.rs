@@ -35,6 +35,7 @@ mod settings;
 mod stored;
 mod t5;
 mod task_heads;
+mod task_outline;
 mod weights;
 
 pub use blank::{TensorUse, scheme_bytes};
@@ -46,6 +47,7 @@ pub use seq2seq::{SEQ2SEQS, Seq2SeqArchitecture, load_seq2seq, seq2seq_architect
 pub use settings::DecoderSizes;
 pub use stored::Stored;
 pub use task_heads::{HeadKind, config_of, load_task_model};
+pub use task_outline::TaskOutline;
 pub use weights::{WeightDtype, Weights};
 
 use candle_core::Device;

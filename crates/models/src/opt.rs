@@ -50,6 +50,8 @@ impl Opt {
             max_positions: config.opt_usize("max_position_embeddings")?.unwrap_or(2048),
             tied_head: config.bool_or("tie_word_embeddings", true)?,
             extra_kept: 0,
+            plain_mlp: true,
+            score_planes: 0,
         };
         sizes.check().map_err(|m| m.at(config.path()))?;
         whole_heads(&sizes).map_err(|m| m.at(config.path()))?;

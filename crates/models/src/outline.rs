@@ -60,6 +60,19 @@ pub struct Outline {
     described: Option<Described>,
 }
 
+/// `config.json` and the weights of a Hugging Face directory, if it has any, or of a configuration or file by itself.
+pub(crate) fn headers(path: &Path) -> Result<(PathBuf, Option<Checkpoint>)> {
+    Ok(match path.is_dir() {
+        true => {
+            let weights = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"];
+            let there = weights.iter().any(|name| path.join(name).exists());
+            (path.join("config.json"), there.then(|| Checkpoint::open(path)).transpose()?)
+        }
+        false if path.extension().is_some_and(|e| e == "json") => (path.to_path_buf(), None),
+        false => (path.to_path_buf(), Some(Checkpoint::open(path)?)),
+    })
+}
+
 impl Outline {
     /// Reads the headers of a Hugging Face directory or `.gguf` file. A directory without weights, or a `config.json`
     /// by itself, is taken to have weights of the type that it names.
@@ -67,15 +80,7 @@ impl Outline {
     /// # Errors
     /// The files are broken, or not a model that [`crate::load_causal_lm`] or [`crate::load_seq2seq`] would load.
     pub fn read(path: &Path, options: &LoadOptions) -> Result<Self> {
-        let (config_path, checkpoint) = match path.is_dir() {
-            true => {
-                let weights = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"];
-                let there = weights.iter().any(|name| path.join(name).exists());
-                (path.join("config.json"), there.then(|| Checkpoint::open(path)).transpose()?)
-            }
-            false if path.extension().is_some_and(|e| e == "json") => (path.to_path_buf(), None),
-            false => (path.to_path_buf(), Some(Checkpoint::open(path)?)),
-        };
+        let (config_path, checkpoint) = headers(path)?;
         if let Some(gguf) = checkpoint.as_ref().and_then(Checkpoint::gguf) {
             return Self::build(
                 Described::from_gguf(gguf)?,

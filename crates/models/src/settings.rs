@@ -33,6 +33,10 @@ pub struct DecoderSizes {
     pub tied_head: bool,
     /// floats that a block keeps for each token beside those of a gated, pre-normed block
     pub extra_kept: usize,
+    /// the MLP has no gate: one activation is kept of it instead of two
+    pub plain_mlp: bool,
+    /// matrices of scores `[heads, n, n]` that attention over a row of n tokens holds at once in its backward
+    pub score_planes: usize,
 }
 
 impl DecoderSizes {
@@ -72,6 +76,8 @@ impl DecoderSizes {
             max_positions: config.opt_usize("max_position_embeddings")?.unwrap_or(2048),
             tied_head: config.bool_or("tie_word_embeddings", tied_by_default)?,
             extra_kept: 0,
+            plain_mlp: false,
+            score_planes: 0,
         };
         this.check().map_err(|m| m.at(config.path()))?;
         Ok(this)
@@ -95,6 +101,8 @@ impl DecoderSizes {
             max_positions: gguf.opt_u32(&key("context_length"))?.unwrap_or(2048) as usize,
             tied_head: !gguf.contains("output.weight"),
             extra_kept: 0,
+            plain_mlp: false,
+            score_planes: 0,
         };
         this.check().map_err(|m| m.at(gguf.path()))?;
         Ok(this)

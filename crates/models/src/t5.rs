@@ -45,6 +45,8 @@ fn sizes(config: &HfConfig) -> Result<DecoderSizes> {
         tied_head: c.scale_outputs,
         // a decoder's block keeps the queries, keys, values and output of its attention to the encoder as well
         extra_kept: c.d_model + 4 * c.width(),
+        plain_mlp: false,
+        score_planes: 0,
     })
 }
 

@@ -3,7 +3,7 @@
 //! A layer that the checkpoint has, in the shape that is needed, is taken from it. One that it lacks begins as
 //! transformers begins it: weights normal with the configuration's `initializer_range`, biases zero.
 
-use crate::encoders::{activation, bad};
+use crate::encoders::{EncoderArchitecture, activation, bad};
 use crate::registry::{Described, check_quantization};
 use crate::scope::Naming;
 use crate::{Error, LoadOptions, Result, Weights, encoder_architecture};
@@ -65,9 +65,21 @@ pub fn load_task_model(
         return Ok(builder.finish(Box::new(base), parts));
     };
     let weights = Weights::hugging_face(&checkpoint, options)?;
-    let encoder = (architecture.build)(&config, &weights, Naming::UnderTask)?;
+    build_task(&config, architecture, &weights, kind, labels, seed)
+}
+
+/// The encoder over `weights` with its head.
+pub(crate) fn build_task(
+    config: &HfConfig,
+    architecture: &EncoderArchitecture,
+    weights: &Weights<'_>,
+    kind: HeadKind,
+    labels: usize,
+    seed: u64,
+) -> Result<TaskModel> {
+    let encoder = (architecture.build)(config, weights, Naming::UnderTask)?;
     let d = encoder.info().hidden_size;
-    let mut builder = HeadBuilder { config: &config, weights: &weights, d, labels, seed, fresh: Vec::new() };
+    let mut builder = HeadBuilder { config, weights, d, labels, seed, fresh: Vec::new() };
     let parts = match (kind, architecture.model_type) {
         (HeadKind::Sequence, "bert") => builder.bert(architecture.prefix)?,
         (HeadKind::Sequence, "roberta") => builder.roberta()?,
@@ -75,7 +87,7 @@ pub fn load_task_model(
         (HeadKind::Sequence, "deberta-v2") => builder.deberta()?,
         (kind, "modernbert") => builder.modernbert(kind)?,
         (HeadKind::Token, _) => builder.tokens()?,
-        (HeadKind::Sequence, other) => return Err(none_of(&config, other, "a text")),
+        (HeadKind::Sequence, other) => return Err(none_of(config, other, "a text")),
     };
     Ok(builder.finish(encoder, parts))
 }

@@ -157,8 +157,10 @@ impl<'a> Weights<'a> {
     /// The shape of a tensor that is there; nothing is said of those that only will be.
     pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
         match self.source {
-            Source::Checkpoint(checkpoint) => checkpoint.get(&self.name(name)).ok().map(|t| t.shape.to_vec()),
-            Source::Blank(..) => None,
+            Source::Checkpoint(checkpoint) | Source::Blank(_, Some(checkpoint)) => {
+                checkpoint.get(&self.name(name)).ok().map(|t| t.shape.to_vec())
+            }
+            Source::Blank(_, None) => None,
         }
     }
 

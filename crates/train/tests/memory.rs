@@ -55,7 +55,7 @@ fn run<'a>(outline: &'a Outline, adapter: &'a AdapterSizes, plan: &'a Plan) -> R
         tensors: &outline.tensors,
         adapter,
         plan,
-        tokenizer: false,
+        tokenizer: 0,
         eval_tokens: 0,
         threads: 2,
     }

@@ -2,13 +2,15 @@
 
 use crate::args::LintArgs;
 use crate::dataset::{self, Dataset, RowSettings};
+use crate::tasks::{self, Hints};
 use crate::terminal::{Note, print, print_json};
 use crate::workbench;
 use anyhow::{Result, bail};
-use engobe_data::{LintReport, TextTokenizer, show};
+use engobe_data::{LintReport, Task, TextTokenizer, show};
 use engobe_models::vocab_size;
 use serde_json::json;
 use std::io::IsTerminal;
+use std::path::Path;
 
 /// Checks rows as training would.
 pub fn run(args: &LintArgs) -> Result<()> {
@@ -16,19 +18,15 @@ pub fn run(args: &LintArgs) -> Result<()> {
     let path = workbench::resolve(&args.model, &args.common, &mut note)?;
     let mut tokenizer = workbench::tokenizer(&path)?;
     workbench::set_chat_template(tokenizer.as_mut(), args.rows.chat_template.as_deref())?;
-    let settings = RowSettings {
-        train_on: &args.rows.train_on,
-        template: &args.rows.template,
-        max_seq_len: args.max_seq_len,
-    };
-    let encoder = settings.encoder(tokenizer.as_ref(), vocab_size(&path)?)?;
     let allow = dataset::allowed(&args.allow)?;
-    let train = dataset::load(&args.rows.data, &encoder, &mut note)?;
-    let val = match args.val_data.as_slice() {
-        [] => Dataset::default(),
-        paths => dataset::load(paths, &encoder, &mut note)?,
+    let hints = Hints { asked: None, model: &path, adapter: None, data: &args.rows.data };
+    let (train, report) = match tasks::choose(&hints, &mut note)? {
+        Task::CausalLm => next_tokens(args, &path, tokenizer.as_ref(), &mut note)?,
+        task => {
+            let (data, val) = (&args.rows.data, &args.val_data);
+            tasks::checked(task, &path, tokenizer.as_ref(), (data, val), args.max_seq_len, &mut note)?
+        }
     };
-    let report = dataset::check(&train, &val.samples, &encoder, tokenizer.as_ref(), args.max_seq_len);
     if args.show > 0 {
         print(&shown(&train, tokenizer.as_ref(), args.show))?;
     }
@@ -58,6 +56,28 @@ pub fn run(args: &LintArgs) -> Result<()> {
         bail!("the rows have errors: {}; --allow NAME accepts one", errors.join(", "));
     }
     Ok(())
+}
+
+/// Rows of next tokens, and what is to be said of them.
+fn next_tokens(
+    args: &LintArgs,
+    path: &Path,
+    tokenizer: Option<&TextTokenizer>,
+    note: &mut Note,
+) -> Result<(Dataset, LintReport)> {
+    let settings = RowSettings {
+        train_on: &args.rows.train_on,
+        template: &args.rows.template,
+        max_seq_len: args.max_seq_len,
+    };
+    let encoder = settings.encoder(tokenizer, vocab_size(path)?)?;
+    let train = dataset::load(&args.rows.data, &encoder, note)?;
+    let val = match args.val_data.as_slice() {
+        [] => Dataset::default(),
+        paths => dataset::load(paths, &encoder, note)?,
+    };
+    let report = dataset::check(&train, &val.samples, &encoder, tokenizer, args.max_seq_len);
+    Ok((train, report))
 }
 
 fn findings(report: &LintReport) -> serde_json::Value {

@@ -4,6 +4,7 @@ use crate::Usage;
 use crate::args::TrainArgs;
 use crate::forecast::{Forecast, flags};
 use crate::memory::bytes_text;
+use crate::tasks;
 use crate::terminal::{Note, print, print_json};
 use crate::workbench::{self, thousands};
 use anyhow::Result;
@@ -16,12 +17,17 @@ use serde_json::{Value, json};
 pub fn run(args: &TrainArgs) -> Result<()> {
     let given = args.settings.given()?;
     let mut note = Note::new(&args.common);
-    let plan = given.plan()?;
+    let mut plan = given.plan()?;
     let model = given.text("model").ok_or(Usage("--model is missing".to_string()))?;
     workbench::set_threads(given.whole("threads"))?;
     let options = given.load_options()?;
     let path = workbench::resolve(model, &args.common, &mut note)?;
-    let forecast = Forecast::new(&given, &plan, &path, &options)?;
+    let head = tasks::head_of_plan(&given, &path, &mut note)?;
+    if head.is_some() && !given.has("packing") {
+        // as train has it for labels
+        plan.schedule.packing = false;
+    }
+    let forecast = Forecast::new(&given, &plan, &path, &options, head)?;
     let estimate = forecast.estimate();
     let limit = plan.compute.memory_limit;
     let suggestions = limit.map(|limit| forecast.suggestions(limit)).unwrap_or_default();
@@ -67,7 +73,7 @@ fn table(forecast: &Forecast, e: &Estimate, limit: Option<MemoryLimit>, found: &
         ("optimizer", e.optimizer, optimizer),
         ("gradients", e.gradients, "of the adapter".to_string()),
         ("activations", e.activations, tokens),
-        ("head", e.head, format!("vocabulary of {}", thousands(forecast.outline.sizes.vocab))),
+        ("head", e.head, head_text(forecast)),
         ("everything else", e.other, "process, tokenizer, scratch".to_string()),
     ];
     let mut text = String::new();
@@ -102,6 +108,14 @@ fn table(forecast: &Forecast, e: &Estimate, limit: Option<MemoryLimit>, found: &
         }
     }
     text
+}
+
+fn head_text(forecast: &Forecast) -> String {
+    let logits = thousands(forecast.outline.sizes.vocab);
+    match forecast.outline.saved {
+        None => format!("vocabulary of {logits}"),
+        Some(_) => format!("{logits} logits"),
+    }
 }
 
 /// Trained elements, and all elements with those that the adapter adds.

@@ -1,6 +1,9 @@
 //! Training on labels, and on texts out of texts.
 
-use super::{TaskBench, for_task, known_names, labels_of_adapter, tell_files, tell_fresh, tree};
+use super::{
+    TaskBench, for_task, head_of, is_encoder, known_names, labels_of_adapter, tell_files, tell_fresh, tree,
+};
+use crate::forecast::Forecast;
 use crate::settings::Given;
 use crate::terminal::{Note, since_start};
 use crate::training::{Run, Summary, Watcher, attach, fingerprint, go_on, loader_options, split_rows};
@@ -18,9 +21,6 @@ const RATES: [(&str, f64); 4] = [("lora", 2e-3), ("bottleneck", 3e-3), ("full", 
 
 /// Trains an adapter, and a head where rows have labels.
 pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Note) -> Result<Summary> {
-    if plan.compute.memory_limit.is_some() {
-        bail!("memory_limit: what the task {task} takes is not worked out yet; leave it out");
-    }
     let mut plan = plan.clone();
     if !given.has("packing") {
         // a batch is so many rows: the loss is their mean, as everywhere else
@@ -40,6 +40,16 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
     };
     if let Some(labels) = &labels {
         note.line(&format!("labels: {}", describe(labels)));
+    }
+    let mut guard = None;
+    if let Some(limit) = plan.compute.memory_limit.filter(|_| run.options.device.is_cpu()) {
+        let head = head_of(task, labels.as_ref().map_or(0, LabelSet::len))?;
+        let Some(head) = head.filter(|_| is_encoder(run.path)) else {
+            bail!("memory_limit: what the task {task} takes is not worked out yet; leave it out");
+        };
+        let forecast = Forecast::new(given, &plan, run.path, &run.options, Some(head))?;
+        plan = forecast.fit(limit, note)?;
+        guard = Some(forecast.guard(&plan, limit));
     }
     let mut bench = TaskBench::load(run.path, task, labels, &run.options, plan.schedule.seed)?;
     tell_fresh(&bench, note);
@@ -61,6 +71,7 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
     let loader = Loader::new(Arc::new(train), loader_options(&plan, &adapter));
     let eval = scoring::eval_batches(&val);
     let mut trainer = Trainer::new(bench.model(), &adapter, &plan, loader, eval, &run.out, fingerprint)?;
+    trainer = trainer.guarded_by(guard);
     if run.resume {
         go_on(&mut trainer, note)?;
     }

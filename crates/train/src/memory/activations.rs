@@ -22,7 +22,7 @@
 //! lengthens keys and values alone, 2kv·(n + rows·p) of the above.
 //!
 //! Blocks of other kinds keep `extra` floats more for each token (norms of heads, norms after sub-layers); a plain MLP
-//! keeps less than a gated one, for which it is taken. Norms, gated products and masked inputs are not kept: they are made again. Without checkpointing, all adapted blocks
+//! keeps f and not 2f. Norms, gated products and masked inputs are not kept: they are made again. Without checkpointing, all adapted blocks
 //! are kept when the head or the last block's backward is at work. With it, each block keeps its input (n·d), and one
 //! block at a time is kept in full. Gradients of the adapter grow while activations go; with accumulation they are there
 //! from the second micro-batch on. The sums are linear in the block that the walk back has reached, so the fullest
@@ -67,6 +67,10 @@ pub struct StepSizes {
     pub f: usize,
     /// floats that a block keeps for each token beside those of a gated, pre-normed one
     pub extra: usize,
+    /// the MLP has no gate
+    pub plain_mlp: bool,
+    /// matrices of scores that attention holds at once
+    pub score_planes: usize,
     /// rows of the head
     pub vocab: usize,
     /// the head's matrix is not f32: tiles of it are decoded
@@ -130,6 +134,8 @@ impl StepSizes {
             head_dim: s.head_dim,
             f: s.mlp,
             extra: s.extra_kept,
+            plain_mlp: s.plain_mlp,
+            score_planes: s.score_planes,
             vocab: s.vocab,
             // (the embedding has as many rows as the head, if it is not the head itself)
             decoded_head: run.tensors.iter().any(|t| t.rows == s.vocab && t.storage != "F32"),
@@ -159,10 +165,15 @@ impl StepSizes {
         (self.heads * self.head_dim, self.kv_heads * self.head_dim)
     }
 
+    /// Activations of width f that a block keeps of its MLP: gate and up, or up alone.
+    fn inner(&self) -> usize {
+        if self.plain_mlp { 1 } else { 2 }
+    }
+
     /// What block `i` of the adapted ones keeps for its backward.
     fn kept(&self, i: usize) -> usize {
         let (a, kv) = self.widths();
-        let values = 2 * self.d + 2 * a + 2 * self.f + self.extra + self.ranks[i];
+        let values = 2 * self.d + 2 * a + self.inner() * self.f + self.extra + self.ranks[i];
         let whatever = self.fixed.get(i).copied().unwrap_or(0);
         self.n() * (self.each() * values + F * (self.heads + 2))
             + self.keys() * self.each() * 2 * kv
@@ -184,14 +195,16 @@ impl StepSizes {
         let (a, kv) = self.widths();
         let (n, d, f) = (self.n(), self.d, self.f);
         let down = n * (d + 2 * f) + if self.dropout { 2 * n * f } else { 0 };
-        let gated = n * (d + 3 * f) + self.widened(2 * n * f) / F;
+        let gated = n * (d + (1 + self.inner()) * f) + self.widened(self.inner() * n * f) / F;
         let padded_rows = (self.len + self.prefix).next_multiple_of(PANEL) * self.rows;
         let packed =
             padded_rows * 2 * kv + self.keys() * self.kv_heads * self.head_dim.next_multiple_of(PANEL);
         let own = n * 2 * a + self.keys() * 2 * kv;
-        let attention = F * (own + packed + 2 * a * self.rows * self.seen()) + self.widened(own);
+        // of one row at a time
+        let scores = self.score_planes * self.heads * self.len * self.len;
+        let attention = F * (own + packed + scores + 2 * a * self.rows * self.seen()) + self.widened(own);
         // gate and up are gone by then
-        (F * down.max(gated)).max(attention.saturating_sub(self.each() * 2 * n * f))
+        (F * down.max(gated)).max(attention.saturating_sub(self.each() * self.inner() * n * f))
     }
 
     /// Keys that the parts of a row's queries see, summed: what their dk and dv take for each of a head's elements.
@@ -206,7 +219,9 @@ impl StepSizes {
     fn forward(&self, n: usize) -> usize {
         let (a, kv) = self.widths();
         // q and k before they are rotated live to the end of the block
-        F * n * (self.d + a + kv + 3 * self.f)
+        // half of what the backward holds of scores
+        let scores = self.score_planes / 2 * self.heads * self.len * self.len;
+        F * (n * (self.d + a + kv + 3 * self.f) + scores)
     }
 
     /// Hidden states, labelled ones, their norm, and the loss of `n` tokens.

@@ -36,8 +36,8 @@ pub struct Run<'a> {
     pub adapter: &'a AdapterSizes,
     /// how it is trained
     pub plan: &'a Plan,
-    /// a tokenizer will be loaded
-    pub tokenizer: bool,
+    /// tokens of the tokenizer that will be loaded; 0: none
+    pub tokenizer: usize,
     /// tokens of the longest batch that is evaluated; 0: none
     pub eval_tokens: usize,
     /// threads that compute
@@ -93,7 +93,7 @@ pub fn estimate(run: &Run<'_>) -> Estimate {
         false => (moments, 0),
     };
     let step = activations::step(&StepSizes::new(run));
-    let tokenizer = if run.tokenizer { run.sizes.vocab * TOKENIZER_PER_TOKEN } else { 0 };
+    let tokenizer = run.tokenizer * TOKENIZER_PER_TOKEN;
     let fixed = held + adapter + optimizer;
     let holes = (HOLES * (step.peak + adapter + optimizer) as f64) as usize;
     let other = PROCESS + tokenizer + step.scratch + holes;

@@ -1,0 +1,122 @@
+//! A task model without its weights: an encoder and its head, from headers alone, as [`crate::Outline`] is of a decoder.
+
+use crate::blank::{Blank, TensorUse, Unstored};
+use crate::encoders::{encoder_architecture, head_dim};
+use crate::outline::headers;
+use crate::registry::check_quantization;
+use crate::settings::DecoderSizes;
+use crate::task_heads::{HeadKind, build_task};
+use crate::{LoadOptions, Result, Weights};
+use engobe_formats::hf_config::HfConfig;
+use engobe_nn::TaskModel;
+use std::path::Path;
+
+/// An encoder with a head, without weights.
+pub struct TaskOutline {
+    /// the model; its weights must not be read
+    pub model: TaskModel,
+    /// sizes of its blocks; the vocabulary is the head's: its logits
+    pub sizes: DecoderSizes,
+    /// tokens that are embedded
+    pub vocab: usize,
+    /// its tensors
+    pub tensors: Vec<TensorUse>,
+    /// the weights are there, not only a configuration
+    pub has_weights: bool,
+}
+
+impl TaskOutline {
+    /// Reads the headers of a Hugging Face directory, or a `config.json` by itself, for a head of `labels` logits.
+    ///
+    /// # Errors
+    /// The files are broken, or not a model that [`crate::load_task_model`] would load.
+    pub fn read(path: &Path, options: &LoadOptions, kind: HeadKind, labels: usize) -> Result<Self> {
+        let (config_path, checkpoint) = headers(path)?;
+        let config = HfConfig::read(&config_path)?;
+        check_quantization(&config)?;
+        let architecture = encoder_architecture(&config)?;
+        let sizes = sizes(&config, labels)?;
+        let vocab = config.usize("vocab_size")?;
+        let d = sizes.hidden;
+        // no matrix has more rows, with as many columns
+        let rows =
+            [vocab, 2 * sizes.max_positions, 2 * sizes.mlp, 3 * d, labels].into_iter().max().unwrap_or(0);
+        let width = config.opt_usize("embedding_size")?.unwrap_or(d).max(d);
+        let blank = Blank::new(rows * width * 2, Unstored::of(&config)?)?;
+        let weights = Weights::blank(None, checkpoint.as_ref(), options, &blank)?;
+        // the numbers that a new head begins with matter to nobody
+        let model = build_task(&config, architecture, &weights, kind, labels, 0)?;
+        Ok(Self { model, sizes, vocab, tensors: blank.into_seen(), has_weights: checkpoint.is_some() })
+    }
+}
+
+/// Sizes of an encoder's blocks. Post-normed ones keep as many sums as pre-normed ones keep inputs.
+fn sizes(config: &HfConfig, labels: usize) -> Result<DecoderSizes> {
+    // DistilBERT has names of its own
+    let either = |key: &'static str, own: &'static str| -> Result<(&'static str, usize)> {
+        Ok(match config.opt_usize(key)? {
+            Some(value) => (key, value),
+            None => (own, config.opt_usize(own)?.map_or_else(|| config.usize(key), Ok)?),
+        })
+    };
+    let ((_, hidden), (_, layers)) =
+        (either("hidden_size", "dim")?, either("num_hidden_layers", "n_layers")?);
+    let (key, heads) = either("num_attention_heads", "n_heads")?;
+    Ok(DecoderSizes {
+        layers,
+        hidden,
+        heads,
+        kv_heads: heads,
+        head_dim: head_dim(config, key, hidden, heads)?,
+        mlp: either("intermediate_size", "hidden_dim")?.1,
+        vocab: labels,
+        max_positions: config.opt_usize("max_position_embeddings")?.unwrap_or(8192),
+        tied_head: false,
+        extra_kept: 0,
+        plain_mlp: config.model_type()? != "modernbert",
+        // scores, their three terms, probabilities and the gradients of these, gathered and spread
+        score_planes: if config.bool_or("relative_attention", false)? { 12 } else { 0 },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engobe_nn::ModuleTree;
+    use engobe_testkit::golden;
+
+    /// The modules and tensors of an outline are those of the model that is loaded, for all families.
+    #[test]
+    fn an_outline_has_the_models_modules() {
+        let options = LoadOptions::default();
+        for name in ["bert", "roberta", "distilbert", "deberta_v2_conv_task", "modernbert_bias_task"] {
+            let dir = golden(format!("encoders/{name}"));
+            let mut outline = TaskOutline::read(&dir, &options, HeadKind::Sequence, 3).unwrap();
+            let mut whole = crate::load_task_model(&dir, &options, HeadKind::Sequence, 3, 0).unwrap();
+            let paths = |model: &mut TaskModel| {
+                let mut paths = Vec::new();
+                model.visit_modules(&mut |m| paths.push(m.path().to_string()));
+                paths
+            };
+            assert_eq!(paths(&mut outline.model), paths(&mut whole), "{name}");
+            assert_eq!(outline.model.head().saved, whole.head().saved, "{name}");
+            assert!(outline.has_weights && outline.tensors.len() > 10, "{name}");
+            // matrices of the files are 16 bits a number
+            let words = outline.tensors.iter().find(|t| t.rows == outline.vocab).unwrap();
+            assert_eq!(words.mapped, outline.vocab * 2 * outline.sizes.hidden, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_configuration_is_enough() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = r#"{"model_type": "bert", "vocab_size": 30522, "hidden_size": 384, "intermediate_size": 1536,
+            "num_hidden_layers": 6, "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2}"#;
+        std::fs::write(dir.path().join("config.json"), config).unwrap();
+        let outline = TaskOutline::read(dir.path(), &LoadOptions::default(), HeadKind::Token, 9).unwrap();
+        assert_eq!((outline.sizes.mlp, outline.sizes.vocab, outline.has_weights), (1536, 9, false));
+        // all-MiniLM-L6-v2's weights, in f32, and a head of 9 tags
+        let bytes: usize = outline.tensors.iter().map(|t| t.mapped).sum();
+        assert_eq!(bytes / 4, 30522 * 384 + 514 * 384 + 6 * (4 * 384 * 384 + 2 * 384 * 1536) + 384 * 384);
+    }
+}
