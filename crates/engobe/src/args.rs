@@ -210,13 +210,13 @@ pub struct CompareArgs {
     /// A setting of one method alone; may be repeated
     #[arg(long, value_name = "METHOD.NAME=VALUE")]
     pub only: Vec<String>,
-    /// Rows whose completions are to be matched exactly, by the base and by each method
+    /// Rows whose completions are to be matched exactly
     #[arg(long, value_name = "FILE", value_delimiter = ',')]
     pub test_data: Vec<PathBuf>,
     /// Most tokens of an answer to a row of --test-data
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub max_new_tokens: usize,
-    /// Go on with a comparison that was stopped: methods that are done stay as they are
+    /// Go on with a comparison that was stopped
     #[arg(long)]
     pub resume: bool,
     #[command(flatten)]
@@ -258,7 +258,7 @@ pub struct EvalArgs {
     /// Tokens after which a row is cut
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub max_seq_len: usize,
-    /// What for: causal-lm, seq-cls, token-cls, regression [the adapter's, or by the model's configuration and the rows]
+    /// What for: causal-lm, seq2seq-lm, seq-cls, token-cls, regression [the adapter's, or by the model's configuration and the rows]
     #[arg(long, value_name = "TASK")]
     pub task: Option<String>,
     /// Scores to print (default: all): of labels accuracy, f1_macro, matthews, pearson, ...; of completions, which are then

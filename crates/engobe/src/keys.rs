@@ -48,7 +48,7 @@ const COMMON: [Key; 49] = [
     key("quant_block_size", Kind::Whole, MODEL, "elements in a 4-bit block: 32 to 4096, a power of two [64]"),
     key("device", Kind::Text, MODEL, "cpu, cuda[:N] or metal [cpu]"),
     key("threads", Kind::Whole, MODEL, "threads [all cores]"),
-    key("task", Kind::Text, DATA, "causal-lm, seq-cls, token-cls, regression [by model and rows]"),
+    key("task", Kind::Text, DATA, "causal-lm, seq2seq-lm, seq-cls, token-cls, regression [by model, rows]"),
     key("data", Kind::Names, DATA, "training rows: JSONL, JSON, CSV, TSV, Parquet; several by commas"),
     key("val_data", Kind::Names, DATA, "validation rows"),
     key("val_split", Kind::Number, DATA, "share of the training rows to validate on [0]"),
