@@ -18,7 +18,9 @@ fn reference(
         for (i, qi) in s.q.clone().enumerate() {
             for h in 0..heads {
                 let g = h / (heads / kv_heads);
-                let at_key = s.kv.len().saturating_sub(s.q.len()) + i;
+                let before =
+                    if causal || window.is_some() { s.kv.len().saturating_sub(s.q.len()) } else { 0 };
+                let at_key = before + i;
                 let sees =
                     |j: usize| (!causal || j <= at_key) && window.is_none_or(|w| j.abs_diff(at_key) < w);
                 let keys: Vec<usize> = (0..s.kv.len()).filter(|j| sees(*j)).collect();

@@ -20,8 +20,8 @@ impl<'a> RelativeBias<'a> {
     /// Values that `heads` heads of some segments need: how many distances, of which as many as returned second lie
     /// below 0.
     pub fn needed(shape: &AttentionShape, segments: &[Segment]) -> (usize, usize) {
-        let place = |s: &Segment| if shape.causal { s.kv.len() } else { s.q.len() };
-        let before = segments.iter().map(place).max().unwrap_or(1).saturating_sub(1);
+        let last = |s: &Segment| s.q.len().checked_sub(1).map(|row| shape.place(s.q.len(), s.kv.len(), row));
+        let before = segments.iter().filter_map(last).max().unwrap_or(0);
         let after = match shape.causal {
             true => 1,
             false => segments.iter().map(|s| s.kv.len()).max().unwrap_or(1),
