@@ -147,7 +147,7 @@ fn with_targets(model: &mut dyn ModuleTree, config: &PeftConfig) -> PeftConfig {
         let mut paths = Vec::new();
         model.visit_modules(&mut |module| paths.push(module.path().to_string()));
         let has = |name: &&str| paths.iter().any(|path| ends_with_module(path, name));
-        let fitting = KEYS_VALUES_FEEDFORWARD.iter().find(|names| names.iter().all(|name| has(name)));
+        let fitting = KEYS_VALUES_FEEDFORWARD.iter().find(|names| names.iter().all(&has));
         if let Some([others @ .., last]) = fitting {
             config.set("target_modules", json!([others, &[*last]].concat()));
             if config.get(FEEDFORWARD).is_none() {

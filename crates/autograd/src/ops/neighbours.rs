@@ -8,7 +8,7 @@ use std::sync::Arc;
 /// odd.
 pub fn neighbours<'m>(tape: &mut Tape<'m>, x: &Var, segments: Arc<[Segment]>, size: usize) -> Result<Var> {
     let (n, d) = dims2("neighbours", x.tensor())?;
-    if size % 2 == 0 || segments.iter().any(|s| s.q.end > n || s.q.start > s.q.end) {
+    if size.is_multiple_of(2) || segments.iter().any(|s| s.q.end > n || s.q.start > s.q.end) {
         return Err(Error::shape("neighbours", format!("{size} rows around each of {n}")));
     }
     let device = x.tensor().device().clone();
