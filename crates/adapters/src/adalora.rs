@@ -68,6 +68,7 @@ const CARD: Card = Card {
     peft_type: "ADALORA",
     settings: &SETTINGS,
     learning_rate: Some(2e-3),
+    head_learning_rate: None,
 };
 
 impl Method for AdaLora {

@@ -43,6 +43,7 @@ const CARD: Card = Card {
     peft_type: BOTTLENECK,
     settings: &SETTINGS,
     learning_rate: None,
+    head_learning_rate: Some(2e-3),
 };
 
 impl Method for Bottleneck {

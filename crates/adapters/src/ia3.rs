@@ -72,6 +72,7 @@ const CARD: Card = Card {
     peft_type: "IA3",
     settings: &SETTINGS,
     learning_rate: Some(1e-2),
+    head_learning_rate: None,
 };
 
 impl Method for Ia3 {

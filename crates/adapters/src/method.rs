@@ -159,6 +159,8 @@ pub struct Card {
     pub settings: &'static [Setting],
     /// peak learning rate where none was given, if the usual one does not suit it
     pub learning_rate: Option<f64>,
+    /// the same beside a new task head: what did best on SST-2's validation rows (docs/tasks.md)
+    pub head_learning_rate: Option<f64>,
 }
 
 impl Card {

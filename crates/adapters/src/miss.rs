@@ -47,6 +47,7 @@ const CARD: Card = Card {
     peft_type: "MISS",
     settings: &SETTINGS,
     learning_rate: Some(1e-3),
+    head_learning_rate: None,
 };
 
 impl Method for Miss {

@@ -21,6 +21,7 @@ pub(crate) const LN_TUNING: Own = Own {
         peft_type: "LN_TUNING",
         settings: &SETTINGS,
         learning_rate: Some(1e-3),
+        head_learning_rate: None,
     },
     part: Part::Norms,
 };
@@ -33,6 +34,7 @@ pub(crate) const BITFIT: Own = Own {
         peft_type: "BITFIT",
         settings: &SETTINGS,
         learning_rate: Some(1e-3),
+        head_learning_rate: Some(3e-3),
     },
     part: Part::Biases,
 };
@@ -45,6 +47,7 @@ pub(crate) const FULL: Own = Own {
         peft_type: "FULL",
         settings: &SETTINGS,
         learning_rate: Some(2e-5),
+        head_learning_rate: Some(1e-4),
     },
     part: Part::Modules,
 };

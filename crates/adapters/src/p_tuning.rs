@@ -55,6 +55,7 @@ const CARD: Card = Card {
     peft_type: "P_TUNING",
     settings: &SETTINGS,
     learning_rate: Some(0.003),
+    head_learning_rate: None,
 };
 
 impl Method for PTuning {

@@ -78,6 +78,7 @@ const CARD: Card = Card {
     peft_type: "PREFIX_TUNING",
     settings: &SETTINGS,
     learning_rate: Some(0.03),
+    head_learning_rate: None,
 };
 
 impl Method for PrefixTuning {

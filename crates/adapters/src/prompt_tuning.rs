@@ -65,6 +65,7 @@ const CARD: Card = Card {
     peft_type: "PROMPT_TUNING",
     settings: &SETTINGS,
     learning_rate: Some(0.03),
+    head_learning_rate: None,
 };
 
 impl Method for PromptTuning {

@@ -30,6 +30,7 @@ const CARD: Card = Card {
     peft_type: "TRAINABLE_TOKENS",
     settings: &SETTINGS,
     learning_rate: Some(1e-3),
+    head_learning_rate: None,
 };
 
 impl Method for TrainableTokens {

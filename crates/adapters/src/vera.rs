@@ -55,6 +55,7 @@ const CARD: Card = Card {
     peft_type: "VERA",
     settings: &SETTINGS,
     learning_rate: Some(4e-3),
+    head_learning_rate: None,
 };
 
 impl Method for Vera {

@@ -73,6 +73,7 @@ const CARD: Card = Card {
     peft_type: "LORA",
     settings: &SETTINGS,
     learning_rate: None,
+    head_learning_rate: Some(2e-3),
 };
 
 impl Method for Lora {

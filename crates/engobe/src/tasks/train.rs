@@ -15,10 +15,6 @@ use engobe_formats::atomic::write_atomic;
 use engobe_train::{Plan, Trainer};
 use std::sync::Arc;
 
-/// Peak learning rates beside a new head, where none was given: those that did best on SST-2's validation rows of two or
-/// three a method (docs/tasks.md). Other methods keep their own.
-const RATES: [(&str, f64); 4] = [("lora", 2e-3), ("bottleneck", 2e-3), ("full", 1e-4), ("bitfit", 3e-3)];
-
 /// Trains an adapter, and a head where rows have labels.
 pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Note) -> Result<Summary> {
     let mut plan = plan.clone();
@@ -26,10 +22,9 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
         // a batch is so many rows: the loss is their mean, as everywhere else
         plan.schedule.packing = false;
     }
-    let method = given.method()?.name();
-    let rate = RATES.iter().find(|(name, _)| *name == method).filter(|_| task.is_labelled());
-    if let (false, Some((_, rate))) = (given.has("learning_rate"), rate) {
-        plan.optimization.learning_rate = *rate;
+    let rate = given.method()?.card().head_learning_rate.filter(|_| task.is_labelled());
+    if let (false, Some(rate)) = (given.has("learning_rate"), rate) {
+        plan.optimization.learning_rate = rate;
     }
     let init = given.path("init_adapter");
     let files = reader::read(&given.paths("data"))?;
