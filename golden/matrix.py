@@ -7,12 +7,11 @@ indices, and the test makes the same ones. Models are those of golden/decoders a
 Those of golden/t5 have their own rows, and steps in f64 for the reason that golden/peft_t5.py gives.
 """
 
-import json
 import sys
 
 import torch
 
-from shared import HERE, filled, write_rounded  # noqa: I001
+from shared import HERE, filled, seq2seq_rows, write_rounded  # noqa: I001
 from curves import read_rows
 from parity import load_encoder, train_peft
 from peft import (
@@ -118,9 +117,7 @@ def start(base):
         model = AutoModelForCausalLM.from_pretrained(HERE / base, dtype=torch.float32, attn_implementation="eager")
         return model, read_rows(), "CAUSAL_LM"
     model = AutoModelForSeq2SeqLM.from_pretrained(HERE / base, dtype=torch.float32)
-    rows = json.loads((HERE / base / "expected.json").read_text())
-    rows = [{"input_ids": source, "labels": labels} for source, labels in zip(rows["sources"], rows["labels"], strict=True)]
-    return model, rows, "SEQ_2_SEQ_LM"
+    return model, seq2seq_rows(base), "SEQ_2_SEQ_LM"
 
 
 def main():
