@@ -49,10 +49,12 @@ FAMILIES = {
     "gpt_neox": ("decoders/gpt_neox", ["query_key_value"], ["dense_4h_to_h"], ["input_layernorm", "final_layer_norm"], "embed_in"),
     "t5_v10": ("t5/v10", ["k", "v"], ["wo"], *T5),
     "t5_v11": ("t5/v11", ["q", "EncDecAttention.v"], ["wi_1"], *T5),
+    "mt5": ("t5/mt5", ["k", "v"], ["wi_1"], *T5),
     "t5_uneven": ("t5/uneven", ["SelfAttention.k", "o"], ["wi_0"], *T5),
 }
 # PEFT takes keys to be as wide as the model; over transformers 5 it takes every T5's head to be the embedding's matrix
-NOT_IN_PEFT = {"t5_uneven": ["prefix-tuning", "prefix-projection"], "t5_v11": ["trainable-tokens", "lora-tokens"]}
+TOKENS, PREFIXES = ["trainable-tokens", "lora-tokens"], ["prefix-tuning", "prefix-projection"]
+NOT_IN_PEFT = {"t5_uneven": PREFIXES, "t5_v11": TOKENS, "mt5": TOKENS + PREFIXES}
 
 
 def methods(attention, feed_forward, norms, embedding):
