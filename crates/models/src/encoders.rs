@@ -20,6 +20,8 @@ pub type BuildEncoder = fn(&HfConfig, &Weights<'_>, Naming) -> Result<Box<dyn En
 pub struct EncoderArchitecture {
     /// Hugging Face's `model_type`
     pub model_type: &'static str,
+    /// how the names of transformers' classes for it begin
+    pub class: &'static str,
     /// what stands before its modules' paths in task models
     pub prefix: &'static str,
     /// builds it

@@ -10,7 +10,7 @@ use engobe_nn::Encoder;
 
 /// The architecture.
 pub static ARCHITECTURE: EncoderArchitecture =
-    EncoderArchitecture { model_type: "roberta", prefix: "roberta", build };
+    EncoderArchitecture { model_type: "roberta", class: "Roberta", prefix: "roberta", build };
 
 fn build(config: &HfConfig, weights: &Weights<'_>, naming: Naming) -> Result<Box<dyn Encoder>> {
     let padding = config.opt_usize("pad_token_id")?.unwrap_or(1);
