@@ -136,7 +136,11 @@ fn what_is_merged_says_what_the_adapter_said() {
         let trained = case.train(dir.path());
         let (m, run, data, merged) = (text(&model), at("run"), at("rows.jsonl"), at("merged"));
         let looked = json(&mut engobe(&["inspect", &run, "--model", &m]));
-        assert_eq!(looked["config"]["trainable_parameters"], trained["trainable_parameters"], "{}", case.base);
+        assert_eq!(
+            looked["config"]["trainable_parameters"], trained["trainable_parameters"],
+            "{}",
+            case.base
+        );
 
         let asked = ["merge", "--model", &m, "--adapter", &run, "--out", &merged, "--dtype", "f32"];
         let done = json(&mut engobe(&asked));
@@ -215,6 +219,35 @@ fn gguf_holds_next_tokens_alone() {
     let (status, line) = merge(&text(&dir.path().join("merged")), &["--verify"]);
     assert!(status == 2 && line.contains("--verify compares next tokens"), "{line}");
     assert!(!dir.path().join("merged").exists() && !dir.path().join("merged.gguf").exists());
+}
+
+/// A head stands on a GGUF file's decoder as on a directory's, whose weights it holds.
+#[test]
+fn heads_stand_on_gguf_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| text(&dir.path().join(name));
+    let case = &CASES[3];
+    case.model(dir.path());
+    case.data(&dir.path().join("rows.jsonl"));
+    let (m, gguf, data) = (at("model"), at("model.gguf"), at("rows.jsonl"));
+    json(&mut engobe(&["convert", "--to", "gguf", "--model", &m, "--type", "f32", "--out", &gguf]));
+    let trained = |model: &str, out: &str| {
+        let args = ["train", "--model", model, "--data", &data, "--out", out, "--max-steps", "12"];
+        json(&mut engobe(&[&args[..], case.flags, &["--learning-rate", "2e-2"]].concat()));
+        let eval = |more: &[&str]| json(&mut engobe(&[&["eval", "--data", &data], more].concat()));
+        let merged = format!("{out}-merged");
+        json(&mut engobe(&["merge", "--model", model, "--adapter", out, "--out", &merged]));
+        let found = eval(&["--model", model, "--adapter", out]);
+        assert_eq!(found["task"], "seq-cls");
+        [found, eval(&["--model", &merged])].map(|found| found["loss"].as_f64().unwrap())
+    };
+    let (plain, over_gguf) = (trained(&m, &at("run")), trained(&gguf, &at("over-gguf")));
+    // queries and keys lie in another order in GGUF files, so sums differ by their rounding
+    for (a, b) in [(plain[0], over_gguf[0]), (plain[0], plain[1]), (plain[0], over_gguf[1])] {
+        assert!((a - b).abs() < 1e-4 * a.max(0.1), "{plain:?} {over_gguf:?}");
+    }
+    let planned = json(&mut engobe(&[&["plan", "--model", &gguf, "--data", &data], case.flags].concat()));
+    assert!(planned["trainable_parameters"].as_u64().unwrap() > 0 && planned["has_weights"] == true);
 }
 
 /// A head on a decoder is planned as it is trained, kept below a limit, and its rows are checked.

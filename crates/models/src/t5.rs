@@ -112,12 +112,14 @@ impl T5 {
     fn load(config: &T5Config, weights: &Weights<'_>) -> Result<Self> {
         let c = config;
         let root = Scope::root(weights);
-        let shared = root.embedding("shared", c.vocab_size, c.d_model)?;
+        let embedding = weights.matrix("shared.weight", c.vocab_size, c.d_model)?;
         let own_head = !c.scale_outputs && weights.contains("lm_head.weight");
+        // the same matrix, not a second one
         let lm_head = match own_head {
             true => weights.matrix("lm_head.weight", c.vocab_size, c.d_model)?,
-            false => weights.matrix("shared.weight", c.vocab_size, c.d_model)?,
+            false => embedding.clone(),
         };
+        let shared = Embedding::new("shared", embedding);
         let (encoder, decoder) = rayon::join(
             || Stack::load(c, &root.within("encoder"), c.num_layers, false),
             || Stack::load(c, &root.within("decoder"), c.num_decoder_layers, true),

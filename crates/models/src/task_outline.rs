@@ -91,7 +91,7 @@ mod tests {
     fn an_outline_has_the_models_modules() {
         let options = LoadOptions::default();
         let encoders = ["bert", "roberta", "distilbert", "deberta_v2_conv_task", "modernbert_bias_task"];
-        let decoders = ["gpt2", "opt_post_norm", "phi3", "gemma3", "qwen2"];
+        let decoders = ["gpt2", "opt", "phi3", "gemma3", "qwen2"];
         let all = encoders.map(|n| ("encoders", n)).into_iter().chain(decoders.map(|n| ("decoders", n)));
         for (group, name) in all {
             let dir = golden(format!("{group}/{name}"));
@@ -104,7 +104,7 @@ mod tests {
             };
             assert_eq!(paths(&mut outline.model), paths(&mut whole), "{name}");
             assert_eq!(outline.model.head().saved, whole.head().saved, "{name}");
-            assert!(outline.has_weights && outline.tensors.len() > 10, "{name}");
+            assert!(outline.has_weights && outline.tensors.len() > 5, "{name}");
             // matrices of the files are 16 bits a number
             let words = outline.tensors.iter().find(|t| t.rows == outline.vocab).unwrap();
             assert_eq!(words.mapped, outline.vocab * 2 * outline.sizes.hidden, "{name}");
