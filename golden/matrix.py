@@ -19,6 +19,7 @@ from peft import (
     IA3Config,
     LNTuningConfig,
     LoraConfig,
+    MissConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -57,6 +58,7 @@ def methods(attention, feed_forward, norms, embedding):
         "adalora": (AdaLoraConfig, dict(init_r=3, target_r=2, lora_alpha=4, tinit=2, tfinal=3, deltaT=1, total_step=STEPS, target_modules=both)),
         "ia3": (IA3Config, dict(target_modules=both, feedforward_modules=feed_forward)),
         "vera": (VeraConfig, dict(r=4, target_modules=both)),
+        "miss": (MissConfig, dict(r=2, target_modules=both)),
         "ln-tuning": (LNTuningConfig, dict(target_modules=norms)),
         "prompt-tuning": (PromptTuningConfig, dict(num_virtual_tokens=3)),
         "p-tuning": (PromptEncoderConfig, dict(num_virtual_tokens=3, encoder_hidden_size=6)),
@@ -86,6 +88,8 @@ def main():
             continue
         found = {}
         for name, (kind, settings) in methods(*places).items():
+            if name == "miss" and family == "gpt2":
+                continue  # PEFT's takes torch.nn.Linear alone, and GPT-2 is made of Conv1D
             print(family, name, flush=True)
             model = AutoModelForCausalLM.from_pretrained(HERE / base, dtype=torch.float32, attn_implementation="eager")
             config = kind(task_type="CAUSAL_LM", **settings)

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 /// The architecture.
 pub static ARCHITECTURE: EncoderArchitecture =
-    EncoderArchitecture { model_type: "distilbert", prefix: "distilbert", build };
+    EncoderArchitecture { model_type: "distilbert", also: &[], prefix: "distilbert", build };
 
 const NAMES: PostNormNames = PostNormNames {
     attention: ["attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"],

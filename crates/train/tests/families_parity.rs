@@ -1,14 +1,12 @@
 //! Every method over every family of decoders beside PEFT, from adapters that `golden/matrix.py` and this test make of
 //! names alone: losses and gradient norms of ten steps.
 
+#[path = "support/filled.rs"]
+mod filled;
 mod support;
 
-use candle_core::Device;
-use engobe_adapters::{Adapter, Start};
-use engobe_autograd::host;
-use engobe_formats::peft::{PeftAdapter, PeftConfig};
-use engobe_nn::CausalLm;
-use engobe_testkit::models::{filled, load};
+use engobe_formats::peft::PeftConfig;
+use engobe_testkit::models::load;
 use engobe_testkit::{assert_relative, golden, golden_json};
 use engobe_train::plan::Plan;
 use serde::Deserialize;
@@ -35,44 +33,15 @@ struct Case {
 const LOSS: f64 = 2e-5;
 const NORM: f64 = 3e-4;
 
-/// Gives the model an adapter of this configuration whose values are made of names.
-fn made(base: &Path, config: &PeftConfig) -> (Box<dyn CausalLm>, Adapter) {
-    let mut model = load(base);
-    let adapter = Adapter::attach(model.as_mut(), config.clone(), Start { seed: 0 }, &Device::Cpu).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let values = |tensors: BTreeMap<String, candle_core::Tensor>| {
-        let value = |(name, t): (String, candle_core::Tensor)| {
-            let values = bytemuck::cast_slice(&filled(&name, t.elem_count())).to_vec();
-            (name, t.dims().to_vec(), values)
-        };
-        tensors.into_iter().map(value).collect::<Vec<(String, Vec<usize>, Vec<u8>)>>()
-    };
-    if !adapter.file_is_whole() {
-        // an encoder that PEFT's files leave out
-        PeftAdapter::save(dir.path(), adapter.config(), &values(adapter.state().unwrap())).unwrap();
-        let file = PeftAdapter::load(dir.path()).unwrap();
-        adapter.restore(dir.path(), &file.tensors).unwrap();
-        return (model, adapter);
-    }
-    PeftAdapter::save(dir.path(), adapter.config(), &values(adapter.export().unwrap())).unwrap();
-    let mut model = load(base);
-    let adapter = Adapter::load(model.as_mut(), dir.path(), &Device::Cpu).unwrap();
-    for (name, tensor) in adapter.export().unwrap() {
-        if name.contains("lm_head.trainable_tokens") || name.contains("embed_out.trainable_tokens") {
-            continue; // the same parameter as the tied embedding's, of whose name its values are made
-        }
-        assert_eq!(host(&tensor).unwrap()[..], filled(&name, tensor.elem_count())[..], "{name}");
-    }
-    (model, adapter)
-}
-
 fn beside_peft(family: &str) {
     let expected: Family = golden_json(format!("matrix/{family}.json"));
     assert!(expected.methods.len() >= 9, "{family}");
     for (name, case) in &expected.methods {
         let what = format!("{family}, {name}");
         let config = PeftConfig::parse(Path::new("matrix"), case.config.to_string().as_bytes()).unwrap();
-        let (model, adapter) = made(&golden(&expected.base), &config);
+        let base = golden(&expected.base);
+        let (mut named, mut model) = (load(&base), load(&base));
+        let adapter = filled::adapter(named.as_mut(), model.as_mut(), &config);
         assert_eq!(adapter.num_parameters(), case.trainable_parameters, "{what}");
         let mut plan = Plan::default();
         plan.schedule.max_steps = Some(case.losses.len());
