@@ -113,6 +113,7 @@ impl T5 {
         let c = config;
         let root = Scope::root(weights);
         let shared = root.embedding("shared", c.vocab_size, c.d_model)?;
+        let shared = shared.also_at(["encoder", "decoder"].map(|side| format!("{side}.embed_tokens")));
         let own_head = !c.scale_outputs && weights.contains("lm_head.weight");
         let lm_head = match own_head {
             true => weights.matrix("lm_head.weight", c.vocab_size, c.d_model)?,
