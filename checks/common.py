@@ -116,13 +116,22 @@ def make_rows(path, seed, count, lengths=(5, 40), vocab=160, masked=0.4):
     return rows
 
 
+def targets(model, row):
+    """Tokens that a row's loss is about: a decoder's next ones, all of an encoder-decoder's."""
+    return row["labels"] if model.config.is_encoder_decoder else row["labels"][1:]
+
+
 def label_loss(model, rows):
     """Summed cross entropy and number of labels, row by row without padding."""
     total, count = 0.0, 0
     for row in rows:
-        # PEFT leaves the logits of a prompt in front
-        logits = model(torch.tensor([row["input_ids"]], device=model.device)).logits[0, -len(row["input_ids"]) : -1].float().cpu()
-        labels = torch.tensor(row["labels"][1:])
+        ids, labels = torch.tensor([row["input_ids"]], device=model.device), torch.tensor(targets(model, row))
+        if model.config.is_encoder_decoder:
+            logits = model(input_ids=ids, labels=labels.to(ids.device)[None]).logits[0]
+        else:
+            # PEFT leaves the logits of a prompt in front
+            logits = model(ids).logits[0, -len(row["input_ids"]) : -1]
+        logits = (logits if logits.dtype == torch.float64 else logits.float()).cpu()
         total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         count += int((labels != -100).sum())
     return total, count

@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from common import CONFIGS, Report, engobe, greedy_logits, label_loss, make_model, make_rows, train
+from common import CONFIGS, Report, engobe, greedy_logits, label_loss, make_model, make_rows, targets, train
 from peft import (
     PeftConfig,
     AdaLoraConfig,
@@ -207,7 +207,7 @@ def train_peft(model, rows, steps, batch, accumulation, lr=1e-3, loraplus=None):
             if at >= len(rows):
                 at = 0
                 break  # an epoch's last window may be short
-        labels = sum(sum(l != -100 for l in r["labels"][1:]) for b in window for r in b)
+        labels = sum(sum(l != -100 for l in targets(model, r)) for b in window for r in b)
         total = 0.0
         for b in window:
             loss, _ = label_loss(model, b)
@@ -309,10 +309,13 @@ METHODS = {PromptTuningConfig: "prompt-tuning", PromptEncoderConfig: "p-tuning",
 
 
 def take_encoder(theirs, start):
-    """The encoder that engobe started from, in PEFT's: its checkpoint has the outer projection of a prefix in pieces."""
+    """The encoder that engobe started from, in PEFT's."""
     (path,) = start.glob("checkpoints/*/adapter.safetensors")
-    ours = load_file(path)
-    encoder = theirs.prompt_encoder["default"]
+    load_encoder(theirs.prompt_encoder["default"], load_file(path))
+
+
+def load_encoder(encoder, ours):
+    """Gives an encoder of PEFT's the values of engobe's, which has the outer projection of a prefix in pieces."""
     state = {}
     for name, value in encoder.state_dict().items():
         if f"encoder.{name}" in ours:

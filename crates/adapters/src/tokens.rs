@@ -15,6 +15,8 @@ use std::sync::{Arc, OnceLock};
 #[derive(Debug)]
 pub(crate) struct TokenRows {
     path: String,
+    /// other paths of the embedding
+    copies: Vec<String>,
     /// `[tokens, d]`
     rows: Param,
     ids: Vec<u32>,
@@ -53,6 +55,7 @@ impl TokenRows {
             places: ids.iter().enumerate().map(|(row, id)| (*id, row as u32)).collect(),
             places_of_head: tensor_of(ones, (vocab, ids.len()))?.to_device(at.device)?,
             head: OnceLock::new(),
+            copies: embedding.copies().to_vec(),
             original,
             ids,
             path,
@@ -80,9 +83,10 @@ impl TokenRows {
         ends(&self.path) || self.head.get().is_some_and(|head| ends(head))
     }
 
-    /// Name of the copy that PEFT's files hold for a head that is tied to the embedding.
-    pub fn name_at_head(&self) -> Option<String> {
-        self.head.get().map(|head| format!("base_model.model.{head}.trainable_tokens_delta"))
+    /// Names of the copies that PEFT's files hold for other paths of the embedding and a head that is tied to it.
+    pub fn names_of_copies(&self) -> impl Iterator<Item = String> + '_ {
+        let paths = self.copies.iter().chain(self.head.get());
+        paths.map(|path| format!("base_model.model.{path}.trainable_tokens_delta"))
     }
 
     /// What is trained.

@@ -122,14 +122,12 @@ impl Attached for Attachment {
         self.rows.iter().map(|r| r.param()).collect()
     }
 
-    /// A tied head has a copy of its own in PEFT's files.
+    /// A tied head and other paths of the embedding have copies of their own in PEFT's files.
     fn export(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut tensors = by_name(&self.params())?;
         for rows in &self.rows {
-            if let (Some(name), Some(value)) =
-                (rows.name_at_head(), tensors.get(rows.param().name()).cloned())
-            {
-                tensors.insert(name, value);
+            if let Some(value) = tensors.get(rows.param().name()).cloned() {
+                tensors.extend(rows.names_of_copies().map(|name| (name, value.clone())));
             }
         }
         Ok(tensors)
@@ -137,7 +135,7 @@ impl Attached for Attachment {
 
     fn fill(&self, path: &Path, tensors: &BTreeMap<String, TensorView>) -> Result<()> {
         let mut tensors = tensors.clone();
-        for name in self.rows.iter().filter_map(|r| r.name_at_head()) {
+        for name in self.rows.iter().flat_map(|r| r.names_of_copies()) {
             tensors.remove(&name);
         }
         fill::by_name(&self.params(), path, &tensors)

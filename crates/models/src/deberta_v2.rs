@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 /// The architecture.
 pub static ARCHITECTURE: EncoderArchitecture =
-    EncoderArchitecture { model_type: "deberta-v2", class: "DebertaV2", prefix: "deberta", build };
+    EncoderArchitecture { model_type: "deberta-v2", class: "DebertaV2", also: &[], prefix: "deberta", build };
 
 #[derive(Debug)]
 struct DebertaV2 {

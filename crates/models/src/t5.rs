@@ -119,7 +119,8 @@ impl T5 {
             true => weights.matrix("lm_head.weight", c.vocab_size, c.d_model)?,
             false => embedding.clone(),
         };
-        let shared = Embedding::new("shared", embedding);
+        let shared = Embedding::new("shared", embedding)
+            .also_at(["encoder", "decoder"].map(|side| format!("{side}.embed_tokens")));
         let (encoder, decoder) = rayon::join(
             || Stack::load(c, &root.within("encoder"), c.num_layers, false),
             || Stack::load(c, &root.within("decoder"), c.num_decoder_layers, true),

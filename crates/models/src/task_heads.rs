@@ -62,7 +62,11 @@ pub(crate) fn described_config(file: &Path, checkpoint: Option<&Checkpoint>) -> 
 /// It is no model that can have a head.
 pub fn task_class(config: &HfConfig, kind: HeadKind) -> Result<String> {
     let stem = match TaskBase::of(config, None)? {
-        TaskBase::Encoder(architecture) => architecture.class,
+        TaskBase::Encoder(architecture) => {
+            let found = config.model_type()?;
+            let named = architecture.names().find(|(name, _)| *name == found);
+            named.map_or(architecture.class, |(_, class)| class)
+        }
         TaskBase::Decoder(described) => described.architecture.class_stem(),
     };
     Ok(format!("{stem}{}", kind.class_end()))

@@ -98,6 +98,8 @@ pub trait EmbeddingAdapter: Debug + Send + Sync {
 #[derive(Debug)]
 pub struct Embedding {
     path: String,
+    /// other paths of the same module
+    copies: Vec<String>,
     weight: Weight,
     /// the base's own matrix, while another is trained in its place
     base: Option<Weight>,
@@ -107,7 +109,19 @@ pub struct Embedding {
 impl Embedding {
     /// An embedding at a module path.
     pub fn new(path: impl Into<String>, weight: FrozenWeight) -> Self {
-        Self { path: path.into(), weight: Weight::Frozen(weight), base: None, adapters: Vec::new() }
+        let (copies, adapters) = (Vec::new(), Vec::new());
+        Self { path: path.into(), copies, weight: Weight::Frozen(weight), base: None, adapters }
+    }
+
+    /// The same, with the other paths at which Hugging Face's model holds this module: files of adapters may repeat
+    /// there what they hold for the first.
+    pub fn also_at(self, copies: impl IntoIterator<Item = String>) -> Self {
+        Self { copies: copies.into_iter().collect(), ..self }
+    }
+
+    /// Its other paths.
+    pub fn copies(&self) -> &[String] {
+        &self.copies
     }
 
     /// Module path.

@@ -129,8 +129,12 @@ pub fn pool<'m>(
 }
 
 impl TaskModel {
-    /// `head` over `encoder`.
-    pub fn new(encoder: Box<dyn Encoder>, head: TaskHead) -> Self {
+    /// `head` over `encoder`, which loses a pooler that the head does not read: in transformers' classes it is not there,
+    /// so an adapter of it would find no place.
+    pub fn new(mut encoder: Box<dyn Encoder>, head: TaskHead) -> Self {
+        if head.pooling != Some(Pooling::Pooler) {
+            encoder.drop_pooler();
+        }
         Self { encoder, head }
     }
 

@@ -1,16 +1,19 @@
 //! Every method on every family that the registry knows: it is trained for a few steps, saved and loaded again. What came
 //! out is the table in docs/models.md, which is compared with it.
 
+#[path = "support/base.rs"]
+mod base;
+
+use base::{Base, Kind};
 use candle_core::Device;
 use engobe_adapters::method::METHODS;
 use engobe_adapters::{Adapter, Method, Start};
-use engobe_data::{Goal, LabelSet, Loader, LoaderOptions, MicroBatch, Place, Problem, Sample, Task};
+use engobe_data::{Goal, Loader, LoaderOptions, MicroBatch, Place, Sample};
 use engobe_formats::peft::PeftConfig;
-use engobe_models::{ENCODERS, HeadKind, LoadOptions, decoder_types, load_causal_lm, load_task_model};
-use engobe_nn::{CausalLm, ModuleTree, TaskModel};
+use engobe_models::{ENCODERS, SEQ2SEQS, decoder_types};
 use engobe_testkit::{assert_relative, cases, golden, json};
 use engobe_train::plan::Plan;
-use engobe_train::{Model, Silent, Trainer, evaluate};
+use engobe_train::{Silent, Trainer, evaluate};
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::panic::AssertUnwindSafe;
@@ -21,71 +24,43 @@ const STEPS: usize = 8;
 /// Tokens that every tiny model knows.
 const VOCABULARY: usize = 40;
 
-/// A family's tiny model, as it is trained: a decoder on next tokens, an encoder on classes of texts.
-enum Base {
-    Decoder(Box<dyn CausalLm>),
-    Headed(Box<TaskModel>, LabelSet),
+/// Modules that must be trained beside the method's parameters.
+fn saved(base: &Base) -> Vec<String> {
+    match base {
+        Base::Decoder(_) | Base::Answerer(_) => Vec::new(),
+        Base::Headed(model, _) => model.head().saved.clone(),
+    }
 }
 
-impl Base {
-    fn load(dir: &Path, is_encoder: bool) -> Self {
-        let options = LoadOptions::default();
-        match is_encoder {
-            false => Self::Decoder(load_causal_lm(dir, &options).unwrap()),
-            true => {
-                let labels = LabelSet::new(Task::SeqCls, Problem::SingleLabel, vec!["a".into(), "b".into()]);
-                let model = load_task_model(dir, &options, HeadKind::Sequence, 2, 1).unwrap();
-                Self::Headed(Box::new(model), labels)
-            }
-        }
-    }
-
-    fn tree(&mut self) -> &mut dyn ModuleTree {
-        match self {
-            Self::Decoder(model) => model.as_mut(),
-            Self::Headed(model, _) => model.as_mut(),
-        }
-    }
-
-    fn model(&self) -> Model<'_> {
-        match self {
-            Self::Decoder(model) => model.as_ref().into(),
-            Self::Headed(model, labels) => Model::Task(model, labels),
-        }
-    }
-
-    /// Modules that must be trained beside the method's parameters.
-    fn saved(&self) -> Vec<String> {
-        match self {
-            Self::Decoder(_) => Vec::new(),
-            Self::Headed(model, _) => model.head().saved.clone(),
-        }
-    }
-
-    fn samples(&self) -> Vec<Sample> {
-        let classes = matches!(self, Self::Headed(..));
-        let sample = |i: usize| {
-            let ids: Vec<u32> =
-                (0..5 + i).map(|j| (3 + (i * 11 + j * 7) % (VOCABULARY - 3)) as u32).collect();
-            let place = Place { file: "rows".into(), number: i + 1, unit: "row" };
-            let labels = ids.iter().map(|id| (!classes).then_some(*id)).collect();
-            let goal = if classes { Goal::Class(i as u32 % 2) } else { Goal::NextTokens };
-            Sample { ids, labels, place, truncated: 0, goal, second_type_from: None }
+fn samples(base: &Base) -> Vec<Sample> {
+    let sample = |i: usize| {
+        let ids: Vec<u32> = (0..5 + i).map(|j| (3 + (i * 11 + j * 7) % (VOCABULARY - 3)) as u32).collect();
+        let place = Place { file: "rows".into(), number: i + 1, unit: "row" };
+        let goal = match base {
+            Base::Decoder(_) => Goal::NextTokens,
+            Base::Headed(..) => Goal::Class(i as u32 % 2),
+            Base::Answerer(_) => Goal::Sequence(ids.iter().rev().skip(i).copied().collect()),
         };
-        (0..4).map(sample).collect()
-    }
+        let labels = ids.iter().map(|id| (goal == Goal::NextTokens).then_some(*id)).collect();
+        Sample { ids, labels, place, truncated: 0, goal, second_type_from: None }
+    };
+    (0..4).map(sample).collect()
 }
 
-/// The directory of a family's tiny model.
-fn tiny(model_type: &str) -> PathBuf {
-    let groups = ["decoders", "encoders", "llama"];
+/// The directories of a family's tiny models: of a decoder or an encoder one, of encoder-decoders all, as what they share
+/// is a name (heads of their own or not, gated or not, decoders deeper than encoders).
+fn tiny(model_type: &str, kind: Kind) -> Vec<PathBuf> {
+    let groups = ["decoders", "encoders", "llama", "t5"];
     let all =
         groups.iter().flat_map(|group| cases(group).into_iter().map(move |name| golden(group).join(name)));
-    let found = all.filter(|dir| dir.join("config.json").exists()).find(|dir| {
+    let of_family = all.filter(|dir| dir.join("config.json").exists()).filter(|dir| {
         let config: Value = json(&dir.join("config.json"));
         config["model_type"] == model_type
     });
-    found.unwrap_or_else(|| panic!("golden/ has no tiny model of {model_type}"))
+    let found: Vec<PathBuf> =
+        of_family.take(if kind == Kind::EncoderDecoder { usize::MAX } else { 1 }).collect();
+    assert!(!found.is_empty(), "golden/ has no tiny model of {model_type}");
+    found
 }
 
 /// The method's usual settings, small.
@@ -117,14 +92,14 @@ fn loss(base: &Base, batches: &[MicroBatch]) -> f64 {
 ///
 /// # Errors
 /// Why the method does not go with the family.
-fn cell(method: &'static dyn Method, dir: &Path, is_encoder: bool) -> Result<(), String> {
+fn cell(method: &'static dyn Method, dir: &Path, kind: Kind) -> Result<(), String> {
     let what = format!("{} over {}", method.name(), dir.display());
-    let mut base = Base::load(dir, is_encoder);
-    let saved = base.saved();
+    let mut base = Base::load(dir, kind);
+    let saved = saved(&base);
     if !saved.is_empty() && !method.settings().iter().any(|s| s.name == "modules_to_save") {
         return Err("PEFT's has no `modules_to_save`, so there is no head beside it".to_string());
     }
-    let samples = base.samples();
+    let samples = samples(&base);
     let batches = [MicroBatch::of(&samples, &[0, 1, 2, 3])];
     let config = config(method, saved);
     let adapter =
@@ -143,7 +118,7 @@ fn cell(method: &'static dyn Method, dir: &Path, is_encoder: bool) -> Result<(),
         .unwrap_or_else(|e| panic!("{what}: {e}"));
     let after = loss(&base, &batches);
     assert!(after < before, "{what}: the loss went from {before} to {after}");
-    let mut again = Base::load(dir, is_encoder);
+    let mut again = Base::load(dir, kind);
     Adapter::load(again.tree(), out.path(), &Device::Cpu).unwrap_or_else(|e| panic!("{what}: {e}"));
     // AdaLoRA's file leaves out directions of nothing, and a prompt's its encoder: sums in another order
     assert_relative(loss(&again, &batches), after, 1e-6, &format!("{what}: after loading"));
@@ -152,17 +127,21 @@ fn cell(method: &'static dyn Method, dir: &Path, is_encoder: bool) -> Result<(),
 
 /// The table, and the reasons for what is not in it.
 fn table() -> String {
-    let families =
-        decoder_types().map(|name| (name, false)).chain(ENCODERS.iter().map(|a| (a.model_type, true)));
+    let families = decoder_types()
+        .map(|name| (name, Kind::Decoder))
+        .chain(ENCODERS.iter().map(|a| (a.model_type, Kind::Encoder)))
+        .chain(SEQ2SEQS.iter().map(|a| (a.model_type, Kind::EncoderDecoder)));
     let names: Vec<String> = METHODS.iter().map(|m| format!("`{}`", m.name())).collect();
     let mut text = format!("| | {} |\n|---|{}\n", names.join(" | "), ":-:|".repeat(names.len()));
     let mut reasons: Vec<(String, String)> = Vec::new();
     let mut failed: Vec<String> = Vec::new();
-    for (family, is_encoder) in families {
-        let dir = tiny(family);
+    for (family, kind) in families {
+        let dirs = tiny(family, kind);
         let mut row = format!("| `{family}` |");
         for method in METHODS {
-            let found = std::panic::catch_unwind(AssertUnwindSafe(|| cell(method, &dir, is_encoder)));
+            let found = std::panic::catch_unwind(AssertUnwindSafe(|| {
+                dirs.iter().try_for_each(|dir| cell(method, dir, kind))
+            }));
             let Ok(found) = found else {
                 failed.push(format!("{} over {family}", method.name()));
                 continue;
