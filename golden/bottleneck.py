@@ -1,7 +1,7 @@
 """Bottleneck adapters of AdapterHub's `adapters` on tiny models: logits, and curves of 20 steps.
 
     pip install --target DIR --no-deps adapters==1.3.0 transformers==4.57.6 "tokenizers<0.23" "huggingface_hub<1"
-    PYTHONPATH=DIR python golden/bottleneck.py [t5]
+    PYTHONPATH=DIR python golden/bottleneck.py [NAME...]
 
 (the package wants an older transformers than the other scripts). Writes golden/bottleneck/NAME/: the adapter that
 training starts from, as the package saves it, and expected.json. The models are those of golden/llama. Those with a task's
@@ -55,6 +55,14 @@ TASKS = {
     "roberta_parallel": ("roberta", "regression", 1, ParBnConfig(reduction_factor=4)),
     "distilbert_houlsby": ("distilbert", "multi_label_classification", 3, DoubleSeqBnConfig(reduction_factor=8)),
     "llama_pfeiffer": ("llama/gqa_tied", "single_label_classification", 3, SeqBnConfig(reduction_factor=4)),
+    "bert_parallel": ("bert", "single_label_classification", 3, ParBnConfig(reduction_factor=8)),
+    "roberta_houlsby": ("roberta", "single_label_classification", 3, DoubleSeqBnConfig(reduction_factor=8)),
+    "roberta_pfeiffer": ("roberta", "tokens", 3, SeqBnConfig(reduction_factor=8)),
+    "distilbert_pfeiffer": ("distilbert", "single_label_classification", 3, SeqBnConfig(reduction_factor=8)),
+    "distilbert_parallel": ("distilbert", "tokens", 3, ParBnConfig(reduction_factor=8)),
+    "deberta_houlsby": ("deberta_v2_conv_task", "single_label_classification", 3, DoubleSeqBnConfig(reduction_factor=8)),
+    "deberta_pfeiffer": ("deberta_v3", "tokens", 3, SeqBnConfig(reduction_factor=8)),
+    "deberta_parallel": ("deberta_v2_conv_task", "regression", 1, ParBnConfig(reduction_factor=8)),
 }
 
 # of encoder-decoders: attention to the encoder as well, and layers of both sides, which are counted through
@@ -89,15 +97,19 @@ def with_head(config):
     return adapt
 
 
-def tasks():
+def tasks(wanted):
     from peft_tasks import record
 
     for seed, (name, (*case, config)) in enumerate(TASKS.items(), start=100):
+        if wanted and name not in wanted:
+            continue
         record(name, seed, case, with_head(config))
 
 
-def encoder_decoders():
+def encoder_decoders(wanted):
     for base in ("v10", "v11", "uneven"):
+        if wanted and f"t5_{base}" not in wanted:
+            continue
         rows, methods = seq2seq_rows(f"t5/{base}"), {}
         for name, config in T5.items():
             model = T5ForConditionalGeneration.from_pretrained(HERE / "t5" / base, dtype=torch.float32)
@@ -118,14 +130,13 @@ def encoder_decoders():
         write_rounded(HERE / "matrix" / f"t5_{base}_bottleneck.json", {"base": f"t5/{base}", "learning_rate": 1e-3, "methods": methods})
 
 
-def main():
-    encoder_decoders()
-    if sys.argv[1:] == ["t5"]:
-        return
+def main(wanted):
     out = HERE / "bottleneck"
-    shutil.rmtree(out, ignore_errors=True)
     rows = read_rows()
     for seed, (name, (base, accumulation, config)) in enumerate(CASES.items()):
+        if wanted and name not in wanted:
+            continue
+        shutil.rmtree(out / name, ignore_errors=True)
         torch.manual_seed(seed)
         model = LlamaForCausalLM.from_pretrained(HERE / "llama" / base, dtype=torch.float32)
         adapters.init(model)
@@ -144,8 +155,9 @@ def main():
         path = out / name / "adapter_config.json"
         path.write_text(path.read_text().replace(f"{HERE.parent}/", ""))
         expect(model, base, accumulation, rows, out / name / "expected.json")
-    tasks()
+    tasks(wanted)
+    encoder_decoders(wanted)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

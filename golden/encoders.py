@@ -38,6 +38,8 @@ MODELS = {
     "deberta_c2p": ("deberta-v2", {**DEBERTA, "position_buckets": 8, "pos_att_type": ["c2p"]}),
     "modernbert": ("modernbert", dict(**{**MODERN, "num_hidden_layers": 4})),
     "modernbert_bias_task": ("modernbert", dict(**{**MODERN, "num_hidden_layers": 3}, attention_bias=True, mlp_bias=True, norm_bias=True, global_attn_every_n_layers=2, global_rope_theta=5e4, local_rope_theta=500.0)),
+    "xlm_roberta_task": ("xlm-roberta", dict(**BERT, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5)),
+    "camembert": ("camembert", dict(**BERT, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5)),
 }
 
 

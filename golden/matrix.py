@@ -52,9 +52,10 @@ FAMILIES = {
     "mt5": ("t5/mt5", ["k", "v"], ["wi_1"], *T5),
     "t5_uneven": ("t5/uneven", ["SelfAttention.k", "o"], ["wi_0"], *T5),
 }
-# PEFT takes keys to be as wide as the model; over transformers 5 it takes every T5's head to be the embedding's matrix
+# PEFT takes keys to be as wide as the model; over transformers 5 it takes every T5's head to be the embedding's matrix; its MiSS
+# takes torch.nn.Linear alone, and GPT-2 is made of Conv1D
 TOKENS, PREFIXES = ["trainable-tokens", "lora-tokens"], ["prefix-tuning", "prefix-projection"]
-NOT_IN_PEFT = {"t5_uneven": PREFIXES, "t5_v11": TOKENS, "mt5": TOKENS + PREFIXES}
+NOT_IN_PEFT = {"gpt2": ["miss"], "t5_uneven": PREFIXES, "t5_v11": TOKENS, "mt5": TOKENS + PREFIXES}
 
 
 def methods(attention, feed_forward, norms, embedding):
@@ -66,6 +67,7 @@ def methods(attention, feed_forward, norms, embedding):
         "adalora": (AdaLoraConfig, dict(init_r=3, target_r=2, lora_alpha=4, tinit=2, tfinal=3, deltaT=1, total_step=STEPS, target_modules=both)),
         "ia3": (IA3Config, dict(target_modules=both, feedforward_modules=feed_forward)),
         "vera": (VeraConfig, dict(r=4, target_modules=both)),
+        "miss": (MissConfig, dict(r=4, target_modules=both)),
         "ln-tuning": (LNTuningConfig, dict(target_modules=norms)),
         "prompt-tuning": (PromptTuningConfig, dict(num_virtual_tokens=3)),
         "p-tuning": (PromptEncoderConfig, dict(num_virtual_tokens=3, encoder_hidden_size=6)),
@@ -74,10 +76,9 @@ def methods(attention, feed_forward, norms, embedding):
     }
 
 
-def more_methods(attention, feed_forward, _norms, _embedding):
+def more_methods(attention, *_places):
     """What is looked at over encoder-decoders besides."""
     return {
-        "miss": (MissConfig, dict(r=4, target_modules=attention + feed_forward)),
         "p-tuning-lstm": (
             PromptEncoderConfig,
             # of two prompts below each other an LSTM makes the first see the second, which nothing reads
@@ -96,6 +97,10 @@ def fill(peft):
         config = peft.peft_config["default"]
         names = hidden_state(encoder, config.peft_type.value, config.num_layers)
         load_encoder(encoder, {name: filled(name, value) for name, value in names.items()})
+        with torch.no_grad():
+            for name, p in peft.base_model.named_parameters():
+                if p.requires_grad:  # a head beside it
+                    p.copy_(filled(f"base_model.{name.replace('.modules_to_save.default', '')}", p))
         return
     # (PEFT would take the base's own head into the file of an adapter that adapts it)
     state = get_peft_model_state_dict(peft, save_embedding_layers=False)

@@ -178,39 +178,32 @@ def base_model(base, tokens, classes, problem):
     return auto.from_pretrained(directory, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **more), off
 
 
-def record(name, seed, case, adapt):
-    """Trains a case. `adapt` puts an adapter on the model, makes it random and saves it; it gives the model to train, and
-    the rows that tokens' logits have in front."""
-    base, problem, classes = case
-    base = base if "/" in base else f"encoders/{base}"
-    out = HERE / "peft_tasks" / name
-    shutil.rmtree(out, ignore_errors=True)
+def task_rows(seed, problem, classes, config, lengths=None):
+    """Rows with their labels; the second half of each of BERT's is another text."""
     rng = random.Random(seed)
-    torch.manual_seed(seed)
-    tokens = problem == "tokens"
-    model, off = base_model(base, tokens, classes, problem)
-    config = model.config
-    model, in_front = adapt(model, out, f"golden/{base}")
-    lengths = [rng.randrange(3, 20) for _ in range(12)]
-    if name.endswith("_even"):
-        # a decoder's head under a prompt reads the last place, padding or not: PEFT's rows must be as long as each other
-        lengths = [9] * 12
+    lengths = lengths or [rng.randrange(3, 20) for _ in range(12)]
     rows = token_rows(seed, lengths, config.vocab_size)
     labels = labels_of(problem, classes, rows, rng)
-    # the second half of each row is another text
-    types = [[int(i >= len(r) // 2) for i in range(len(r))] for r in rows] if config.model_type == "bert" and not tokens else None
+    two = config.model_type == "bert" and problem != "tokens"
+    types = [[int(i >= len(r) // 2) for i in range(len(r))] for r in rows] if two else None
+    return {"rows": rows, "labels": labels, "types": types}
+
+
+def train(model, problem, data, in_front, rate=LR):
+    """Logits of each row, or of its first token, before the first step; losses and gradient norms of all steps."""
+    rows, labels, types = data["rows"], data["labels"], data["types"]
+    tokens = problem == "tokens"
     model.eval()
     with torch.no_grad():
         logits = forward(model, problem, rows, labels, types, in_front).logits
     first = [logits[i, in_front].tolist() if tokens else logits[i].tolist() for i in range(len(rows))]
     model.train()
     params = [p for p in model.parameters() if p.requires_grad]
-    trainable = sum(p.numel() for p in params)
-    optimizer = torch.optim.AdamW(params, lr=LR)
+    optimizer = torch.optim.AdamW(params, lr=rate)
     losses, norms = [], []
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = LR * (STEPS - step) / STEPS
+            group["lr"] = rate * (STEPS - step) / STEPS
         at = (step * BATCH) % len(rows)
         part = slice(at, at + BATCH)
         optimizer.zero_grad()
@@ -221,8 +214,23 @@ def record(name, seed, case, adapt):
         if "AdaLora" in type(getattr(model, "base_model", None)).__name__:
             model.base_model.update_and_allocate(step)  # its penalty is in the loss already
         losses.append(loss.item())
-    expected = {"base": base, "problem": problem, "classes": classes, "off": list(off), "rows": rows, "labels": labels, "types": types,
-                "logits": first, "losses": losses, "grad_norms": norms, "trainable_parameters": trainable}
+    return {"logits": first, "losses": losses, "grad_norms": norms, "trainable_parameters": sum(p.numel() for p in params)}
+
+
+def record(name, seed, case, adapt):
+    """Trains a case. `adapt` puts an adapter on the model, makes it random and saves it; it gives the model to train, and
+    the rows that tokens' logits have in front."""
+    base, problem, classes = case
+    base = base if "/" in base else f"encoders/{base}"
+    out = HERE / "peft_tasks" / name
+    shutil.rmtree(out, ignore_errors=True)
+    torch.manual_seed(seed)
+    model, off = base_model(base, problem == "tokens", classes, problem)
+    config = model.config
+    model, in_front = adapt(model, out, f"golden/{base}")
+    # a decoder's head under a prompt reads the last place, padding or not: PEFT's rows must be as long as each other
+    data = task_rows(seed, problem, classes, config, [9] * 12 if name.endswith("_even") else None)
+    expected = {"base": base, "problem": problem, "classes": classes, "off": list(off), **data, **train(model, problem, data, in_front)}
     write_rounded(out / "expected.json", expected)
 
 

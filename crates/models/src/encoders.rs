@@ -20,10 +20,21 @@ pub type BuildEncoder = fn(&HfConfig, &Weights<'_>, Naming) -> Result<Box<dyn En
 pub struct EncoderArchitecture {
     /// Hugging Face's `model_type`
     pub model_type: &'static str,
+    /// how the names of transformers' classes for it begin
+    pub class: &'static str,
+    /// other names of the same, and how their classes' names begin: models that transformers has as copies of it
+    pub also: &'static [(&'static str, &'static str)],
     /// what stands before its modules' paths in task models
     pub prefix: &'static str,
     /// builds it
     pub build: BuildEncoder,
+}
+
+impl EncoderArchitecture {
+    /// Every `model_type` that is this, and how its classes' names begin.
+    pub fn names(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        [(self.model_type, self.class)].into_iter().chain(self.also.iter().copied())
+    }
 }
 
 /// All that we know.
@@ -42,14 +53,16 @@ pub static ENCODERS: &[&EncoderArchitecture] = &[
 pub fn encoder_architecture(config: &HfConfig) -> Result<&'static EncoderArchitecture> {
     let found = config.model_type()?;
     let unknown = || {
-        let known: Vec<&str> = ENCODERS.iter().map(|a| a.model_type).collect();
+        let names = ENCODERS.iter().flat_map(|a| a.names()).map(|(name, _)| name);
+        let known: Vec<&str> = names.collect();
         Error::Architecture {
             path: config.path().to_path_buf(),
             found: found.to_string(),
             known: known.join(", "),
         }
     };
-    ENCODERS.iter().find(|a| a.model_type == found).copied().ok_or_else(unknown)
+    let is_it = |a: &&&EncoderArchitecture| a.names().any(|(name, _)| name == found);
+    ENCODERS.iter().find(is_it).copied().ok_or_else(unknown)
 }
 
 /// Loads the encoder in a Hugging Face directory: that of a bare model or of any task model over it.

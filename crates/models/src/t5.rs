@@ -45,10 +45,10 @@ pub(crate) fn sizes(config: &HfConfig) -> Result<DecoderSizes> {
         vocab: c.vocab_size,
         max_positions: c.n_positions,
         tied_head: c.tied,
-        // a decoder's block keeps the queries, keys, values and output of its attention to the encoder as well
-        extra_kept: c.d_model + 4 * c.width(),
-        plain_mlp: false,
+        extra_kept: 0,
+        plain_mlp: !c.gated,
         score_planes: 0,
+        cross_layers: c.num_decoder_layers,
     })
 }
 

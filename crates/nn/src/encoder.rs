@@ -35,6 +35,9 @@ pub trait Encoder: ModuleTree + Send + Sync {
     fn pooled<'m>(&'m self, _tape: &mut Tape<'m>, _firsts: &Var) -> Result<Option<Var>> {
         Ok(None)
     }
+
+    /// Goes without its pooler from here on.
+    fn drop_pooler(&mut self) {}
 }
 
 /// f(x·Wᵀ + b) over the first token's hidden state.
@@ -177,5 +180,9 @@ impl Encoder for EncoderStack {
 
     fn pooled<'m>(&'m self, tape: &mut Tape<'m>, firsts: &Var) -> Result<Option<Var>> {
         self.pooler.as_ref().map(|pooler| pooler.forward(tape, firsts)).transpose()
+    }
+
+    fn drop_pooler(&mut self) {
+        self.pooler = None;
     }
 }

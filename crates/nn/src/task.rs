@@ -4,7 +4,7 @@ use crate::Linear;
 use crate::causal::{CausalLm, ModelInfo, TokenBatch};
 use crate::encoder::Encoder;
 use crate::modules::{ModuleMut, ModuleTree, Norm, SiteMut};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use engobe_autograd::ops;
 use engobe_autograd::{Result, Tape, Var};
 use engobe_kernels::activation::Activation;
@@ -83,6 +83,10 @@ impl ModuleTree for HeadlessDecoder {
     fn output_heads(&self) -> Vec<String> {
         Vec::new()
     }
+
+    fn constants(&self) -> Result<Vec<(String, Tensor)>> {
+        self.0.constants()
+    }
 }
 
 impl Encoder for HeadlessDecoder {
@@ -125,8 +129,12 @@ pub fn pool<'m>(
 }
 
 impl TaskModel {
-    /// `head` over `encoder`.
-    pub fn new(encoder: Box<dyn Encoder>, head: TaskHead) -> Self {
+    /// `head` over `encoder`, which loses a pooler that the head does not read: in transformers' classes it is not there,
+    /// so an adapter of it would find no place.
+    pub fn new(mut encoder: Box<dyn Encoder>, head: TaskHead) -> Self {
+        if head.pooling != Some(Pooling::Pooler) {
+            encoder.drop_pooler();
+        }
         Self { encoder, head }
     }
 
@@ -193,5 +201,9 @@ impl ModuleTree for TaskModel {
 
     fn output_heads(&self) -> Vec<String> {
         self.head.layers.last().map(|l| l.linear.path().to_string()).into_iter().collect()
+    }
+
+    fn constants(&self) -> Result<Vec<(String, Tensor)>> {
+        self.encoder.constants()
     }
 }

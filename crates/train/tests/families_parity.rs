@@ -3,15 +3,13 @@
 
 #[path = "support/base.rs"]
 mod base;
+#[path = "support/filled.rs"]
+mod filled;
 mod support;
 
 use base::{Base, Kind};
-use candle_core::Device;
-use engobe_adapters::{Adapter, Start};
-use engobe_autograd::host;
 use engobe_data::{Goal, Place, Sample};
-use engobe_formats::peft::{PeftAdapter, PeftConfig};
-use engobe_testkit::models::filled;
+use engobe_formats::peft::PeftConfig;
 use engobe_testkit::{assert_relative, golden, golden_json};
 use engobe_train::plan::Plan;
 use serde::Deserialize;
@@ -41,38 +39,6 @@ const NORM: f64 = 3e-4;
 /// T5's tiny models go up to 86, as a prompt's small rows meet a norm by root mean square, and a value whose gradient is all
 /// rounding is moved by AdamW all the same: of prompts 1.6e-3 was seen, of PEFT's own steps in f32 2e-4, of all else 1.5e-4.
 const ENCODER_DECODER: [f64; 2] = [1e-5, 3e-3];
-
-/// Gives the model an adapter of this configuration whose values are made of names.
-fn made(base: &Path, kind: Kind, config: &PeftConfig) -> (Base, Adapter) {
-    let mut model = Base::load(base, kind);
-    let adapter = Adapter::attach(model.tree(), config.clone(), Start { seed: 0 }, &Device::Cpu).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let values = |tensors: BTreeMap<String, candle_core::Tensor>| {
-        let value = |(name, t): (String, candle_core::Tensor)| {
-            let values = bytemuck::cast_slice(&filled(&name, t.elem_count())).to_vec();
-            (name, t.dims().to_vec(), values)
-        };
-        tensors.into_iter().map(value).collect::<Vec<(String, Vec<usize>, Vec<u8>)>>()
-    };
-    if !adapter.file_is_whole() {
-        // an encoder that PEFT's files leave out
-        PeftAdapter::save(dir.path(), adapter.config(), &values(adapter.state().unwrap())).unwrap();
-        let file = PeftAdapter::load(dir.path()).unwrap();
-        adapter.restore(dir.path(), &file.tensors).unwrap();
-        return (model, adapter);
-    }
-    PeftAdapter::save(dir.path(), adapter.config(), &values(adapter.export().unwrap())).unwrap();
-    let mut model = Base::load(base, kind);
-    let adapter = Adapter::load(model.tree(), dir.path(), &Device::Cpu).unwrap();
-    for (name, tensor) in adapter.export().unwrap() {
-        let tied = ["lm_head", "embed_out", "coder.embed_tokens"];
-        if tied.iter().any(|tied| name.contains(&format!("{tied}.trainable_tokens"))) {
-            continue; // the same parameter as the embedding's, of whose name its values are made
-        }
-        assert_eq!(host(&tensor).unwrap()[..], filled(&name, tensor.elem_count())[..], "{name}");
-    }
-    (model, adapter)
-}
 
 /// The rows that an encoder-decoder's golden file has: sources and labels.
 fn rows_of(base: &str) -> Vec<Sample> {
@@ -104,7 +70,9 @@ fn beside_peft(family: &str) {
     for (name, case) in &expected.methods {
         let what = format!("{family}, {name}");
         let config = PeftConfig::parse(Path::new("matrix"), case.config.to_string().as_bytes()).unwrap();
-        let (model, adapter) = made(&golden(&expected.base), kind, &config);
+        let base = golden(&expected.base);
+        let (mut named, mut model) = (Base::load(&base, kind), Base::load(&base, kind));
+        let adapter = filled::adapter(named.tree(), model.tree(), &config);
         assert_eq!(adapter.num_parameters(), case.trainable_parameters, "{what}");
         let mut plan = Plan::default();
         plan.schedule.max_steps = Some(case.losses.len());

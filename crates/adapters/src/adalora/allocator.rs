@@ -8,7 +8,7 @@
 //! ```
 //!
 //! The budget falls from all ranks to the target with the cube of the time that is left; where a choice is due, the E
-//! of the least important directions become zero.
+//! of the least important directions become zero. After the last choice they are made zero again after every step.
 
 use super::Triplet;
 use crate::method::StepTaken;
@@ -114,8 +114,12 @@ impl Allocator {
 
     pub fn after_step(&self, triplets: &[Arc<Triplet>], taken: &StepTaken<'_>, total: usize) -> Result<()> {
         let last = total.saturating_sub(self.schedule.tfinal);
-        if taken.step > last || total <= self.schedule.tfinal {
+        if total <= self.schedule.tfinal {
             return Ok(());
+        }
+        if taken.step > last {
+            // the optimizer moved what was given up again
+            return self.silence(triplets);
         }
         if taken.step < last {
             for (t, importance) in triplets.iter().zip(&self.importance) {
@@ -160,11 +164,18 @@ impl Allocator {
         let threshold = all[given_up - 1];
         for ((t, kept), scores) in triplets.iter().zip(&self.kept).zip(scores) {
             let mask: Vec<f32> = scores.iter().map(|s| f32::from(u8::from(*s > threshold))).collect();
-            let mask = Tensor::from_vec(mask, t.rank(), t.e.tensor().device())?;
-            kept.set(&mask)?;
-            t.e.set(&t.e.tensor().mul(&mask.reshape((t.rank(), 1))?)?)?;
+            kept.set(&Tensor::from_vec(mask, t.rank(), t.e.tensor().device())?)?;
         }
+        self.silence(triplets)?;
         Ok(self.chosen.set(&Tensor::ones(1, DType::F32, &Device::Cpu)?)?)
+    }
+
+    /// Makes the E of directions that were given up zero.
+    fn silence(&self, triplets: &[Arc<Triplet>]) -> Result<()> {
+        for (t, kept) in triplets.iter().zip(&self.kept) {
+            t.e.set(&t.e.tensor().mul(&kept.tensor().reshape((t.rank(), 1))?)?)?;
+        }
+        Ok(())
     }
 }
 

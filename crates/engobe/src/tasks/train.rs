@@ -1,14 +1,12 @@
 //! Training on labels, and on texts out of texts.
 
-use super::{
-    TaskBench, for_task, head_of, is_encoder, known_names, labels_of_adapter, tell_files, tell_fresh, tree,
-};
+use super::{TaskBench, for_task, head_of, known_names, labels_of_adapter, tell_files, tell_fresh, tree};
 use crate::forecast::Forecast;
 use crate::settings::Given;
 use crate::terminal::{Note, since_start};
 use crate::training::{Run, Summary, Watcher, attach, fingerprint, go_on, loader_options, split_rows};
 use crate::{dataset, report, scoring};
-use anyhow::{Result, bail};
+use anyhow::Result;
 use engobe_data::task::lint_task;
 use engobe_data::{DataFile, Goal, LabelSet, Loader, Sample, Task, TextTokenizer, reader};
 use engobe_formats::atomic::write_atomic;
@@ -39,10 +37,7 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
     let mut guard = None;
     if let Some(limit) = plan.compute.memory_limit.filter(|_| run.options.device.is_cpu()) {
         let head = head_of(task, labels.as_ref().map_or(0, LabelSet::len))?;
-        let Some(head) = head.filter(|_| is_encoder(run.path)) else {
-            bail!("memory_limit: what the task {task} takes is not worked out yet; leave it out");
-        };
-        let forecast = Forecast::new(given, &plan, run.path, &run.options, Some(head))?;
+        let forecast = Forecast::new(given, &plan, run.path, &run.options, head)?;
         plan = forecast.fit(limit, note)?;
         guard = Some(forecast.guard(&plan, limit));
     }
