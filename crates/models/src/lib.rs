@@ -19,6 +19,7 @@ mod gpt_neox;
 mod llama;
 mod mistral;
 mod modernbert;
+mod mt5;
 mod opt;
 mod outline;
 mod parts;
