@@ -11,6 +11,7 @@ use crate::{dataset, report, scoring};
 use anyhow::{Result, bail};
 use engobe_data::task::lint_task;
 use engobe_data::{DataFile, Goal, LabelSet, Loader, Sample, Task, TextTokenizer, reader};
+use engobe_formats::adapter_hub::heads::{self, Head};
 use engobe_formats::atomic::write_atomic;
 use engobe_train::{Plan, Trainer};
 use std::sync::Arc;
@@ -61,6 +62,14 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
     write_atomic(&run.out.join("run.toml"), settings.as_bytes())?;
     if let Some(labels) = bench.labels() {
         labels.save(&run.out)?;
+        let info = bench.info();
+        let head = Head {
+            model_type: &info.model_type,
+            hidden_size: info.hidden_size,
+            tokens: task == Task::TokenCls,
+            labels: labels.names(),
+        };
+        heads::describe(&run.out, &adapter.config(), &head)?;
     }
     let fingerprint = fingerprint(&table, run.path, &train)?;
     let loader = Loader::new(Arc::new(train), loader_options(&plan, &adapter));
