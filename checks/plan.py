@@ -2,13 +2,14 @@
 
     .venv/bin/python checks/plan.py [--only NAME] [--markdown]
 
-Synthetic models are written with random weights; SmolLM2 is fetched. Rows fill max_seq_len, every token is a label. Each
-run does three steps. Fails if a prediction is more than 10 % off.
+Synthetic models are written with random weights; SmolLM2 is fetched. Rows fill max_seq_len, and every token of a decoder's is
+a label. Each run does three steps. Fails if a prediction is more than 10 % off.
 """
 
 import argparse
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -69,6 +70,47 @@ CASES = [
     ("400M bf16, Pfeiffer", (WIDE, "BF16"), 512, ["--method", "bottleneck"]),
 ]
 
+BERT = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=30522)
+BERT_TOKENIZER, T5_TOKENIZER, BPE = "bert", "t5", "roberta"
+# name, transformers' classes and sizes, the tokenizer of the tests that its rows are read with, tokens in a row, other flags
+TASKS = [
+    ("BERT-base, two classes", ("Bert", BERT), BERT_TOKENIZER, 128, ["--batch-size", "8"]),
+    ("BERT-base, two classes", ("Bert", BERT), BERT_TOKENIZER, 512, ["--batch-size", "2", "--activation-checkpointing"]),
+    ("BERT-base, prefix of 20", ("Bert", BERT), BERT_TOKENIZER, 128, ["--batch-size", "8", "--method", "prefix-tuning"]),
+    ("BERT-base, Houlsby", ("Bert", BERT), BERT_TOKENIZER, 128, ["--batch-size", "8", "--method", "bottleneck", "--architecture", "houlsby"]),
+    ("ModernBERT-base, two classes", ("ModernBert", dict(hidden_size=768, num_hidden_layers=22, num_attention_heads=12, intermediate_size=1152, vocab_size=50368)), BERT_TOKENIZER, 256, ["--batch-size", "4"]),
+    ("DeBERTa-v3-base, two classes", ("DebertaV2", dict(**{**BERT, "vocab_size": 60000}, relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0)), "deberta", 128, ["--batch-size", "8"]),
+    ("DeBERTa-v3-base, two classes", ("DebertaV2", dict(**{**BERT, "vocab_size": 60000}, relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0)), "deberta", 512, ["--batch-size", "1"]),
+    ("GPT-2, two classes", ("GPT2", dict(vocab_size=50257)), BPE, 256, ["--batch-size", "4", "--task", "seq-cls"]),
+    ("SmolLM2's shape, two classes", ("Llama", dict(**SMOL, max_position_embeddings=2048, pad_token_id=1)), BPE, 256, ["--batch-size", "2", "--task", "seq-cls"]),
+    ("T5-small", ("T5", dict(vocab_size=32128)), T5_TOKENIZER, 128, ["--batch-size", "8"]),
+    ("T5-small", ("T5", dict(vocab_size=32128)), T5_TOKENIZER, 256, ["--batch-size", "8", "--activation-checkpointing"]),
+    ("T5-small, all linear layers", ("T5", dict(vocab_size=32128)), T5_TOKENIZER, 256, ["--batch-size", "4", "--r", "16"]),
+    ("T5 v1.1 base", ("T5", dict(vocab_size=32128, d_model=768, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu", tie_word_embeddings=False)), T5_TOKENIZER, 128, ["--batch-size", "4"]),
+    ("T5 v1.1 base, prompt of 20", ("T5", dict(vocab_size=32128, d_model=768, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu", tie_word_embeddings=False)), T5_TOKENIZER, 256, ["--batch-size", "2", "--method", "prompt-tuning"]),
+    ("T5 v1.1 base, in NF4", ("T5", dict(vocab_size=32128, d_model=768, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu", tie_word_embeddings=False)), T5_TOKENIZER, 256, ["--batch-size", "2", "--quantize", "nf4", "--double-quant", "--activation-checkpointing"]),
+]
+
+
+def write_task_model(directory, kind, sizes, tokenizer):
+    """A random model with one of the tests' tokenizers beside it."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    seq2seq = kind == "T5"
+    model = getattr(transformers, kind + ("ForConditionalGeneration" if seq2seq else "ForSequenceClassification"))(config)
+    model.save_pretrained(directory)
+    for name in ["tokenizer.json", "tokenizer_config.json"]:
+        shutil.copy(ROOT / "crates/data/tests/golden/tasks" / tokenizer / name, directory / name)
+
+
+def write_task_rows(path, kind, length, count):
+    """Texts of more tokens than a row takes."""
+    text = "funny mat " * length
+    row = {"source": text, "target": text} if kind == "T5" else {"text": text}
+    rows = [row if kind == "T5" else {**row, "label": i % 2} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
 
 def shapes(c):
     d, f = c["hidden_size"], c["intermediate_size"]
@@ -121,12 +163,34 @@ def engobe(*args):
     return json.loads(done.stdout.strip().splitlines()[-1]), None
 
 
+def measure(report, name, path, rows, out, length, flags, allow):
+    """Plans a run and does it; True if the prediction holds."""
+    batch = int(flags[flags.index("--batch-size") + 1]) if "--batch-size" in flags else 1
+    settings = ["--model", path, "--max-seq-len", length, "--data", rows, *flags]
+    planned, error = engobe("plan", *settings)
+    trained, train_error = engobe("train", *settings, "--out", out, "--max-steps", 3, "--allow", allow) if not error else (None, None)
+    if error or train_error:
+        print(f"FAIL {name}: {error or train_error}", flush=True)
+        return False
+    peak, measured = planned["peak_bytes"], trained["peak_rss_bytes"]
+    off = peak / measured - 1
+    good = abs(off) <= LIMIT and planned["trainable_parameters"] == trained["trainable_parameters"]
+    what = name + (", checkpointing" if "--activation-checkpointing" in flags else "")
+    if report == "markdown":
+        print(f"| {what} | {batch} x {length} | {peak / 1e6:.0f} MB | {measured / 1e6:.0f} MB | {100 * off:+.1f} % |", flush=True)
+    else:
+        parts = " ".join(f"{k[:-6]} {planned[k] / 1e6:.0f}" for k in planned if k.endswith("_bytes") and k != "peak_bytes")
+        print(f"{'ok  ' if good else 'FAIL'} {what}, {batch} x {length}: predicted {peak / 1e6:.0f} MB, "
+              f"measured {measured / 1e6:.0f} MB ({100 * off:+.1f} %)\n       {parts}", flush=True)
+    return good
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
-    failed = 0
+    report, failed = "markdown" if args.markdown else "text", 0
     if args.markdown:
         print("| model and settings | tokens | predicted | measured | off |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
@@ -142,25 +206,15 @@ def main():
             batch = int(flags[flags.index("--batch-size") + 1]) if "--batch-size" in flags else 1
             rows = scratch / f"rows{i}.jsonl"
             write_rows(rows, vocab, length, 8 * batch)
-            settings = ["--model", path, "--max-seq-len", length, *flags]
-            planned, error = engobe("plan", *settings)
-            run = ["--data", rows, "--out", scratch / f"run{i}", "--max-steps", 3, "--allow", "eot-never-label"]
-            trained, train_error = engobe("train", *settings, *run) if not error else (None, None)
-            if error or train_error:
-                failed += 1
-                print(f"FAIL {name}: {error or train_error}", flush=True)
+            failed += not measure(report, name, path, rows, scratch / f"run{i}", length, flags, "eot-never-label")
+        for i, (name, (kind, sizes), tokenizer, length, flags) in enumerate(TASKS):
+            if args.only not in name:
                 continue
-            peak, measured = planned["peak_bytes"], trained["peak_rss_bytes"]
-            off = peak / measured - 1
-            good = abs(off) <= LIMIT and planned["trainable_parameters"] == trained["trainable_parameters"]
-            failed += not good
-            what = name + (", checkpointing" if "--activation-checkpointing" in flags else "")
-            if args.markdown:
-                print(f"| {what} | {batch} x {length} | {peak / 1e6:.0f} MB | {measured / 1e6:.0f} MB | {100 * off:+.1f} % |", flush=True)
-            else:
-                parts = " ".join(f"{k[:-6]} {planned[k] / 1e6:.0f}" for k in planned if k.endswith("_bytes") and k != "peak_bytes")
-                print(f"{'ok  ' if good else 'FAIL'} {what}, {batch} x {length}: predicted {peak / 1e6:.0f} MB, "
-                      f"measured {measured / 1e6:.0f} MB ({100 * off:+.1f} %)\n       {parts}", flush=True)
+            path, rows = scratch / f"task{i}", scratch / f"task{i}.jsonl"
+            write_task_model(path, kind, sizes, tokenizer)
+            write_task_rows(rows, kind, length, 32)
+            failed += not measure(report, name, path, rows, scratch / f"task-run{i}", length, flags, "conflicting-labels,duplicate-rows,truncated-rows,eot-never-label")
+            shutil.rmtree(path)
     sys.exit(f"{failed} failed" if failed else 0)
 
 

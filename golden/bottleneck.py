@@ -5,20 +5,20 @@
 
 (the package wants an older transformers than the other scripts). Writes golden/bottleneck/NAME/: the adapter that
 training starts from, as the package saves it, and expected.json. The models are those of golden/llama. Those with a task's
-head, over golden/encoders and golden/llama, go to golden/peft_tasks/.
+head, over golden/encoders and golden/llama, go to golden/peft_tasks/. Over golden/t5 no adapter is stored: golden/matrix/
+t5_*_bottleneck.json are as golden/matrix.py makes its files, and so are their steps.
 """
 
 import shutil
 import sys
-from pathlib import Path
 
 import adapters
 import torch
 from adapters import DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
-from curves import expect, read_rows
-from transformers import LlamaForCausalLM
+from curves import expect, read_rows, train
+from shared import HERE, filled, seq2seq_rows, write_rounded
+from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
-HERE = Path(__file__).resolve().parent
 CASES = {
     "pfeiffer": ("gqa_tied", 1, SeqBnConfig(reduction_factor=4)),
     "houlsby": ("gqa_tied", 4, DoubleSeqBnConfig(reduction_factor=8, leave_out=[0])),
@@ -69,6 +69,14 @@ TASKS = {
     "distilbert_flex_tokens": ("distilbert", "tokens", 3, SeqBnConfig(reduction_factor=16)),
 }
 
+# of encoder-decoders: attention to the encoder as well, and layers of both sides, which are counted through
+T5 = {
+    "pfeiffer": SeqBnConfig(reduction_factor=4),
+    "houlsby": DoubleSeqBnConfig(reduction_factor={"0": 4, "2": 16, "default": 8}),
+    "cross": DoubleSeqBnConfig(reduction_factor=8, cross_adapter=True, leave_out=[1, 2]),
+    "parallel": ParBnConfig(reduction_factor=4),
+}
+
 
 def flexible(model, base, tokens):
     """The package's own model over a base, with its usual head."""
@@ -115,6 +123,30 @@ def tasks(wanted):
         record(name, seed, case, with_head(name, config))
 
 
+def encoder_decoders(wanted):
+    for base in ("v10", "v11", "uneven"):
+        if wanted and f"t5_{base}" not in wanted:
+            continue
+        rows, methods = seq2seq_rows(f"t5/{base}"), {}
+        for name, config in T5.items():
+            model = T5ForConditionalGeneration.from_pretrained(HERE / "t5" / base, dtype=torch.float32)
+            adapters.init(model)
+            model.add_adapter("task", config=config)
+            model.train_adapter("task")
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            with torch.no_grad():
+                for key, p in trained.items():
+                    p.copy_(filled(key, p))
+            curve = train(model.double().eval(), rows, 1, steps=10, rate=1e-3)
+            methods[name] = {
+                "config": {"peft_type": "BOTTLENECK", "adapter_name": "task", **config.to_dict()},
+                "trainable_parameters": sum(p.numel() for p in trained.values()),
+                "losses": [loss for loss, _ in curve],
+                "grad_norms": [norm for _, norm in curve],
+            }
+        write_rounded(HERE / "matrix" / f"t5_{base}_bottleneck.json", {"base": f"t5/{base}", "learning_rate": 1e-3, "methods": methods})
+
+
 def main(wanted):
     out = HERE / "bottleneck"
     rows = read_rows()
@@ -141,6 +173,7 @@ def main(wanted):
         path.write_text(path.read_text().replace(f"{HERE.parent}/", ""))
         expect(model, base, accumulation, rows, out / name / "expected.json")
     tasks(wanted)
+    encoder_decoders(wanted)
 
 
 if __name__ == "__main__":

@@ -105,23 +105,26 @@ pub fn merge(
 ) -> Result<Merged> {
     adapter.check_mergeable()?;
     let plan = plan(model, options.tied_head);
-    let announced = plan
-        .tensors
-        .iter()
-        .map(|p| (p.name.clone(), (options.storage)(&p.name).into(), p.shape.clone()))
-        .collect();
+    let constants = model.constants()?;
+    let announce =
+        |name: &str, shape: &[usize]| (name.to_string(), (options.storage)(name).into(), shape.to_vec());
+    let of_modules = plan.tensors.iter().map(|p| announce(&p.name, &p.shape));
+    let announced = of_modules.chain(constants.iter().map(|(name, t)| announce(name, t.dims()))).collect();
     let mut writer = ShardedWriter::create(dir, announced, options.max_shard_bytes)?;
-    let mut done = 0;
-    each_tensor(model, Some(adapter), &plan, &mut |tensor, value| -> Result<()> {
-        let bytes = encode(&tensor.name, &value()?, (options.storage)(&tensor.name), dir)?;
-        writer.write(&tensor.name, &bytes)?;
+    let (mut done, all) = (0, plan.tensors.len() + constants.len());
+    let mut write = |name: &str, value: &Tensor| -> Result<()> {
+        writer.write(name, &encode(name, value, (options.storage)(name), dir)?)?;
         done += 1;
-        progress(done, plan.tensors.len());
+        progress(done, all);
         Ok(())
-    })?;
+    };
+    each_tensor(model, Some(adapter), &plan, &mut |tensor, value| write(&tensor.name, &value()?))?;
+    for (name, value) in &constants {
+        write(name, &value.to_device(&Device::Cpu)?)?;
+    }
     writer.finish()?;
     Ok(Merged {
-        tensors: plan.tensors.len(),
+        tensors: all,
         changed: plan.tensors.iter().filter(|p| p.changed).count(),
         tied_head: plan.tied_head,
     })

@@ -359,6 +359,9 @@ pub struct LintArgs {
     /// The model whose tokenizer and template are used
     #[arg(long, value_name = "MODEL")]
     pub model: String,
+    /// What the rows are for; by default what training would take them for
+    #[arg(long, value_name = "TASK")]
+    pub task: Option<String>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub rows: RowArgs,

@@ -4,6 +4,7 @@
 //! ([`terminal`], [`report`]). The work is in the library crates.
 
 mod allocator;
+mod any_model;
 mod args;
 mod beside;
 mod commands;

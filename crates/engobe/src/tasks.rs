@@ -74,6 +74,16 @@ pub fn choose(hints: &Hints<'_>, note: &mut Note) -> Result<Task> {
         note.line(&format!("task: {} (from the adapter's labels.json)", labels.task));
         return Ok(labels.task);
     }
+    if let Some(dir) = hints.adapter
+        && let Some(task) = task_of_peft(hints.model, dir)?
+    {
+        // PEFT has one name for classes and numbers
+        let numbers = task == Task::SeqCls
+            && Task::of_rows(&engobe_data::reader::read(hints.data)?) == Some(Task::Regression);
+        let task = if numbers { Task::Regression } else { task };
+        note.line(&format!("task: {task} (from the adapter's task_type; --task says another)"));
+        return Ok(task);
+    }
     // GGUF files and whatever is no directory: the loader will say what is wrong with it
     let Ok(config) = HfConfig::open(hints.model) else { return Ok(Task::CausalLm) };
     if seq2seq_architecture(&config)?.is_some() {
@@ -106,6 +116,31 @@ fn task_of_architectures(config: &HfConfig) -> Option<Task> {
         n if n.ends_with("ForTokenClassification") => Some(Task::TokenCls),
         _ => None,
     })
+}
+
+/// The task that the adapter in `dir` was trained for, over the model at `path`: what is written beside it, PEFT's
+/// `task_type`, or what the model is for.
+pub fn of_adapter(path: &Path, dir: &Path) -> Result<Task> {
+    if let Some(labels) = LabelSet::load(dir)? {
+        return Ok(labels.task);
+    }
+    if let Some(task) = task_of_peft(path, dir)? {
+        return Ok(task);
+    }
+    let config = HfConfig::open(path).ok().filter(|config| encoder_architecture(config).is_ok());
+    Ok(config.map_or(Task::CausalLm, |config| task_of_architectures(&config).unwrap_or(Task::SeqCls)))
+}
+
+/// The task that PEFT wrote into an adapter's configuration, if it is one of ours; over an encoder-decoder there is one.
+fn task_of_peft(path: &Path, dir: &Path) -> Result<Option<Task>> {
+    if is_seq2seq(path) {
+        return Ok(Some(Task::Seq2SeqLm));
+    }
+    let config = PeftAdapter::load(dir)?.config;
+    let tasks = [Task::SeqCls, Task::TokenCls, Task::Seq2SeqLm, Task::CausalLm];
+    Ok(tasks
+        .into_iter()
+        .find(|task| config.get("task_type").and_then(Value::as_str) == Some(task.peft_name())))
 }
 
 /// True if the model is an encoder-decoder.
@@ -189,6 +224,33 @@ impl TaskBench {
         Ok(Self { task, kind, tokenizer, adapter: None, lead: 0 })
     }
 
+    /// Loads the model in `path` with the adapter in `dir`, whose head is taken from there.
+    pub fn with_adapter(
+        path: &Path,
+        task: Task,
+        dir: &Path,
+        options: &LoadOptions,
+        note: &mut Note,
+    ) -> Result<Self> {
+        let labels = match task.is_labelled() {
+            true => Some(labels_of_adapter(task, path, dir, &[])?),
+            false => None,
+        };
+        let mut bench = Self::load(path, task, labels, options, 0)?;
+        let adapter = Adapter::load(tree(&mut bench), dir, &options.device)?;
+        if let Kind::Labels(model, _) = &bench.kind {
+            note.line(&format!("task: {task}, a head of {}", model.num_labels()));
+        }
+        bench.lead = adapter.lead();
+        bench.adapter = Some(adapter);
+        Ok(bench)
+    }
+
+    /// True if an encoder-decoder's head is the embedding's matrix.
+    pub fn tied_head(&self) -> bool {
+        matches!(&self.kind, Kind::Texts(model) if model.info().tied_head)
+    }
+
     /// The model with what its outputs mean.
     pub fn model(&self) -> Model<'_> {
         match &self.kind {
@@ -239,7 +301,7 @@ impl TaskBench {
 
     /// What is trained and what is there, as PEFT prints it.
     fn trainable_line(&mut self, adapter: &Adapter) -> String {
-        let tied = matches!(&self.kind, Kind::Texts(model) if model.info().tied_head);
+        let tied = self.tied_head();
         let all = workbench::base_parameters(tree(self), tied);
         workbench::trainable_text(adapter.num_parameters(), adapter.num_added() + all)
     }
@@ -293,29 +355,26 @@ pub fn with_head(given: &Given, name: &str, head: &[String]) -> Result<PeftConfi
     Ok(config)
 }
 
-/// The head of the run that `engobe plan` is asked about; `None` for next tokens. Classes are counted in the rows, or in
-/// the model's configuration.
-pub fn head_of_plan(given: &Given, path: &Path, note: &mut Note) -> Result<Option<Head>> {
+/// The task of the run that `engobe plan` is asked about, and the head of one that has labels. Classes are counted in the
+/// rows, or in the model's configuration.
+pub fn of_plan(given: &Given, path: &Path, note: &mut Note) -> Result<(Task, Option<Head>)> {
     let data = given.paths("data");
-    let config = match path.is_dir() {
-        true => HfConfig::open(path),
-        false => HfConfig::read(path),
-    };
-    let Some(config) = config.ok().filter(|config| encoder_architecture(config).is_ok()) else {
-        return Ok(None);
-    };
-    let task = match (given.text("task"), data.is_empty()) {
-        (None, true) => task_of_architectures(&config).unwrap_or(Task::SeqCls),
+    let encoder = config_of(path).ok().filter(|config| encoder_architecture(config).is_ok());
+    let task = match (given.text("task"), encoder) {
+        (None, Some(config)) if data.is_empty() => task_of_architectures(&config).unwrap_or(Task::SeqCls),
         _ => of_training(given, path, note)?,
     };
-    let known = LabelSet::known(&Value::Object(config.raw().clone()));
+    if !task.is_labelled() {
+        return Ok((task, None));
+    }
+    let known = known_names(path)?;
     let labels = match data.is_empty() {
         true if task == Task::Regression => 1,
         true => known.len().max(2),
         false => LabelSet::of_rows(task, &engobe_data::reader::read(&data)?, &known)?.len(),
     };
     note.line(&format!("task: {task}, a head of {labels}"));
-    head_of(task, labels)
+    Ok((task, head_of(task, labels)?))
 }
 
 /// Rows of a task as training would take them, and what is to be said of them: those of the first files to be trained on,
@@ -352,11 +411,6 @@ pub fn checked(
     let special = tokenizer.map_or(0, TextTokenizer::special_around);
     let report = lint_task(&train.samples, &val, labels.as_ref(), special, max_seq_len);
     Ok((train, report))
-}
-
-/// True if the model is an encoder: what heads over decoders take is not worked out.
-fn is_encoder(path: &Path) -> bool {
-    HfConfig::open(path).is_ok_and(|config| encoder_architecture(&config).is_ok())
 }
 
 /// The head of a task with so many labels; `None` where texts are made.

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 /// The architecture.
 pub static ARCHITECTURE: EncoderArchitecture =
-    EncoderArchitecture { model_type: "bert", also: &[], prefix: "bert", build };
+    EncoderArchitecture { model_type: "bert", class: "Bert", also: &[], prefix: "bert", build };
 
 fn build(config: &HfConfig, weights: &Weights<'_>, naming: Naming) -> Result<Box<dyn Encoder>> {
     Ok(Box::new(stack(config, weights, naming, &ARCHITECTURE, 0)?))

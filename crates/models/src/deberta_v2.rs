@@ -9,7 +9,7 @@ use crate::bert::{info, shape};
 use crate::encoders::{EncoderArchitecture, activation, bad};
 use crate::scope::{Naming, Scope};
 use crate::{Result, Weights};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, PositionTerms};
 use engobe_autograd::{FrozenWeight, Result as OpResult, Tape, Var};
 use engobe_formats::hf_config::HfConfig;
@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 /// The architecture.
 pub static ARCHITECTURE: EncoderArchitecture =
-    EncoderArchitecture { model_type: "deberta-v2", also: &[], prefix: "deberta", build };
+    EncoderArchitecture { model_type: "deberta-v2", class: "DebertaV2", also: &[], prefix: "deberta", build };
 
 #[derive(Debug)]
 struct DebertaV2 {
@@ -305,6 +305,15 @@ impl Conv {
         }))
     }
 
+    /// The kernel `[out, in, place]` and the bias, as files have them.
+    fn tensors(&self) -> OpResult<Vec<(String, Tensor)>> {
+        let (d, product) = (self.product.out_features(), self.product.weight().to_tensor()?);
+        let kernel = product.reshape((d, self.size, d))?.transpose(1, 2)?.contiguous()?;
+        let named = |kind: &str, t: Tensor| (format!("{}.{kind}", self.product.path()), t);
+        let bias = self.product.bias().map(|bias| named("bias", bias.clone()));
+        Ok([named("weight", kernel)].into_iter().chain(bias).collect())
+    }
+
     /// The norm of the first block's output and what the convolution makes of the embedded tokens.
     fn forward<'m>(
         &'m self,
@@ -376,6 +385,10 @@ impl ModuleTree for DebertaV2 {
 
     fn output_heads(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    fn constants(&self) -> OpResult<Vec<(String, Tensor)>> {
+        self.conv.as_ref().map_or(Ok(Vec::new()), Conv::tensors)
     }
 }
 

@@ -12,8 +12,13 @@ use engobe_nn::{Encoder, EncoderStack, Entry, Norm};
 use rayon::prelude::*;
 
 /// The architecture.
-pub static ARCHITECTURE: EncoderArchitecture =
-    EncoderArchitecture { model_type: "distilbert", also: &[], prefix: "distilbert", build };
+pub static ARCHITECTURE: EncoderArchitecture = EncoderArchitecture {
+    model_type: "distilbert",
+    class: "DistilBert",
+    also: &[],
+    prefix: "distilbert",
+    build,
+};
 
 const NAMES: PostNormNames = PostNormNames {
     attention: ["attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"],

@@ -20,12 +20,21 @@ pub type BuildEncoder = fn(&HfConfig, &Weights<'_>, Naming) -> Result<Box<dyn En
 pub struct EncoderArchitecture {
     /// Hugging Face's `model_type`
     pub model_type: &'static str,
-    /// other names of the same: models that transformers has as copies of it
-    pub also: &'static [&'static str],
+    /// how the names of transformers' classes for it begin
+    pub class: &'static str,
+    /// other names of the same, and how their classes' names begin: models that transformers has as copies of it
+    pub also: &'static [(&'static str, &'static str)],
     /// what stands before its modules' paths in task models
     pub prefix: &'static str,
     /// builds it
     pub build: BuildEncoder,
+}
+
+impl EncoderArchitecture {
+    /// Every `model_type` that is this, and how its classes' names begin.
+    pub fn names(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        [(self.model_type, self.class)].into_iter().chain(self.also.iter().copied())
+    }
 }
 
 /// All that we know.
@@ -44,7 +53,7 @@ pub static ENCODERS: &[&EncoderArchitecture] = &[
 pub fn encoder_architecture(config: &HfConfig) -> Result<&'static EncoderArchitecture> {
     let found = config.model_type()?;
     let unknown = || {
-        let names = ENCODERS.iter().flat_map(|a| [a.model_type].into_iter().chain(a.also.iter().copied()));
+        let names = ENCODERS.iter().flat_map(|a| a.names()).map(|(name, _)| name);
         let known: Vec<&str> = names.collect();
         Error::Architecture {
             path: config.path().to_path_buf(),
@@ -52,7 +61,7 @@ pub fn encoder_architecture(config: &HfConfig) -> Result<&'static EncoderArchite
             known: known.join(", "),
         }
     };
-    let is_it = |a: &&&EncoderArchitecture| a.model_type == found || a.also.contains(&found);
+    let is_it = |a: &&&EncoderArchitecture| a.names().any(|(name, _)| name == found);
     ENCODERS.iter().find(is_it).copied().ok_or_else(unknown)
 }
 

@@ -67,6 +67,20 @@ pub struct Architecture {
     pub gguf: Option<GgufForm>,
 }
 
+impl Architecture {
+    /// How the names of transformers' classes for it begin.
+    pub fn class_stem(&self) -> &'static str {
+        // the class for texts alone has a name of its own only where there is no model for pictures
+        if self.model_type == "gemma3_text" {
+            return "Gemma3Text";
+        }
+        ["ForCausalLM", "LMHeadModel"]
+            .iter()
+            .find_map(|end| self.class.strip_suffix(end))
+            .unwrap_or(self.class)
+    }
+}
+
 /// An architecture in GGUF files.
 #[derive(Debug)]
 pub struct GgufForm {

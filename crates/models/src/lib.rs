@@ -19,6 +19,7 @@ mod gpt_neox;
 mod llama;
 mod mistral;
 mod modernbert;
+mod mt5;
 mod opt;
 mod outline;
 mod parts;
@@ -46,7 +47,7 @@ pub use scope::Naming;
 pub use seq2seq::{SEQ2SEQS, Seq2SeqArchitecture, load_seq2seq, seq2seq_architecture};
 pub use settings::DecoderSizes;
 pub use stored::Stored;
-pub use task_heads::{HeadKind, config_of, load_task_model};
+pub use task_heads::{HeadKind, config_of, load_task_model, task_class};
 pub use task_outline::TaskOutline;
 pub use weights::{WeightDtype, Weights};
 

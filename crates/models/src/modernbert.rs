@@ -17,7 +17,7 @@ use serde_json::Value;
 
 /// The architecture.
 pub static ARCHITECTURE: EncoderArchitecture =
-    EncoderArchitecture { model_type: "modernbert", also: &[], prefix: "model", build };
+    EncoderArchitecture { model_type: "modernbert", class: "ModernBert", also: &[], prefix: "model", build };
 
 /// A layer's kind: name in `layer_types`, key of the base of its angles in older files, that base.
 const KINDS: [(&str, &str, f64); 2] =

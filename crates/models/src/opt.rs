@@ -52,6 +52,7 @@ impl Opt {
             extra_kept: 0,
             plain_mlp: true,
             score_planes: 0,
+            cross_layers: 0,
         };
         sizes.check().map_err(|m| m.at(config.path()))?;
         whole_heads(&sizes).map_err(|m| m.at(config.path()))?;

@@ -276,6 +276,15 @@ mod tests {
     }
 
     #[test]
+    fn a_tied_head_is_one_matrix() {
+        for (name, matrices) in [("v10", 1), ("v11", 2)] {
+            let outline = read(&golden(format!("t5/{name}")));
+            let of_words = outline.tensors.iter().filter(|t| t.rows == outline.vocab_size());
+            assert_eq!(of_words.count(), matrices, "{name}");
+        }
+    }
+
+    #[test]
     fn settings_that_llama_cpp_lacks_are_named() {
         for (name, part) in [("dynamic", "rope_scaling is dynamic"), ("longrope", "rope_scaling is longrope")]
         {

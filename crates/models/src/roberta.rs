@@ -12,7 +12,8 @@ use engobe_nn::Encoder;
 /// The architecture.
 pub static ARCHITECTURE: EncoderArchitecture = EncoderArchitecture {
     model_type: "roberta",
-    also: &["camembert", "xlm-roberta"],
+    class: "Roberta",
+    also: &[("camembert", "Camembert"), ("xlm-roberta", "XLMRoberta")],
     prefix: "roberta",
     build,
 };

@@ -37,6 +37,8 @@ pub struct DecoderSizes {
     pub plain_mlp: bool,
     /// matrices of scores `[heads, n, n]` that attention over a row of n tokens holds at once in its backward
     pub score_planes: usize,
+    /// blocks, the last ones, that attend to the states of another stack as well: a decoder's behind an encoder
+    pub cross_layers: usize,
 }
 
 impl DecoderSizes {
@@ -78,6 +80,7 @@ impl DecoderSizes {
             extra_kept: 0,
             plain_mlp: false,
             score_planes: 0,
+            cross_layers: 0,
         };
         this.check().map_err(|m| m.at(config.path()))?;
         Ok(this)
@@ -103,6 +106,7 @@ impl DecoderSizes {
             extra_kept: 0,
             plain_mlp: false,
             score_planes: 0,
+            cross_layers: 0,
         };
         this.check().map_err(|m| m.at(gguf.path()))?;
         Ok(this)

@@ -4,6 +4,7 @@
 //! transformers begins it: weights normal with the configuration's `initializer_range`, biases zero.
 
 use crate::encoders::{EncoderArchitecture, activation, bad};
+use crate::outline::headers;
 use crate::registry::{Described, check_quantization};
 use crate::scope::Naming;
 use crate::{Error, LoadOptions, Result, Weights, encoder_architecture};
@@ -28,14 +29,104 @@ pub enum HeadKind {
     Token,
 }
 
-/// The configuration of a model in a Hugging Face directory or a GGUF file.
+impl HeadKind {
+    /// How transformers' classes with such a head end.
+    fn class_end(self) -> &'static str {
+        match self {
+            Self::Sequence => "ForSequenceClassification",
+            Self::Token => "ForTokenClassification",
+        }
+    }
+}
+
+/// The configuration of a model: in a Hugging Face directory, a GGUF file, or a `config.json` by itself.
 pub fn config_of(path: &Path) -> Result<HfConfig> {
-    match Checkpoint::open(path)?.gguf() {
-        None => Ok(HfConfig::open(path)?),
+    let (file, checkpoint) = headers(path)?;
+    described_config(&file, checkpoint.as_ref())
+}
+
+/// The configuration in `file`: a `config.json`, or the GGUF file that `checkpoint` is.
+pub(crate) fn described_config(file: &Path, checkpoint: Option<&Checkpoint>) -> Result<HfConfig> {
+    match checkpoint.and_then(Checkpoint::gguf) {
+        None => Ok(HfConfig::read(file)?),
         Some(gguf) => match crate::hf_config_of(gguf)? {
-            Value::Object(raw) => Ok(HfConfig::made(path, raw)),
-            _ => Ok(HfConfig::made(path, Default::default())),
+            Value::Object(raw) => Ok(HfConfig::made(file, raw)),
+            _ => Ok(HfConfig::made(file, Default::default())),
         },
+    }
+}
+
+/// The class that transformers loads a model of this configuration with a head with.
+///
+/// # Errors
+/// It is no model that can have a head.
+pub fn task_class(config: &HfConfig, kind: HeadKind) -> Result<String> {
+    let stem = match TaskBase::of(config, None)? {
+        TaskBase::Encoder(architecture) => {
+            let found = config.model_type()?;
+            let named = architecture.names().find(|(name, _)| *name == found);
+            named.map_or(architecture.class, |(_, class)| class)
+        }
+        TaskBase::Decoder(described) => described.architecture.class_stem(),
+    };
+    Ok(format!("{stem}{}", kind.class_end()))
+}
+
+/// What a head stands on.
+pub(crate) enum TaskBase {
+    Encoder(&'static EncoderArchitecture),
+    Decoder(Described),
+}
+
+impl TaskBase {
+    /// The architecture of a configuration, or of the GGUF file that `checkpoint` is.
+    pub(crate) fn of(config: &HfConfig, checkpoint: Option<&Checkpoint>) -> Result<Self> {
+        check_quantization(config)?;
+        if let Ok(architecture) = encoder_architecture(config) {
+            return Ok(Self::Encoder(architecture));
+        }
+        Ok(Self::Decoder(match checkpoint.and_then(Checkpoint::gguf) {
+            Some(gguf) => Described::from_gguf(gguf)?,
+            None => Described::from_hf(config)?,
+        }))
+    }
+
+    /// What is known of a decoder, by which its weights are read.
+    pub(crate) fn described(&self) -> Option<&Described> {
+        match self {
+            Self::Encoder(_) => None,
+            Self::Decoder(described) => Some(described),
+        }
+    }
+
+    /// The model over `weights` with a head of `labels` logits; `seed` decides how layers that `weights` lacks begin.
+    pub(crate) fn build(
+        &self,
+        config: &HfConfig,
+        weights: Weights<'_>,
+        kind: HeadKind,
+        labels: usize,
+        seed: u64,
+    ) -> Result<TaskModel> {
+        let weights = match self {
+            Self::Encoder(_) => weights,
+            Self::Decoder(_) => weights.headless(),
+        };
+        let base: Box<dyn Encoder> = match self {
+            Self::Encoder(architecture) => (architecture.build)(config, &weights, Naming::UnderTask)?,
+            Self::Decoder(described) => Box::new(HeadlessDecoder::new(described.family.build(&weights)?)),
+        };
+        let d = match self {
+            Self::Encoder(_) => None,
+            Self::Decoder(_) => config.opt_usize("word_embed_proj_dim")?,
+        };
+        let d = d.unwrap_or(base.info().hidden_size);
+        let mut builder = HeadBuilder { config, weights: &weights, d, labels, seed, fresh: Vec::new() };
+        let parts = match self {
+            Self::Encoder(architecture) => builder.encoder(kind, architecture)?,
+            Self::Decoder(described) => builder.decoder(kind, described.architecture.model_type)?,
+        };
+        Ok(builder.finish(base, parts))
     }
 }
 
@@ -53,43 +144,12 @@ pub fn load_task_model(
 ) -> Result<TaskModel> {
     let checkpoint = Checkpoint::open(path)?;
     let config = config_of(path)?;
-    check_quantization(&config)?;
-    let Ok(architecture) = encoder_architecture(&config) else {
-        let described = Described::of(&checkpoint, path)?;
-        let weights = Weights::of(&described, &checkpoint, options)?.headless();
-        let base = HeadlessDecoder::new(described.family.build(&weights)?);
-        let d = config.opt_usize("word_embed_proj_dim")?.unwrap_or(base.info().hidden_size);
-        let mut builder =
-            HeadBuilder { config: &config, weights: &weights, d, labels, seed, fresh: Vec::new() };
-        let parts = builder.decoder(kind, described.architecture.model_type)?;
-        return Ok(builder.finish(Box::new(base), parts));
+    let base = TaskBase::of(&config, Some(&checkpoint))?;
+    let weights = match base.described() {
+        None => Weights::hugging_face(&checkpoint, options)?,
+        Some(described) => Weights::of(described, &checkpoint, options)?,
     };
-    let weights = Weights::hugging_face(&checkpoint, options)?;
-    build_task(&config, architecture, &weights, kind, labels, seed)
-}
-
-/// The encoder over `weights` with its head.
-pub(crate) fn build_task(
-    config: &HfConfig,
-    architecture: &EncoderArchitecture,
-    weights: &Weights<'_>,
-    kind: HeadKind,
-    labels: usize,
-    seed: u64,
-) -> Result<TaskModel> {
-    let encoder = (architecture.build)(config, weights, Naming::UnderTask)?;
-    let d = encoder.info().hidden_size;
-    let mut builder = HeadBuilder { config, weights, d, labels, seed, fresh: Vec::new() };
-    let parts = match (kind, architecture.model_type) {
-        (HeadKind::Sequence, "bert") => builder.bert(architecture.prefix)?,
-        (HeadKind::Sequence, "roberta") => builder.roberta()?,
-        (HeadKind::Sequence, "distilbert") => builder.distilbert()?,
-        (HeadKind::Sequence, "deberta-v2") => builder.deberta()?,
-        (kind, "modernbert") => builder.modernbert(kind)?,
-        (HeadKind::Token, _) => builder.tokens()?,
-        (HeadKind::Sequence, other) => return Err(none_of(config, other, "a text")),
-    };
-    Ok(builder.finish(encoder, parts))
+    base.build(&config, weights, kind, labels, seed)
 }
 
 /// transformers has no such class, so nobody could read what was trained.
@@ -121,6 +181,18 @@ impl HeadBuilder<'_> {
             }
         }
         TaskModel::new(base, TaskHead { pooling, layers, saved, fresh: self.fresh })
+    }
+
+    fn encoder(&mut self, kind: HeadKind, architecture: &EncoderArchitecture) -> Result<Parts> {
+        match (kind, architecture.model_type) {
+            (HeadKind::Sequence, "bert") => self.bert(architecture.prefix),
+            (HeadKind::Sequence, "roberta") => self.roberta(),
+            (HeadKind::Sequence, "distilbert") => self.distilbert(),
+            (HeadKind::Sequence, "deberta-v2") => self.deberta(),
+            (kind, "modernbert") => self.modernbert(kind),
+            (HeadKind::Token, _) => self.tokens(),
+            (HeadKind::Sequence, other) => Err(none_of(self.config, other, "a text")),
+        }
     }
 
     /// `score` without a bias over the last token; over every token `score`, or `classifier` in older families.

@@ -407,4 +407,12 @@ pub trait ModuleTree {
 
     /// Paths of the output heads, which `all-linear` leaves out.
     fn output_heads(&self) -> Vec<String>;
+
+    /// Tensors of its files, by their names there, that no module holds and nothing adapts: convolutions.
+    ///
+    /// # Errors
+    /// A tensor can't be made.
+    fn constants(&self) -> Result<Vec<(String, Tensor)>> {
+        Ok(Vec::new())
+    }
 }

@@ -4,7 +4,7 @@ use crate::Linear;
 use crate::causal::{CausalLm, ModelInfo, TokenBatch};
 use crate::encoder::Encoder;
 use crate::modules::{ModuleMut, ModuleTree, Norm, SiteMut};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use engobe_autograd::ops;
 use engobe_autograd::{Result, Tape, Var};
 use engobe_kernels::activation::Activation;
@@ -82,6 +82,10 @@ impl ModuleTree for HeadlessDecoder {
 
     fn output_heads(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    fn constants(&self) -> Result<Vec<(String, Tensor)>> {
+        self.0.constants()
     }
 }
 
@@ -197,5 +201,9 @@ impl ModuleTree for TaskModel {
 
     fn output_heads(&self) -> Vec<String> {
         self.head.layers.last().map(|l| l.linear.path().to_string()).into_iter().collect()
+    }
+
+    fn constants(&self) -> Result<Vec<(String, Tensor)>> {
+        self.encoder.constants()
     }
 }

@@ -1,9 +1,10 @@
 //! `engobe inspect`
 
+use crate::any_model::AnyModel;
 use crate::args::InspectArgs;
 use crate::memory::bytes_text;
 use crate::terminal::{Note, print, print_json};
-use crate::workbench::{self, Bench, thousands};
+use crate::workbench::{self, thousands};
 use anyhow::{Context, Result, bail};
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::gguf::Gguf;
@@ -11,7 +12,6 @@ use engobe_formats::hf_config::HfConfig;
 use engobe_formats::peft::PeftAdapter;
 use engobe_formats::safetensors_file::SafetensorsFile;
 use engobe_formats::tensor::TensorView;
-use engobe_models::LoadOptions;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -32,12 +32,13 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     let mut found = look(&path)?;
     if let Some(model) = &args.model {
         let base = workbench::resolve(model, &args.common, &mut note)?;
-        let mut bench = Bench::load(&base, Some(&path), &LoadOptions::default())?;
-        let adapter = bench.adapter.take().context("no adapter")?;
-        let all = adapter.num_added() + workbench::parameters_of(bench.model.as_mut());
-        found.fact("trainable_parameters", adapter.num_parameters());
+        let mut whole = AnyModel::load(&base, &path, &mut note)?;
+        let of_base = whole.base_parameters()?;
+        let (_, adapter) = whole.parts()?;
+        let (trainable, all) = (adapter.num_parameters(), adapter.num_added() + of_base);
+        found.fact("trainable_parameters", trainable);
         found.fact("all_parameters", all);
-        let line = workbench::trainable_line(bench.model.as_mut(), &adapter);
+        let line = workbench::trainable_text(trainable, all);
         if !args.common.json {
             print(&format!("{line}\n"))?;
         }

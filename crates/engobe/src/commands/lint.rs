@@ -19,7 +19,7 @@ pub fn run(args: &LintArgs) -> Result<()> {
     let mut tokenizer = workbench::tokenizer(&path)?;
     workbench::set_chat_template(tokenizer.as_mut(), args.rows.chat_template.as_deref())?;
     let allow = dataset::allowed(&args.allow)?;
-    let hints = Hints { asked: None, model: &path, adapter: None, data: &args.rows.data };
+    let hints = Hints { asked: args.task.as_deref(), model: &path, adapter: None, data: &args.rows.data };
     let (train, report) = match tasks::choose(&hints, &mut note)? {
         Task::CausalLm => next_tokens(args, &path, tokenizer.as_ref(), &mut note)?,
         task => {

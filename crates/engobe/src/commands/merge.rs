@@ -1,17 +1,20 @@
 //! `engobe merge`
 
 use crate::Usage;
+use crate::any_model::AnyModel;
 use crate::args::MergeArgs;
 use crate::beside::Beside;
 use crate::commands::convert;
 use crate::companions;
+use crate::tasks;
 use crate::terminal::{Note, Progress, print, print_json};
 use crate::verification::{self, Verdict};
 use crate::workbench::{self, Bench};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use engobe_adapters::combine::{Combination, CombineOptions, combine};
 use engobe_adapters::merge::{MergeOptions, Merged, merge};
 use engobe_convert::GgufType;
+use engobe_data::Task;
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_kernels::storage::StorageType;
 use engobe_models::LoadOptions;
@@ -117,6 +120,13 @@ struct Done {
 fn into_file(args: &MergeArgs, note: &mut Note) -> Result<Done> {
     let (name, adapter) = one(args)?;
     let model = workbench::resolve(name, &args.common, note)?;
+    let task = tasks::of_adapter(&model, &adapter)?;
+    if task != Task::CausalLm {
+        bail!(
+            "{}: was trained for the task {task}, and GGUF files hold models of next tokens: let --out be a directory",
+            adapter.display()
+        );
+    }
     let wanted = convert::gguf_type(args.dtype.as_deref(), &model, true)?;
     let place = Beside::file(&args.out)?;
     let mut bench = Bench::load(&model, Some(&adapter), &LoadOptions::default())?;
@@ -137,12 +147,22 @@ fn into_directory(args: &MergeArgs, note: &mut Note) -> Result<Done> {
     let (name, adapter) = one(args)?;
     let model = workbench::resolve(name, &args.common, note)?;
     let place = Beside::dir(&args.out)?;
-    let mut bench = Bench::load(&model, Some(&adapter), &LoadOptions::default())?;
-    let (merged, types) = write(args, &mut bench, place.path(), dtype, note)?;
+    let mut whole = AnyModel::load(&model, &adapter, note)?;
+    let (merged, types) = write(args, &mut whole, &model, place.path(), dtype, note)?;
     let asked = args.verify.verify || !args.verify.verify_data.is_empty() || args.verify.max_kl.is_some();
-    let verdict = match asked || (verification::is_quantized(&model)? && !args.verify.no_verify) {
-        true => Some(verification::run(&args.verify, &bench, place.path(), note)?),
-        false => None,
+    let quantized = verification::is_quantized(&model)? && !args.verify.no_verify;
+    let verdict = match (&whole, asked || quantized) {
+        (_, false) => None,
+        (AnyModel::NextTokens(bench), true) => {
+            Some(verification::run(&args.verify, bench, place.path(), note)?)
+        }
+        (AnyModel::Task(_), true) if asked => bail!(Usage(
+            "--verify compares next tokens, and this adapter was trained for another task: compare what engobe eval says of both models".to_string()
+        )),
+        (AnyModel::Task(_), true) => {
+            note.line("not verified: the base is quantized, and what is written is not; engobe eval says what both make of rows");
+            None
+        }
     };
     place.keep()?;
     Ok(Done { merged, types, remarks: String::new(), verdict })
@@ -163,13 +183,12 @@ fn storage(name: &str) -> Result<StorageType> {
 
 fn write(
     args: &MergeArgs,
-    bench: &mut Bench,
+    whole: &mut AnyModel,
+    model: &Path,
     out: &Path,
     dtype: Option<StorageType>,
     note: &Note,
 ) -> Result<(Merged, Vec<String>)> {
-    let model = bench.path.clone();
-    let model = model.as_path();
     let checkpoint = Checkpoint::open(model)?;
     // a tensor keeps its float type; quantized ones become f32
     let stored = |name: &str| match checkpoint.get(name).and_then(|view| view.storage()) {
@@ -185,29 +204,29 @@ fn write(
     let options = MergeOptions {
         storage: &storage,
         max_shard_bytes: (args.max_shard_size * 1e9) as usize,
-        tied_head: bench.model.info().tied_head,
+        tied_head: whole.tied_head(),
     };
-    let adapter = bench.adapter.as_ref().context("no adapter")?;
+    let (tree, adapter) = whole.parts()?;
     let mut progress = Progress::new("tensors", 1, 0, note);
     let mut tell = |done, of| progress.of(done, of, || "merged".to_string());
-    let merged = merge(bench.model.as_mut(), adapter, out, &options, &mut tell)?;
+    let merged = merge(tree, adapter, out, &options, &mut tell)?;
     drop(progress);
     let mut types: Vec<StorageType> = types.into_inner().into_iter().collect();
     types.sort_by_key(|t| t.to_string());
-    write_companions(bench, model, out, &merged, &types)?;
+    write_companions(whole, model, out, &merged, &types)?;
     Ok((merged, types.iter().map(|t| t.to_string().to_lowercase()).collect()))
 }
 
 /// Tokenizer and configuration; `config.json` comes last, for without it nothing takes the directory for a model.
 fn write_companions(
-    bench: &Bench,
+    whole: &AnyModel,
     model: &Path,
     out: &Path,
     merged: &Merged,
     types: &[StorageType],
 ) -> Result<()> {
-    let mut config = companions::write(model, bench.tokenizer.as_ref(), out)?;
-    config["tie_word_embeddings"] = json!(merged.tied_head);
+    let mut config = companions::write(model, whole.tokenizer(), out)?;
+    whole.describe(model, merged.tied_head, &mut config)?;
     if let Some(config) = config.as_object_mut() {
         // what is written is not quantized any more
         config.remove("quantization_config");

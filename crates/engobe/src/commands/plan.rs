@@ -8,6 +8,7 @@ use crate::tasks;
 use crate::terminal::{Note, print, print_json};
 use crate::workbench::{self, thousands};
 use anyhow::Result;
+use engobe_data::Task;
 use engobe_train::memory::advice::{Suggestion, fits};
 use engobe_train::memory::{Estimate, MemoryLimit};
 use engobe_train::plan::ComputeDtype;
@@ -22,9 +23,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     workbench::set_threads(given.whole("threads"))?;
     let options = given.load_options()?;
     let path = workbench::resolve(model, &args.common, &mut note)?;
-    let head = tasks::head_of_plan(&given, &path, &mut note)?;
-    if head.is_some() && !given.has("packing") {
-        // as train has it for labels
+    let (task, head) = tasks::of_plan(&given, &path, &mut note)?;
+    if task != Task::CausalLm && !given.has("packing") {
+        // as train has it for labels, and for texts out of texts
         plan.schedule.packing = false;
     }
     let forecast = Forecast::new(&given, &plan, &path, &options, head)?;

@@ -1,18 +1,20 @@
 //! Training on labels, and on texts out of texts.
 
 use super::{
-    TaskBench, for_task, head_of, is_encoder, known_names, labels_of_adapter, tell_files, tell_fresh, tree,
+    TaskBench, for_task, head_kind, head_of, known_names, labels_of_adapter, tell_files, tell_fresh, tree,
 };
 use crate::forecast::Forecast;
 use crate::settings::Given;
 use crate::terminal::{Note, since_start};
 use crate::training::{Run, Summary, Watcher, attach, fingerprint, go_on, loader_options, split_rows};
 use crate::{dataset, report, scoring};
-use anyhow::{Result, bail};
+use anyhow::Result;
 use engobe_data::task::lint_task;
 use engobe_data::{DataFile, Goal, LabelSet, Loader, Sample, Task, TextTokenizer, reader};
 use engobe_formats::adapter_hub::heads::{self, Head};
 use engobe_formats::atomic::write_atomic;
+use engobe_formats::peft::PeftConfig;
+use engobe_models::{config_of, task_class};
 use engobe_train::{Plan, Trainer};
 use std::sync::Arc;
 
@@ -40,10 +42,7 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
     let mut guard = None;
     if let Some(limit) = plan.compute.memory_limit.filter(|_| run.options.device.is_cpu()) {
         let head = head_of(task, labels.as_ref().map_or(0, LabelSet::len))?;
-        let Some(head) = head.filter(|_| is_encoder(run.path)) else {
-            bail!("memory_limit: what the task {task} takes is not worked out yet; leave it out");
-        };
-        let forecast = Forecast::new(given, &plan, run.path, &run.options, Some(head))?;
+        let forecast = Forecast::new(given, &plan, run.path, &run.options, head)?;
         plan = forecast.fit(limit, note)?;
         guard = Some(forecast.guard(&plan, limit));
     }
@@ -62,14 +61,7 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
     write_atomic(&run.out.join("run.toml"), settings.as_bytes())?;
     if let Some(labels) = bench.labels() {
         labels.save(&run.out)?;
-        let info = bench.info();
-        let head = Head {
-            model_type: &info.model_type,
-            hidden_size: info.hidden_size,
-            tokens: task == Task::TokenCls,
-            labels: labels.names(),
-        };
-        heads::describe(&run.out, &adapter.config(), &head)?;
+        describe_head(run, &bench, labels, &adapter.config())?;
     }
     let fingerprint = fingerprint(&table, run.path, &train)?;
     let loader = Loader::new(Arc::new(train), loader_options(&plan, &adapter));
@@ -90,6 +82,15 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
         &report::RunReport { title, summary: &summary, settings, shown: Vec::new() },
     )?;
     Ok(summary)
+}
+
+/// Writes what other programs must be told of the head beside their adapters.
+fn describe_head(run: &Run<'_>, bench: &TaskBench, labels: &LabelSet, config: &PeftConfig) -> Result<()> {
+    let Some(kind) = head_kind(bench.task)? else { return Ok(()) };
+    let (class, info) = (task_class(&config_of(run.path)?, kind)?, bench.info());
+    let (model_type, hidden_size) = (&info.model_type[..], info.hidden_size);
+    let head = Head { model_class: &class, model_type, hidden_size, labels: labels.names() };
+    Ok(heads::describe(&run.out, config, &head)?)
 }
 
 fn describe(labels: &LabelSet) -> String {

@@ -23,8 +23,6 @@ const FLEX: &str = "heads.";
 /// A family as the package knows it.
 struct Family {
     model_type: &'static str,
-    /// how transformers' names of its classes begin
-    class: &'static str,
     /// activation between the two layers of its head for texts, and their names
     two: Option<(&'static str, [&'static str; 2])>,
     /// its head for texts if it is one layer: name, and whether it reads the model's pooler (and has a bias)
@@ -38,29 +36,27 @@ const SCORE: Option<(&str, bool)> = Some(("score", false));
 
 const fn family(
     model_type: &'static str,
-    class: &'static str,
     two: Option<(&'static str, [&'static str; 2])>,
     one: Option<(&'static str, bool)>,
     tokens: &'static str,
 ) -> Family {
-    Family { model_type, class, two, one, tokens }
+    Family { model_type, two, one, tokens }
 }
 
 const FAMILIES: [Family; 8] = [
     family(
         "bert",
-        "Bert",
         Some(("tanh", ["bert.pooler.dense", "classifier"])),
         Some(("classifier", true)),
         "classifier",
     ),
-    family("roberta", "Roberta", ROBERTA, None, "classifier"),
-    family("xlm-roberta", "XLMRoberta", ROBERTA, None, "classifier"),
-    family("distilbert", "DistilBert", Some(("relu", ["pre_classifier", "classifier"])), None, "classifier"),
-    family("deberta-v2", "DebertaV2", Some(("gelu", ["pooler.dense", "classifier"])), None, "classifier"),
-    family("llama", "Llama", None, SCORE, "score"),
-    family("mistral", "Mistral", None, SCORE, "score"),
-    family("gpt2", "GPT2", None, SCORE, "classifier"),
+    family("roberta", ROBERTA, None, "classifier"),
+    family("xlm-roberta", ROBERTA, None, "classifier"),
+    family("distilbert", Some(("relu", ["pre_classifier", "classifier"])), None, "classifier"),
+    family("deberta-v2", Some(("gelu", ["pooler.dense", "classifier"])), None, "classifier"),
+    family("llama", None, SCORE, "score"),
+    family("mistral", None, SCORE, "score"),
+    family("gpt2", None, SCORE, "classifier"),
 ];
 
 fn known(model_type: &str) -> Option<&'static Family> {
@@ -70,12 +66,12 @@ fn known(model_type: &str) -> Option<&'static Family> {
 /// What a head is for.
 #[derive(Clone, Copy, Debug)]
 pub struct Head<'a> {
+    /// transformers' class of the model with it
+    pub model_class: &'a str,
     /// Hugging Face's name of the model's architecture
     pub model_type: &'a str,
     /// width of the hidden states
     pub hidden_size: usize,
-    /// it reads every token, not the text
-    pub tokens: bool,
     /// its classes
     pub labels: &'a [String],
 }
@@ -86,17 +82,16 @@ pub struct Head<'a> {
 /// # Errors
 /// The file cannot be written.
 pub fn describe(dir: &Path, config: &PeftConfig, head: &Head<'_>) -> Result<()> {
-    let Some(family) = known(head.model_type).filter(|_| config.peft_type() == super::BOTTLENECK) else {
+    if config.peft_type() != super::BOTTLENECK {
         return Ok(());
-    };
-    let task = if head.tokens { "ForTokenClassification" } else { "ForSequenceClassification" };
+    }
     let ids: Map<String, Value> =
         head.labels.iter().enumerate().map(|(i, name)| (name.clone(), json!(i))).collect();
     let text = json!({
         "config": null,
         "hidden_size": head.hidden_size,
         "label2id": ids,
-        "model_class": format!("{}{task}", family.class),
+        "model_class": head.model_class,
         "model_name": config.text("base_model_name_or_path"),
         "model_type": head.model_type,
         "name": null,

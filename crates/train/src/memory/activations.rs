@@ -21,6 +21,10 @@
 //! What other adapters keep of each token is added to Σr (`AdapterSizes::kept`). A prompt lengthens rows; a prefix of p
 //! lengthens keys and values alone, 2kv·(n + rows·p) of the above.
 //!
+//! A decoder's block behind an encoder attends to the encoder's states too: it keeps n·(d + 4a + heads) floats more, its
+//! sum before that attention and its queries, keys, values and output. The encoder's states and the gradient that all these blocks
+//! add to them are there from the first to the last.
+//!
 //! Blocks of other kinds keep `extra` floats more for each token (norms of heads, norms after sub-layers); a plain MLP
 //! keeps f and not 2f. Norms, gated products and masked inputs are not kept: they are made again. Without checkpointing, all adapted blocks
 //! are kept when the head or the last block's backward is at work. With it, each block keeps its input (n·d), and one
@@ -71,6 +75,8 @@ pub struct StepSizes {
     pub plain_mlp: bool,
     /// matrices of scores that attention holds at once
     pub score_planes: usize,
+    /// blocks, the last ones, that attend to another stack's states
+    pub cross_layers: usize,
     /// rows of the head
     pub vocab: usize,
     /// the head's matrix is not f32: tiles of it are decoded
@@ -102,6 +108,7 @@ impl StepSizes {
         let (s, schedule) = (&run.sizes, &run.plan.schedule);
         let mut by_block: BTreeMap<usize, usize> = BTreeMap::new();
         let mut trained_head = false;
+        let block_of = |path: &str| block_of(path, s.layers - s.cross_layers.min(s.layers), s.cross_layers);
         for layer in &run.adapter.layers {
             match block_of(&layer.path) {
                 Some(block) => *by_block.entry(block).or_default() += layer.rank,
@@ -136,6 +143,7 @@ impl StepSizes {
             extra: s.extra_kept,
             plain_mlp: s.plain_mlp,
             score_planes: s.score_planes,
+            cross_layers: s.cross_layers.min(s.layers - lowest.min(s.layers)),
             vocab: s.vocab,
             // (the embedding has as many rows as the head, if it is not the head itself)
             decoded_head: run.tensors.iter().any(|t| t.rows == s.vocab && t.storage != "F32"),
@@ -175,9 +183,24 @@ impl StepSizes {
         let (a, kv) = self.widths();
         let values = 2 * self.d + 2 * a + self.inner() * self.f + self.extra + self.ranks[i];
         let whatever = self.fixed.get(i).copied().unwrap_or(0);
+        let cross = match self.attends_across(i) {
+            true => self.n() * (self.each() * (self.d + 4 * a) + F * (self.heads + 1)),
+            false => 0,
+        };
         self.n() * (self.each() * values + F * (self.heads + 2))
+            + cross
             + self.keys() * self.each() * 2 * kv
             + F * whatever
+    }
+
+    /// True if block `i` of the adapted ones attends to another stack's states.
+    fn attends_across(&self, i: usize) -> bool {
+        i + self.cross_layers >= self.ranks.len()
+    }
+
+    /// Another stack's states, and the gradient that is added up for them.
+    fn states(&self) -> usize {
+        if self.cross_layers > 0 { 2 * F * self.n() * self.d } else { 0 }
     }
 
     /// Bytes of a number that is kept.
@@ -252,9 +275,11 @@ impl StepSizes {
     }
 }
 
-/// Number of the block that a module lies in: the first number in its path.
-fn block_of(path: &str) -> Option<usize> {
-    path.split('.').find_map(|part| part.parse().ok())
+/// Number of the block that a module lies in: the first number in its path; a decoder's `behind` an encoder's.
+fn block_of(path: &str, behind: usize, cross_layers: usize) -> Option<usize> {
+    let number: usize = path.split('.').find_map(|part| part.parse().ok())?;
+    let is_behind = cross_layers > 0 && path.split('.').any(|part| part == "decoder");
+    Some(if is_behind { behind + number } else { number })
 }
 
 /// Bytes of a step: the most of each part, and of all together at one moment.
@@ -279,10 +304,11 @@ pub fn step(s: &StepSizes) -> Step {
     let gradients = F * s.parameters;
     let from_start = if s.accumulates { gradients } else { 0 };
     let input = s.each() * n * s.d;
-    let kept = match s.checkpointing {
-        true => blocks * input,
-        false => (0..blocks).map(|i| s.kept(i)).sum(),
-    };
+    let kept = s.states()
+        + match s.checkpointing {
+            true => blocks * input,
+            false => (0..blocks).map(|i| s.kept(i)).sum(),
+        };
     let head = s.head(n, true);
     let (mut activations, mut peak) = (kept, kept + head + from_start);
     if blocks > 0 {
