@@ -88,7 +88,7 @@ def randomize(model, around=1.0):
     """Random weights that leave logits far from flat; those of norms lie around 1, or 0 where 1 is added to them."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            norm = any(part in name for part in ("norm", ".ln_")) and name.endswith("weight")
+            norm = any(part in name.lower() for part in ("norm", ".ln_")) and name.endswith("weight")
             scale = 0.5 if norm else 0.15
             p.copy_(torch.randn_like(p) * scale + (around if norm else 0.0))
 

@@ -225,11 +225,12 @@ impl Form {
         if let (Some(prompt), Some(completion)) = (first(PROMPTS), first(COMPLETIONS)) {
             return Ok(Self::PromptCompletion { prompt, completion });
         }
-        if let Some(key) = first(TEXTS) {
-            return Ok(Self::Text { key });
-        }
+        // before plain text, which would be one of the two alone
         if let Some((text, pair)) = text_pair(fields) {
             return Ok(Self::Labelled { text, pair: Some(pair), label: None });
+        }
+        if let Some(key) = first(TEXTS) {
+            return Ok(Self::Text { key });
         }
         if let Some(tokens) = first(TOKENS) {
             return Ok(Self::Tagged { tokens, tags: None });
