@@ -1,6 +1,6 @@
-//! Every method over every family of decoders and encoder-decoders beside PEFT (bottlenecks over T5 beside AdapterHub's), from
-//! adapters that `golden/matrix.py` (`golden/bottleneck.py`) and this test make of names alone: losses and gradient norms of ten steps. Recomputing blocks
-//! changes no bit of them, and over T5 a cache gives what whole rows give.
+//! Every method over every family of decoders and encoder-decoders beside PEFT (bottlenecks over T5 beside AdapterHub's),
+//! from adapters that `golden/matrix.py` (`golden/bottleneck.py`) and this test make of names alone: losses and gradient
+//! norms of ten steps. Recomputing blocks changes no bit of them, and over T5 a cache gives what whole rows give.
 
 #[path = "support/base.rs"]
 mod base;
