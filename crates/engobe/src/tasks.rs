@@ -291,7 +291,12 @@ impl TaskBench {
         let Some(needs) = needs else { return Ok(StartText::default()) };
         if needs.key_values {
             bail!(
-                "prefix_init_text: works on models that generate; a model with a task's head keeps no keys and values"
+                "prefix_init_text: {}; leave it out",
+                match &self.kind {
+                    Kind::Labels(..) => "a model with a task's head keeps no keys and values",
+                    Kind::Texts(_) =>
+                        "keys and values of an encoder-decoder's decoder are of a source and a target",
+                }
             );
         }
         let missing = "prompt_tuning_init_text: the model has no tokenizer.json, and a text needs one";

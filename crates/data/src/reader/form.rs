@@ -128,8 +128,26 @@ pub enum Content {
 }
 
 const MESSAGES: &[&str] = &["messages", "conversations", "conversation", "chat"];
-const PROMPTS: &[&str] = &["prompt", "question", "query", "input", "problem", "source"];
-const COMPLETIONS: &[&str] = &["completion", "response", "answer", "output", "solution", "target"];
+impl Content {
+    /// What is asked and what the answer is, if the row says both: an instruction stands before its input.
+    pub fn as_pair(&self) -> Option<(String, &str)> {
+        match self {
+            Self::Pair { prompt, completion } => Some((prompt.clone(), completion)),
+            Self::Alpaca { instruction, input, output } if input.is_empty() => {
+                Some((instruction.clone(), output))
+            }
+            Self::Alpaca { instruction, input, output } => {
+                Some((format!("{instruction}\n\n{input}"), output))
+            }
+            _ => None,
+        }
+    }
+}
+
+const PROMPTS: &[&str] =
+    &["prompt", "question", "query", "input", "problem", "source", "document", "article", "dialogue"];
+const COMPLETIONS: &[&str] =
+    &["completion", "response", "answer", "output", "solution", "target", "summary", "highlights"];
 const OUTPUTS: &[&str] = &["output", "response", "completion", "answer"];
 const INPUTS: &[&str] = &["input", "context"];
 
