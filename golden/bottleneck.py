@@ -63,6 +63,10 @@ TASKS = {
     "deberta_houlsby": ("deberta_v2_conv_task", "single_label_classification", 3, DoubleSeqBnConfig(reduction_factor=8)),
     "deberta_pfeiffer": ("deberta_v3", "tokens", 3, SeqBnConfig(reduction_factor=8)),
     "deberta_parallel": ("deberta_v2_conv_task", "regression", 1, ParBnConfig(reduction_factor=8)),
+    # heads of the package's own models
+    "bert_flex": ("bert", "single_label_classification", 3, SeqBnConfig(reduction_factor=8)),
+    "roberta_flex": ("roberta", "single_label_classification", 3, SeqBnConfig(reduction_factor=16)),
+    "distilbert_flex_tokens": ("distilbert", "tokens", 3, SeqBnConfig(reduction_factor=16)),
 }
 
 # of encoder-decoders: attention to the encoder as well, and layers of both sides, which are counted through
@@ -74,9 +78,21 @@ T5 = {
 }
 
 
-def with_head(config):
+def flexible(model, base, tokens):
+    """The package's own model over a base, with its usual head."""
+    model = adapters.AutoAdapterModel.from_pretrained(HERE.parent / base, config=model.config)
+    add = model.add_tagging_head if tokens else model.add_classification_head
+    add("task", num_labels=model.config.num_labels)
+    return model
+
+
+def with_head(name, config):
     def adapt(model, directory, base):
-        adapters.init(model)
+        flex = "_flex" in name
+        if flex:
+            model = flexible(model, base, name.endswith("_tokens"))
+        else:
+            adapters.init(model)
         model.add_adapter("task", config=config)
         model.train_adapter("task")
         head = [p for n, p in model.named_parameters() if not n.startswith(model.base_model_prefix)]
@@ -87,11 +103,12 @@ def with_head(config):
         assert all(p.requires_grad for p in head)
         directory.mkdir(parents=True)
         model.save_adapter(str(directory), "task", use_safetensors=True)
-        for extra in directory.iterdir():
-            if extra.name not in ("adapter_config.json", "adapter.safetensors", "model_head.safetensors"):
-                extra.unlink()
-        path = directory / "adapter_config.json"
-        path.write_text(path.read_text().replace(f"{HERE.parent}/", ""))
+        kept = ["adapter_config.json", "adapter.safetensors", "model_head.safetensors", *(["head_config.json"] if flex else [])]
+        for path in directory.iterdir():
+            if path.name not in kept:
+                path.unlink()
+            elif path.suffix == ".json":
+                path.write_text(path.read_text().replace(f"{HERE.parent}/", ""))
         return model, 0
 
     return adapt
@@ -103,7 +120,7 @@ def tasks(wanted):
     for seed, (name, (*case, config)) in enumerate(TASKS.items(), start=100):
         if wanted and name not in wanted:
             continue
-        record(name, seed, case, with_head(config))
+        record(name, seed, case, with_head(name, config))
 
 
 def encoder_decoders(wanted):

@@ -144,7 +144,12 @@ fn places(config: &HfConfig, positions: usize) -> Result<RelativePositions> {
     let most = number("max_relative_positions")?;
     let most = if most < 1.0 { positions } else { most as usize };
     let buckets = number("position_buckets")?;
-    Ok(RelativePositions { buckets: (buckets > 0.0).then_some(buckets as usize), most })
+    let places = RelativePositions { buckets: (buckets > 0.0).then_some(buckets as usize), most };
+    if !places.are_defined() {
+        let expected = "2 or more, and no two less than twice max_relative_positions: distances beyond half of them have no bucket";
+        return Err(bad(config, "position_buckets", places.span(), expected));
+    }
+    Ok(places)
 }
 
 impl Relative {
@@ -162,8 +167,9 @@ impl Relative {
     /// The embeddings that all layers project, those that rows of up to `longest` tokens need.
     fn embed<'m>(&'m self, tape: &mut Tape<'m>, longest: usize, device: &Device) -> OpResult<Distances> {
         let rows = self.places.rows(longest);
-        // rows grow with the distance
-        let (first, last) = (rows[0], rows[rows.len() - 1]);
+        // as a rule rows grow with the distance; not where there are more buckets than distances
+        let first = rows.iter().copied().min().unwrap_or(0);
+        let last = rows.iter().copied().max().unwrap_or(0);
         let embedded = self.embeddings.forward(tape, (first..=last).collect(), device)?;
         let embedded = match &self.norm {
             Some(norm) => norm.forward(tape, &embedded)?,

@@ -88,8 +88,8 @@ impl T5Config {
         if let Some((key, value)) = sizes.iter().find(|(_, v)| *v == 0 || *v > MOST) {
             return Err(bad(config, key, value, "a size between 1 and 2^28"));
         }
-        if self.buckets < 4 || !self.buckets.is_multiple_of(4) || self.buckets > MOST {
-            return Err(bad(config, "relative_attention_num_buckets", self.buckets, "a multiple of 4"));
+        if self.buckets < 4 || self.buckets > MOST {
+            return Err(bad(config, "relative_attention_num_buckets", self.buckets, "4 to 2^28"));
         }
         if self.max_distance <= self.buckets / 2 {
             let expected = format!("more than half of the {} buckets", self.buckets);
