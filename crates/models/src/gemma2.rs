@@ -3,7 +3,7 @@
 //!
 //! Module paths are those of transformers' `Gemma2ForCausalLM`.
 
-use crate::family::{Architecture, Family, GgufForm, Misfit};
+use crate::family::{Architecture, Family, GgufForm, HEADS, Misfit};
 use crate::gemmas::Gemma;
 use crate::rope_settings::{Rotary, USUAL};
 use crate::settings::{DecoderSizes, merged};
@@ -17,6 +17,7 @@ use serde_json::Value;
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "gemma2",
     class: "Gemma2ForCausalLM",
+    heads: HEADS,
     from_hf: |config| Ok(Box::new(Gemma2::from_hf(config)?)),
     gguf: Some(GgufForm {
         name: "gemma2",

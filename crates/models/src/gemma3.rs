@@ -9,7 +9,7 @@ use crate::qwen3::with_head_norms;
 use crate::rope_settings::{Rotary, RotaryDefaults, USUAL};
 use crate::settings::{DecoderSizes, bad, merged};
 use crate::stored::Stored;
-use crate::{GgufSettings, Result, Weights, gemmas};
+use crate::{GgufSettings, HeadKind, Result, Weights, gemmas};
 use engobe_formats::gguf::{Gguf, GgufValue};
 use engobe_formats::hf_config::HfConfig;
 use engobe_nn::CausalLm;
@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "gemma3_text",
     class: "Gemma3ForCausalLM",
+    heads: &[HeadKind::Sequence],
     from_hf: |config| Ok(Box::new(Gemma3::from_hf(config)?)),
     gguf: Some(GgufForm {
         name: "gemma3",

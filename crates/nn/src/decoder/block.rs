@@ -57,6 +57,11 @@ impl Block {
         }
     }
 
+    /// The same, what each sub-layer computes multiplied before it meets the residual.
+    pub fn scaled(self, scale: Option<f32>) -> Self {
+        Self { ends: self.ends.map(|end| end.scaled(scale)), ..self }
+    }
+
     /// Hidden states `x` `[n, d]` one block further.
     pub fn forward<'m>(
         &'m self,
@@ -98,25 +103,9 @@ impl Block {
                 normed_into(mlp_end, tape, &mlp.down, after_mlp, &inner, &x)
             }
             Norms::Parallel([before_attention, before_mlp]) => {
-                let normed = before_attention.forward(tape, x)?;
-                let attended = attention.attend(tape, &normed, context, prefix, cache)?;
-                drop(normed);
-                let sum = attention_end.close(tape, &attention.output, &attended, x)?;
-                drop(attended);
-                let normed = before_mlp.forward(tape, x)?;
-                let inner = mlp.inner(tape, &normed)?;
-                drop(normed);
-                mlp_end.close_block(tape, &mlp.down, &inner, &sum)
+                self.parallel(tape, x, before_attention, Some(before_mlp), context, cache)
             }
-            Norms::Shared(before) => {
-                let normed = before.forward(tape, x)?;
-                let attended = attention.attend(tape, &normed, context, prefix, cache)?;
-                let sum = attention_end.close(tape, &attention.output, &attended, x)?;
-                drop(attended);
-                let inner = mlp.inner(tape, &normed)?;
-                drop(normed);
-                mlp_end.close_block(tape, &mlp.down, &inner, &sum)
-            }
+            Norms::Shared(before) => self.parallel(tape, x, before, None, context, cache),
         }
     }
 
@@ -139,6 +128,30 @@ impl Block {
         let inner = self.mlp.inner(tape, &normed)?;
         drop(normed);
         mlp_end.close_block(tape, &self.mlp.down, &inner, &x)
+    }
+
+    /// x + A(n₁(x)) + F(n₂(x)), n₂ being n₁ where the feed-forward has no norm of its own.
+    fn parallel<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        x: &Var,
+        before_attention: &'m Norm,
+        before_mlp: Option<&'m Norm>,
+        context: &Context,
+        cache: Option<CacheSlot<'_>>,
+    ) -> Result<Var> {
+        let [attention_end, mlp_end] = &self.ends;
+        let normed = before_attention.forward(tape, x)?;
+        let attended = self.attention.attend(tape, &normed, context, &self.prefix, cache)?;
+        let sum = attention_end.close(tape, &self.attention.output, &attended, x)?;
+        drop(attended);
+        let normed = match before_mlp {
+            Some(norm) => norm.forward(tape, x)?,
+            None => normed,
+        };
+        let inner = self.mlp.inner(tape, &normed)?;
+        drop(normed);
+        mlp_end.close_block(tape, &self.mlp.down, &inner, &sum)
     }
 
     /// Calls `f` on every module.
