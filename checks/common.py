@@ -88,7 +88,7 @@ def randomize(model, around=1.0):
     """Random weights that leave logits far from flat; those of norms lie around 1, or 0 where 1 is added to them."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            norm = any(part in name for part in ("norm", ".ln_")) and name.endswith("weight")
+            norm = any(part in name.lower() for part in ("norm", ".ln_")) and name.endswith("weight")
             scale = 0.5 if norm else 0.15
             p.copy_(torch.randn_like(p) * scale + (around if norm else 0.0))
 
@@ -103,15 +103,18 @@ def make_model(directory, seed, dtype=torch.float32, shard=None, **changes):
     return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def make_rows(path, seed, count, lengths=(5, 40), vocab=160, masked=0.4):
-    """Rows of random token ids whose first part is masked."""
+def make_rows(path, seed, count, lengths=(5, 40), vocab=160, masked=0.4, answers=None):
+    """Rows of random token ids whose first part is masked; with `answers`, the labels are other tokens, of such lengths."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
         n = rng.randint(*lengths)
         ids = [rng.randrange(vocab) for _ in range(n)]
         cut = int(n * masked * rng.random())
-        rows.append({"input_ids": ids, "labels": [-100] * cut + ids[cut:]})
+        labels = [-100] * cut + ids[cut:]
+        if answers:
+            labels = [rng.randrange(vocab) for _ in range(rng.randint(*answers))]
+        rows.append({"input_ids": ids, "labels": labels})
     Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
     return rows
 
@@ -127,7 +130,9 @@ def label_loss(model, rows):
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]], device=model.device), torch.tensor(targets(model, row))
         if model.config.is_encoder_decoder:
-            logits = model(input_ids=ids, labels=labels.to(ids.device)[None]).logits[0]
+            # (given labels, PEFT's AdaLoRA wants a penalty that a loaded adapter lacks)
+            shifted = torch.cat([torch.tensor([model.config.decoder_start_token_id]), labels[:-1]])
+            logits = model(input_ids=ids, decoder_input_ids=shifted.to(ids.device)[None]).logits[0]
         else:
             # PEFT leaves the logits of a prompt in front
             logits = model(ids).logits[0, -len(row["input_ids"]) : -1]

@@ -249,9 +249,8 @@ def training(report, work, seed):
         exchange(report, work, name, base, directory, out, theirs, rows)
 
 
-def exchange(report, work, name, base, directory, out, theirs, rows):
-    """engobe's adapter in PEFT, PEFT's in engobe, and the merged directory in transformers."""
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), out).eval()
+def keys_fit(report, name, base, out):
+    """Every tensor of engobe's adapter has its place in PEFT's, and every place its tensor."""
     # what from_pretrained leaves out in silence; into a model of its own, as AdaLoRA's ranks are cut only once
     fresh = get_peft_model(copy.deepcopy(base), PeftConfig.from_pretrained(out))
     keys = set_peft_model_state_dict(fresh, load_peft_weights(out, device="cpu"))
@@ -261,6 +260,12 @@ def exchange(report, work, name, base, directory, out, theirs, rows):
     # (a tied head's tokens and VeRA's matrices are tensors that go by several names)
     missing = [k for k in keys.missing_keys if any(p in k for p in adapters) and state[k].data_ptr() not in held]
     report.true(f"{name}: keys", not missing and not keys.unexpected_keys, f"{missing} {keys.unexpected_keys}")
+
+
+def exchange(report, work, name, base, directory, out, theirs, rows):
+    """engobe's adapter in PEFT, PEFT's in engobe, and the merged directory in transformers."""
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), out).eval()
+    keys_fit(report, name, base, out)
     with torch.no_grad():
         total, count = label_loss(loaded, rows)
         mine = engobe("eval", "--model", directory, "--adapter", out, "--data", work / f"train-{name}.jsonl")
@@ -345,13 +350,8 @@ def prompts(report, work, seed):
         prompt(report, work, name, base, directory, config(task_type="CAUSAL_LM", **settings), seed + i)
 
 
-def prompt(report, work, name, base, directory, config, seed, vocab=160):
-    """One of them."""
-    data, accumulation = work / f"train-{name}.jsonl", 1 + seed % 3
-    rows = make_rows(data, seed, 30, (4, 40), vocab=vocab)
-    torch.manual_seed(seed)
-    theirs = get_peft_model(copy.deepcopy(base), config).eval()  # no dropout; the encoder goes on encoding
-    start, out, saved = work / f"start-{name}", work / f"out-{name}", work / f"peft-{name}"
+def begin_with(theirs, config, directory, data, start, seed):
+    """What makes engobe start as PEFT's model of virtual tokens does."""
     encoded = "encoder_reparameterization_type" in config.to_dict() or getattr(config, "prefix_projection", False)
     if encoded:
         # files hold what an encoder makes, so PEFT takes engobe's encoder; nothing is learned at a rate of 0
@@ -362,9 +362,19 @@ def prompt(report, work, name, base, directory, config, seed, vocab=160):
         begin = ["--method", METHODS[type(config)], "--seed", seed, *sets]
         train(directory, data, start, *begin, "--save-steps", 1, steps=1, rate=0)
         take_encoder(theirs, start)
-    else:
-        theirs.save_pretrained(start)
-        begin = ["--init-adapter", start]
+        return begin
+    theirs.save_pretrained(start)
+    return ["--init-adapter", start]
+
+
+def prompt(report, work, name, base, directory, config, seed, vocab=160):
+    """One of them."""
+    data, accumulation = work / f"train-{name}.jsonl", 1 + seed % 3
+    rows = make_rows(data, seed, 30, (4, 40), vocab=vocab)
+    torch.manual_seed(seed)
+    theirs = get_peft_model(copy.deepcopy(base), config).eval()  # no dropout; the encoder goes on encoding
+    start, out, saved = work / f"start-{name}", work / f"out-{name}", work / f"peft-{name}"
+    begin = begin_with(theirs, config, directory, data, start, seed)
     trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     mine = train(directory, data, out, *begin, "--gradient-accumulation", accumulation)
     curve = train_peft(theirs, rows, 20, 2, accumulation)

@@ -1,5 +1,5 @@
-"""Adapters with a head that engobe trained, read by PEFT: what both say of the same texts. The other way is in
-golden/peft_tasks, whose adapters PEFT wrote.
+"""Adapters with a head that engobe trained, read by PEFT, and models that engobe merged them into, read by transformers:
+what all say of the same texts. The other way is in golden/peft_tasks, whose adapters PEFT wrote.
 
     python checks/tasks.py
 """
@@ -29,6 +29,8 @@ METHODS = {
     "p-tuning": ["--num-virtual-tokens", "4"],
     "prefix-tuning": ["--num-virtual-tokens", "4"],
 }
+# those that stay beside the model
+UNMERGED = ["prompt-tuning", "p-tuning", "prefix-tuning"]
 
 
 def make(kind, directory):
@@ -50,12 +52,20 @@ def make(kind, directory):
 
 
 def theirs(base, adapter):
-    """Probabilities of each text by itself: a decoder under a prompt reads padding in PEFT."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    """Probabilities by PEFT."""
     model = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True)
-    model = PeftModel.from_pretrained(model, adapter).eval()
+    return probabilities(base, PeftModel.from_pretrained(model, adapter).eval())
+
+
+def probabilities(directory, model):
+    """Of each text by itself: a decoder under a prompt reads padding in PEFT."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     with torch.no_grad():
         return [model(**tokenizer([text], return_tensors="pt")).logits[0].softmax(-1).tolist() for text in TEXTS]
+
+
+def apart(mine, theirs):
+    return max(abs(a - b) for x, y in zip(mine, theirs, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def main():
@@ -74,8 +84,14 @@ def main():
                 engobe("eval", "--model", base, "--adapter", out, "--data", data, "--predictions", said)
                 mine = [list(json.loads(line)["scores"].values()) for line in said.read_text().splitlines()]
                 expected = theirs(base, out)
-                error = max(abs(a - b) for x, y in zip(mine, expected, strict=True) for a, b in zip(x, y, strict=True))
-                report(f"{kind} {method}", error, 1e-5)
+                report(f"{kind} {method}", apart(mine, expected), 1e-5)
+                if method in UNMERGED:
+                    continue
+                merged = work / f"{kind}-{method}-merged"
+                engobe("merge", "--model", base, "--adapter", out, "--out", merged)
+                model = AutoModelForSequenceClassification.from_pretrained(merged, dtype=torch.float32).eval()
+                report(f"{kind} {method}, merged", apart(mine, probabilities(merged, model)), 1e-5)
+                report.true(f"{kind} {method}, names of classes", model.config.id2label == {0: "bad", 1: "good"}, str(model.config.id2label))
     report.exit()
 
 

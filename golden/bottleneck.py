@@ -5,20 +5,20 @@
 
 (the package wants an older transformers than the other scripts). Writes golden/bottleneck/NAME/: the adapter that
 training starts from, as the package saves it, and expected.json. The models are those of golden/llama. Those with a task's
-head, over golden/encoders and golden/llama, go to golden/peft_tasks/.
+head, over golden/encoders and golden/llama, go to golden/peft_tasks/. Over golden/t5 no adapter is stored: golden/matrix/
+t5_*_bottleneck.json are as golden/matrix.py makes its files, and so are their steps.
 """
 
 import shutil
 import sys
-from pathlib import Path
 
 import adapters
 import torch
 from adapters import DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
-from curves import expect, read_rows
-from transformers import LlamaForCausalLM
+from curves import expect, read_rows, train
+from shared import HERE, filled, seq2seq_rows, write_rounded
+from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
-HERE = Path(__file__).resolve().parent
 CASES = {
     "pfeiffer": ("gqa_tied", 1, SeqBnConfig(reduction_factor=4)),
     "houlsby": ("gqa_tied", 4, DoubleSeqBnConfig(reduction_factor=8, leave_out=[0])),
@@ -63,12 +63,36 @@ TASKS = {
     "deberta_houlsby": ("deberta_v2_conv_task", "single_label_classification", 3, DoubleSeqBnConfig(reduction_factor=8)),
     "deberta_pfeiffer": ("deberta_v3", "tokens", 3, SeqBnConfig(reduction_factor=8)),
     "deberta_parallel": ("deberta_v2_conv_task", "regression", 1, ParBnConfig(reduction_factor=8)),
+    # heads of the package's own models
+    "bert_flex": ("bert", "single_label_classification", 3, SeqBnConfig(reduction_factor=8)),
+    "roberta_flex": ("roberta", "single_label_classification", 3, SeqBnConfig(reduction_factor=16)),
+    "distilbert_flex_tokens": ("distilbert", "tokens", 3, SeqBnConfig(reduction_factor=16)),
+}
+
+# of encoder-decoders: attention to the encoder as well, and layers of both sides, which are counted through
+T5 = {
+    "pfeiffer": SeqBnConfig(reduction_factor=4),
+    "houlsby": DoubleSeqBnConfig(reduction_factor={"0": 4, "2": 16, "default": 8}),
+    "cross": DoubleSeqBnConfig(reduction_factor=8, cross_adapter=True, leave_out=[1, 2]),
+    "parallel": ParBnConfig(reduction_factor=4),
 }
 
 
-def with_head(config):
+def flexible(model, base, tokens):
+    """The package's own model over a base, with its usual head."""
+    model = adapters.AutoAdapterModel.from_pretrained(HERE.parent / base, config=model.config)
+    add = model.add_tagging_head if tokens else model.add_classification_head
+    add("task", num_labels=model.config.num_labels)
+    return model
+
+
+def with_head(name, config):
     def adapt(model, directory, base):
-        adapters.init(model)
+        flex = "_flex" in name
+        if flex:
+            model = flexible(model, base, name.endswith("_tokens"))
+        else:
+            adapters.init(model)
         model.add_adapter("task", config=config)
         model.train_adapter("task")
         head = [p for n, p in model.named_parameters() if not n.startswith(model.base_model_prefix)]
@@ -79,11 +103,12 @@ def with_head(config):
         assert all(p.requires_grad for p in head)
         directory.mkdir(parents=True)
         model.save_adapter(str(directory), "task", use_safetensors=True)
-        for extra in directory.iterdir():
-            if extra.name not in ("adapter_config.json", "adapter.safetensors", "model_head.safetensors"):
-                extra.unlink()
-        path = directory / "adapter_config.json"
-        path.write_text(path.read_text().replace(f"{HERE.parent}/", ""))
+        kept = ["adapter_config.json", "adapter.safetensors", "model_head.safetensors", *(["head_config.json"] if flex else [])]
+        for path in directory.iterdir():
+            if path.name not in kept:
+                path.unlink()
+            elif path.suffix == ".json":
+                path.write_text(path.read_text().replace(f"{HERE.parent}/", ""))
         return model, 0
 
     return adapt
@@ -95,7 +120,31 @@ def tasks(wanted):
     for seed, (name, (*case, config)) in enumerate(TASKS.items(), start=100):
         if wanted and name not in wanted:
             continue
-        record(name, seed, case, with_head(config))
+        record(name, seed, case, with_head(name, config))
+
+
+def encoder_decoders(wanted):
+    for base in ("v10", "v11", "uneven"):
+        if wanted and f"t5_{base}" not in wanted:
+            continue
+        rows, methods = seq2seq_rows(f"t5/{base}"), {}
+        for name, config in T5.items():
+            model = T5ForConditionalGeneration.from_pretrained(HERE / "t5" / base, dtype=torch.float32)
+            adapters.init(model)
+            model.add_adapter("task", config=config)
+            model.train_adapter("task")
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            with torch.no_grad():
+                for key, p in trained.items():
+                    p.copy_(filled(key, p))
+            curve = train(model.double().eval(), rows, 1, steps=10, rate=1e-3)
+            methods[name] = {
+                "config": {"peft_type": "BOTTLENECK", "adapter_name": "task", **config.to_dict()},
+                "trainable_parameters": sum(p.numel() for p in trained.values()),
+                "losses": [loss for loss, _ in curve],
+                "grad_norms": [norm for _, norm in curve],
+            }
+        write_rounded(HERE / "matrix" / f"t5_{base}_bottleneck.json", {"base": f"t5/{base}", "learning_rate": 1e-3, "methods": methods})
 
 
 def main(wanted):
@@ -124,6 +173,7 @@ def main(wanted):
         path.write_text(path.read_text().replace(f"{HERE.parent}/", ""))
         expect(model, base, accumulation, rows, out / name / "expected.json")
     tasks(wanted)
+    encoder_decoders(wanted)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """What golden scripts of methods share: twenty steps of training, row by row, as engobe takes them."""
 
 import json
-from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
+from shared import HERE  # noqa: I001
+from common import label_loss, targets
 
-HERE = Path(__file__).resolve().parent
 STEPS, BATCH, LR = 20, 2, 1e-2
 
 
@@ -19,13 +18,13 @@ def row_logits(model, ids):
     return model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :]
 
 
-def train(model, rows, accumulation):
+def train(model, rows, accumulation, steps=STEPS, rate=LR):
     """Loss over the labels of the window, AdamW, linear schedule, clipping; row by row, so that nothing is padded."""
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=LR)
+    optimizer = torch.optim.AdamW(params, lr=rate)
     lines, at = [], 0
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = LR * (STEPS - step) / STEPS
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (steps - step) / steps
         optimizer.zero_grad()
         window = []
         for _ in range(accumulation):
@@ -34,11 +33,10 @@ def train(model, rows, accumulation):
             if at >= len(rows):
                 at = 0
                 break
-        labels = sum(sum(label != -100 for label in r["labels"][1:]) for r in window)
+        labels = sum(sum(label != -100 for label in targets(model, r)) for r in window)
         total = 0.0
         for row in window:
-            logits = row_logits(model, row["input_ids"])
-            loss = cross_entropy(logits[:-1], torch.tensor(row["labels"][1:]), ignore_index=-100, reduction="sum")
+            loss, _ = label_loss(model, [row])
             (loss / labels).backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()

@@ -7,12 +7,11 @@ indices, and the test makes the same ones. Models are those of golden/decoders a
 Those of golden/t5 have their own rows, and steps in f64 for the reason that golden/peft_t5.py gives.
 """
 
-import json
 import sys
 
 import torch
 
-from shared import HERE, filled, write_rounded  # noqa: I001
+from shared import HERE, filled, seq2seq_rows, write_rounded  # noqa: I001
 from curves import read_rows
 from parity import load_encoder, train_peft
 from peft import (
@@ -50,11 +49,13 @@ FAMILIES = {
     "gpt_neox": ("decoders/gpt_neox", ["query_key_value"], ["dense_4h_to_h"], ["input_layernorm", "final_layer_norm"], "embed_in"),
     "t5_v10": ("t5/v10", ["k", "v"], ["wo"], *T5),
     "t5_v11": ("t5/v11", ["q", "EncDecAttention.v"], ["wi_1"], *T5),
+    "mt5": ("t5/mt5", ["k", "v"], ["wi_1"], *T5),
     "t5_uneven": ("t5/uneven", ["SelfAttention.k", "o"], ["wi_0"], *T5),
 }
 # PEFT takes keys to be as wide as the model; over transformers 5 it takes every T5's head to be the embedding's matrix; its MiSS
 # takes torch.nn.Linear alone, and GPT-2 is made of Conv1D
-NOT_IN_PEFT = {"gpt2": ["miss"], "t5_uneven": ["prefix-tuning", "prefix-projection"], "t5_v11": ["trainable-tokens", "lora-tokens"]}
+TOKENS, PREFIXES = ["trainable-tokens", "lora-tokens"], ["prefix-tuning", "prefix-projection"]
+NOT_IN_PEFT = {"gpt2": ["miss"], "t5_uneven": PREFIXES, "t5_v11": TOKENS, "mt5": TOKENS + PREFIXES}
 
 
 def methods(attention, feed_forward, norms, embedding):
@@ -123,9 +124,7 @@ def start(base):
         model = AutoModelForCausalLM.from_pretrained(HERE / base, dtype=torch.float32, attn_implementation="eager")
         return model, read_rows(), "CAUSAL_LM"
     model = AutoModelForSeq2SeqLM.from_pretrained(HERE / base, dtype=torch.float32)
-    rows = json.loads((HERE / base / "expected.json").read_text())
-    rows = [{"input_ids": source, "labels": labels} for source, labels in zip(rows["sources"], rows["labels"], strict=True)]
-    return model, rows, "SEQ_2_SEQ_LM"
+    return model, seq2seq_rows(base), "SEQ_2_SEQ_LM"
 
 
 def main():

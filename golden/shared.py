@@ -30,6 +30,12 @@ def filled(name, like):
     return torch.tensor(values, dtype=torch.float32).reshape(like.shape)
 
 
+def seq2seq_rows(base):
+    """The rows that the golden file of an encoder-decoder has."""
+    rows = json.loads((HERE / base / "expected.json").read_text())
+    return [{"input_ids": source, "labels": labels} for source, labels in zip(rows["sources"], rows["labels"], strict=True)]
+
+
 def write_rounded(path, value):
     """JSON, its numbers to seven places."""
     text = json.dumps(value, default=float)

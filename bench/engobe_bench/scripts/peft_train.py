@@ -62,7 +62,8 @@ def batches(rows, size):
                 ids[i, :n] = torch.tensor(row["input_ids"])
                 labels[i, : len(row["labels"])] = torch.tensor(row["labels"])
                 mask[i, :n] = 1
-            yield {"input_ids": ids, "labels": labels, "attention_mask": mask}
+            # one label of a text
+            yield {"input_ids": ids, "labels": labels[:, 0] if width == 1 else labels, "attention_mask": mask}
 
 
 def main():
@@ -107,7 +108,7 @@ def main():
                 "tokens": int(batch["attention_mask"].sum()),
                 "padded_tokens": batch["input_ids"].numel(),
                 # the first position of a decoder's row is nobody's target
-                "label_tokens": int((batch["labels"][:, 0 if args.seq_cls or texts else 1 :] != -100).sum()),
+                "label_tokens": int(((batch["labels"] if args.seq_cls or texts else batch["labels"][:, 1:]) != -100).sum()),
             }
         )
     print(

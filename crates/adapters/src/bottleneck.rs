@@ -13,7 +13,7 @@
 
 mod settings;
 
-use self::settings::{Init, SETTINGS, Scaling, Settings, architecture, number_of};
+use self::settings::{Init, Numbers, SETTINGS, Scaling, Settings, architecture};
 use crate::fill;
 use crate::method::{Attached, Attaching, Card, Method};
 use crate::random::{gaussian, generator, uniform};
@@ -35,7 +35,8 @@ use std::sync::Arc;
 pub(crate) struct Bottleneck;
 
 /// What a model must offer.
-const NEEDS: &str = "a sub-layer to stand behind (mh_adapter, output_adapter and leave_out say which)";
+const NEEDS: &str =
+    "a sub-layer to stand behind (mh_adapter, cross_adapter, output_adapter and leave_out say which)";
 
 const CARD: Card = Card {
     name: "bottleneck",
@@ -78,12 +79,12 @@ impl Method for Bottleneck {
     ) -> Result<Box<dyn Attached>> {
         let settings = Settings::read(config)?;
         let name = config.text(NAME).unwrap_or("engobe");
-        let mut layers = Vec::new();
+        let (mut layers, mut numbers) = (Vec::new(), Numbers::default());
         let mut result = Ok(());
         model.visit_sites(&mut |site| {
             let SiteMut::SubLayer(end) = site else { return };
-            let number = number_of(end.path());
-            if result.is_err() || !settings.adapts(end) {
+            let number = numbers.of(end.path());
+            if result.is_err() || !settings.adapts(end, number) {
                 return;
             }
             match Layer::new(end.path(), end.kind(), number, end.width(), &settings, name, config, at) {
@@ -107,11 +108,12 @@ impl Method for Bottleneck {
     /// Counted, not attached: bottlenecks of a large model are large.
     fn sizes(&self, model: &mut dyn ModuleTree, config: &PeftConfig) -> Result<AdapterSizes> {
         let settings = Settings::read(config)?;
-        let (mut vectors, mut kept) = (Vec::new(), Vec::new());
+        let (mut vectors, mut kept, mut numbers) = (Vec::new(), Vec::new(), Numbers::default());
         model.visit_sites(&mut |site| {
-            if let SiteMut::SubLayer(end) = site
-                && settings.adapts(end)
-                && let Some(m) = settings.width(number_of(end.path()).unwrap_or(0), end.width())
+            let SiteMut::SubLayer(end) = site else { return };
+            let number = numbers.of(end.path());
+            if settings.adapts(end, number)
+                && let Some(m) = settings.width(number.unwrap_or(0), end.width())
             {
                 let d = end.width();
                 vectors.extend([m * d, m, d * m, d]);
@@ -265,7 +267,7 @@ fn place(path: &str, kind: SubLayerKind) -> String {
     };
     match (last, kind) {
         ("output", _) => path.to_string(),
-        ("SelfAttention" | "DenseReluDense", _) => block.to_string(),
+        ("SelfAttention" | "EncDecAttention" | "DenseReluDense", _) => block.to_string(),
         (_, SubLayerKind::FeedForward) => format!("{block}.output_adapters"),
         _ => format!("{block}.attention_adapters"),
     }

@@ -6,16 +6,18 @@ use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, Purpose, S
 use crate::random::{gaussian, generator, uniform};
 use crate::saved;
 use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, SAVED, Sites, TENSOR};
-use crate::{AdapterSizes, Result};
+use crate::{AdapterSizes, Result, fill};
 use candle_core::{Device, Tensor};
 use engobe_autograd::ops::{self, LinearSpec, Matrix};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
 use engobe_formats::peft::PeftConfig;
+use engobe_formats::tensor::TensorView;
 use engobe_kernels::activation::Activation;
 use engobe_nn::{InputRows, ModuleTree};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 /// P-tuning.
@@ -108,13 +110,14 @@ impl Method for PTuning {
         at: &Attaching<'_>,
     ) -> Result<Box<dyn Attached>> {
         let sites = Sites::find(model, self.name())?;
+        let in_file = virtual_tokens::prompts_in_file(config)?;
         let mut config = config.clone();
         let hidden = config.whole(HIDDEN)?.unwrap_or(sites.width);
         config.set(HIDDEN, hidden);
         let rows = Arc::new(Prompt::new(&config, sites.width, hidden, at)?);
         sites.attach_rows(model, &rows, &mut config);
         let saved = saved::train_named(model, &config, saved::PROMPT_ROOT)?;
-        Ok(Box::new(Attachment { config, rows, saved }))
+        Ok(Box::new(Attachment { config, rows, saved, in_file }))
     }
 }
 
@@ -260,6 +263,8 @@ struct Attachment {
     config: PeftConfig,
     rows: Arc<Prompt>,
     saved: Vec<Param>,
+    /// prompts in the file that it came from
+    in_file: usize,
 }
 
 impl Attached for Attachment {
@@ -276,6 +281,15 @@ impl Attached for Attachment {
         let mut tensors = by_name(&self.saved.iter().collect::<Vec<_>>())?;
         tensors.insert(TENSOR.to_string(), rows.tensor().to_device(&Device::Cpu)?);
         Ok(tensors)
+    }
+
+    fn fill(&self, path: &Path, tensors: &BTreeMap<String, TensorView>) -> Result<()> {
+        match self.file_is_whole() {
+            true => {
+                virtual_tokens::fill_first(&self.rows.embedding, self.in_file, &self.saved, path, tensors)
+            }
+            false => fill::by_name(&self.params(), path, tensors),
+        }
     }
 
     fn file_is_whole(&self) -> bool {

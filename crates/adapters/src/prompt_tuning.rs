@@ -3,12 +3,11 @@
 //! uses nor changes: they are left out of what is read from its files, and of what is written (`num_transformer_submodules`
 //! is 1, so PEFT makes none either when it reads them).
 
+use crate::Result;
 use crate::method::{Attached, Attaching, Card, Decides, Kind, Method, NeedsText, Purpose, Setting, setting};
 use crate::random::{gaussian, generator};
 use crate::saved;
 use crate::virtual_tokens::{self, COUNT, DEFAULT_COUNT, SAVED, Sites, TENSOR, repeated};
-use crate::{Result, fill};
-use candle_core::{DType, Device, Tensor};
 use engobe_autograd::{Param, Tape, Var, tensor_of};
 use engobe_formats::peft::PeftConfig;
 use engobe_formats::tensor::TensorView;
@@ -171,14 +170,7 @@ impl Attached for Attachment {
     }
 
     fn fill(&self, path: &Path, tensors: &BTreeMap<String, TensorView>) -> Result<()> {
-        let (prompt, count) = (&self.rows.0, self.rows.count());
-        let width = prompt.len() / count.max(1);
-        let all = Tensor::zeros((self.in_file * count, width), DType::F32, &Device::Cpu)?;
-        let all = Param::new(TENSOR, &all)?;
-        let params: Vec<&Param> = [&all].into_iter().chain(&self.saved).collect();
-        fill::by_name(&params, path, tensors)?;
-        let first = all.tensor().narrow(0, 0, count)?.contiguous()?;
-        Ok(prompt.set(&first.to_device(prompt.tensor().device())?)?)
+        virtual_tokens::fill_first(&self.rows.0, self.in_file, &self.saved, path, tensors)
     }
 
     fn lead(&self) -> usize {

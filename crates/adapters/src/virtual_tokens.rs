@@ -2,10 +2,14 @@
 
 use crate::method::{Kind, Setting, setting};
 use crate::modules::SAVED_HELP;
-use crate::{Error, Result};
-use candle_core::Tensor;
+use crate::{Error, Result, fill};
+use candle_core::{DType, Device, Tensor};
+use engobe_autograd::Param;
 use engobe_formats::peft::{KnownKeys, PeftConfig};
+use engobe_formats::tensor::TensorView;
 use engobe_nn::{FrozenWeight, InputRows, ModuleMut, ModuleTree, SiteMut, Weight};
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 /// The tensor in a file.
@@ -54,6 +58,23 @@ pub(crate) fn prompts_in_file(config: &PeftConfig) -> Result<usize> {
         1 | 2 => Ok(count),
         other => Err(config.bad(SUBMODULES, &other.to_string(), "1 or 2").into()),
     }
+}
+
+/// Fills `prompt` `[count, d]` with the first of the prompts that a file holds below each other, and the modules that were
+/// trained in full beside it.
+pub(crate) fn fill_first(
+    prompt: &Param,
+    in_file: usize,
+    saved: &[Param],
+    path: &Path,
+    tensors: &BTreeMap<String, TensorView>,
+) -> Result<()> {
+    let (count, width) = prompt.tensor().dims2()?;
+    let all = Param::new(TENSOR, &Tensor::zeros((in_file * count, width), DType::F32, &Device::Cpu)?)?;
+    let params: Vec<&Param> = [&all].into_iter().chain(saved).collect();
+    fill::by_name(&params, path, tensors)?;
+    let first = all.tensor().narrow(0, 0, count)?.contiguous()?;
+    Ok(prompt.set(&first.to_device(prompt.tensor().device())?)?)
 }
 
 /// What methods of virtual tokens need to know of a model.

@@ -3,10 +3,11 @@
 use candle_core::{Device, Tensor};
 use engobe_adapters::{Adapter, Start, StartText};
 use engobe_autograd::{Activations, Tape, Var, host};
-use engobe_formats::peft::PeftConfig;
+use engobe_formats::peft::{PeftAdapter, PeftConfig};
+use engobe_models::{LoadOptions, load_seq2seq};
 use engobe_nn::{CausalLm, TokenBatch};
 use engobe_testkit::models::{self, tiny};
-use engobe_testkit::{assert_close, doubles};
+use engobe_testkit::{assert_close, doubles, golden};
 use serde_json::{Value, json};
 use std::ops::Range;
 
@@ -249,4 +250,26 @@ fn counts_are_those_of_what_is_attached() {
         let lens: Vec<usize> = adapter.params().into_iter().map(|p| p.len()).collect();
         assert_eq!(counted.params().collect::<Vec<_>>(), lens, "{peft_type} {settings:?}");
     }
+}
+
+/// PEFT makes two prompts for an encoder-decoder, one below the other, and reads the first.
+#[test]
+fn of_two_prompts_in_a_file_the_first_is_taken() {
+    let rows: Vec<f32> = models::filled("rows", 2 * 3 * 32);
+    let mut found = Vec::new();
+    for (peft_type, prompts) in [("PROMPT_TUNING", 1), ("PROMPT_TUNING", 2), ("P_TUNING", 1), ("P_TUNING", 2)]
+    {
+        let settings = [("num_virtual_tokens", json!(3)), ("num_transformer_submodules", json!(prompts))];
+        let dir = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = rows[..prompts * 3 * 32].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let tensors = [("prompt_embeddings".to_string(), vec![prompts * 3, 32], bytes)];
+        PeftAdapter::save(dir.path(), &config(peft_type, &settings), &tensors).unwrap();
+        let mut model = load_seq2seq(&golden("t5/v10"), &LoadOptions::default()).unwrap();
+        let adapter = Adapter::load(model.as_mut(), dir.path(), &Device::Cpu).unwrap();
+        let exported = adapter.export().unwrap();
+        assert_eq!(numbers(&exported["prompt_embeddings"]), rows[..3 * 32], "{peft_type} {prompts}");
+        let batch = TokenBatch::packed(&IDS, &[0..4, 4..12]);
+        found.push(numbers(&model.encode(&mut Tape::inference(), &batch).unwrap().hidden.into_tensor()));
+    }
+    assert!(found.iter().all(|states| *states == found[0]), "the prompts say different things");
 }

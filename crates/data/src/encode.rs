@@ -416,16 +416,7 @@ fn label_end(
 
 /// A prompt and completion, or an Alpaca row, as two turns.
 fn turns(content: &Content) -> [Value; 2] {
-    let (user, assistant) = match content {
-        Content::Pair { prompt, completion } => (prompt.clone(), completion.as_str()),
-        Content::Alpaca { instruction, input, output } if input.is_empty() => {
-            (instruction.clone(), output.as_str())
-        }
-        Content::Alpaca { instruction, input, output } => {
-            (format!("{instruction}\n\n{input}"), output.as_str())
-        }
-        _ => (String::new(), ""),
-    };
+    let (user, assistant) = content.as_pair().unwrap_or_default();
     [message("user", &user), message("assistant", assistant)]
 }
 

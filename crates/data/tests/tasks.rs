@@ -102,6 +102,9 @@ fn labelled_texts_come_in_many_forms() {
     ] {
         let file = rows("a.jsonl", &format!("{{\"{a}\":\"x\",\"{b}\":\"y\",\"label\":2.5}}")).unwrap();
         assert_eq!(labelled(&file), [("x".to_string(), Some("y".to_string()), Some(Label::Number(2.5)))]);
+        // rows to be labelled are pairs all the same
+        let file = rows("a.jsonl", &format!("{{\"{a}\":\"x\",\"{b}\":\"y\"}}")).unwrap();
+        assert_eq!(labelled(&file), [("x".to_string(), Some("y".to_string()), None)]);
     }
     let several =
         rows("a.jsonl", "{\"text\":\"x\",\"labels\":[\"a\",\"b\"]}\n{\"text\":\"y\",\"labels\":[]}").unwrap();

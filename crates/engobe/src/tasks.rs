@@ -17,6 +17,7 @@ use engobe_data::task::lint_task;
 use engobe_data::{
     DataFile, LabelSet, LintReport, Problem, Sample, Task, TaskEncoder, TaskOptions, TextTokenizer,
 };
+use engobe_formats::adapter_hub;
 use engobe_formats::hf_config::HfConfig;
 use engobe_formats::peft::{PeftAdapter, PeftConfig};
 use engobe_models::{
@@ -170,8 +171,8 @@ fn known_names(path: &Path) -> Result<Vec<String>> {
     Ok(LabelSet::known(&Value::Object(config.raw().clone())))
 }
 
-/// The classes of an adapter: from the file beside it; for adapters that PEFT wrote from the base's configuration, or
-/// numbered, as many as the saved head has.
+/// The classes of an adapter: from the file beside it; for adapters that PEFT or AdapterHub wrote from the head's or the base's
+/// configuration, or numbered, as many as the saved head has.
 fn labels_of_adapter(task: Task, path: &Path, dir: &Path, files: &[DataFile]) -> Result<LabelSet> {
     if let Some(labels) = LabelSet::load(dir)? {
         return Ok(labels);
@@ -188,7 +189,10 @@ fn labels_of_adapter(task: Task, path: &Path, dir: &Path, files: &[DataFile]) ->
             dir.display()
         )
     };
-    let known = known_names(path)?;
+    let mut known = adapter_hub::heads::labels(dir)?;
+    if known.len() != rows {
+        known = known_names(path)?;
+    }
     let names = match known.len() == rows {
         true => known,
         false => (0..rows).map(|i| format!("LABEL_{i}")).collect(),
@@ -287,7 +291,12 @@ impl TaskBench {
         let Some(needs) = needs else { return Ok(StartText::default()) };
         if needs.key_values {
             bail!(
-                "prefix_init_text: works on models that generate; a model with a task's head keeps no keys and values"
+                "prefix_init_text: {}; leave it out",
+                match &self.kind {
+                    Kind::Labels(..) => "a model with a task's head keeps no keys and values",
+                    Kind::Texts(_) =>
+                        "keys and values of an encoder-decoder's decoder are of a source and a target",
+                }
             );
         }
         let missing = "prompt_tuning_init_text: the model has no tokenizer.json, and a text needs one";

@@ -20,12 +20,21 @@ const OF_TOKENS: [&str; 3] = ["loss", "perplexity", "token_accuracy"];
 /// A score that there is none of; `of` is what is scored, in words.
 pub fn wanted(args: &EvalArgs, of: &str) -> Result<Vec<&'static str>> {
     let known = [&OF_TOKENS[..], &OF_TEXTS].concat();
-    if let Some(name) = args.metrics.iter().find(|m| !known.contains(&m.as_str())) {
+    if let Some(name) = args.metrics.iter().find(|m| !known.iter().any(|k| is_called(k, m))) {
         bail!(Usage(format!("--metrics {name}: for {of} there are {}", known.join(", "))));
     }
-    let asked =
-        |name: &&str| args.metrics.iter().any(|m| m == name) || (*name == "exact_match" && args.exact_match);
+    let asked = |name: &&str| {
+        args.metrics.iter().any(|m| is_called(name, m)) || (*name == "exact_match" && args.exact_match)
+    };
     Ok(OF_TEXTS.into_iter().filter(|name| asked(name)).collect())
+}
+
+/// True if somebody who writes `typed` means the score `name`: rouge-l and rougeL are rouge_l.
+fn is_called(name: &str, typed: &str) -> bool {
+    let letters = |s: &str| -> Vec<char> {
+        s.chars().filter(|c| !"-_ ".contains(*c)).map(|c| c.to_ascii_lowercase()).collect()
+    };
+    letters(name) == letters(typed)
 }
 
 /// For each row its own completion, if it has one, and the model's.

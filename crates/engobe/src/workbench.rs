@@ -217,7 +217,16 @@ impl Bench {
 
 /// The tokenizer of the model at `path`, or an error that says what is missing.
 pub fn need<'t>(tokenizer: Option<&'t TextTokenizer>, path: &Path) -> Result<&'t TextTokenizer> {
-    tokenizer.with_context(|| format!("{}: has no tokenizer.json: text needs one", path.display()))
+    tokenizer.with_context(|| {
+        let other = ["spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json"];
+        match other.iter().find(|name| path.join(name).exists()) {
+            None => format!("{}: has no tokenizer.json: text needs one", path.display()),
+            Some(name) => format!(
+                "{}: has {name} but no tokenizer.json, and text needs one: transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it",
+                path.display()
+            ),
+        }
+    })
 }
 
 /// Tokens at which the model at `path` ends a text.

@@ -97,7 +97,7 @@ fn a_run_in_two_parts_ends_with_the_same_bits() {
     assert!(weights("parts") == weights("whole"), "resumed and whole run differ");
 }
 
-/// Every method that trains without a head: its loss falls, and its file is read again.
+/// Every method that trains without a head: its loss falls, its file is read again, and `generate` says what `eval` does.
 #[test]
 fn methods_train_and_are_read_again() {
     let dir = tempfile::tempdir().unwrap();
@@ -106,8 +106,16 @@ fn methods_train_and_are_read_again() {
     rows(&data, 0, 8);
     let (m, d) = (text(&model), text(&data));
     let base = json(&mut engobe(&["eval", "--model", &m, "--data", &d]));
-    let methods: [&[&str]; 4] = [
+    let methods: [&[&str]; 12] = [
         &["bottleneck", "--reduction-factor", "4", "--learning-rate", "1e-2"],
+        &["lora", "--use-dora", "--learning-rate", "1e-2"],
+        &["qlora", "--learning-rate", "1e-2"],
+        &["adalora", "--learning-rate", "3e-2"],
+        &["vera", "--learning-rate", "3e-2"],
+        &["miss", "--r", "8", "--learning-rate", "1e-3"],
+        &["ln-tuning", "--learning-rate", "1e-2"],
+        &["trainable-tokens", "--token-indices", "3,4,5,6,7,8,9", "--learning-rate", "3e-2"],
+        &["p-tuning", "--num-virtual-tokens", "4", "--learning-rate", "1e-2"],
         &["prefix-tuning", "--num-virtual-tokens", "4", "--learning-rate", "0.1"],
         &["ia3", "--target-modules", "k,v,wo", "--feedforward-modules", "wo"],
         &["prompt-tuning", "--num-virtual-tokens", "4"],
@@ -119,6 +127,40 @@ fn methods_train_and_are_read_again() {
         let found = json(&mut engobe(&["eval", "--model", &m, "--data", &d, "--adapter", &text(&out)]));
         let (before, after) = (base["loss"].as_f64().unwrap(), found["loss"].as_f64().unwrap());
         assert!(after < 0.95 * before, "{}: {before} {after}", method[0]);
+        let said = at("said.jsonl");
+        let predict = ["eval", "--model", &m, "--data", &d, "--adapter", &text(&out), "--predictions"];
+        let more = [&text(&said), "--max-new-tokens", "6", "--exact-activations"];
+        json(&mut engobe(&[&predict[..], &more].concat()));
+        let first: Value =
+            serde_json::from_str(fs::read_to_string(&said).unwrap().lines().next().unwrap()).unwrap();
+        let generate = ["generate", "--model", &m, "--adapter", &text(&out), "--prompt", "funny"];
+        let answer = json(&mut engobe(&[&generate[..], &more[1..]].concat()));
+        assert_eq!(answer["text"], first["prediction"], "{}", method[0]);
+    }
+}
+
+/// Alpaca's rows and those of summaries are sources and targets too, and a score's name may be spelled as elsewhere.
+#[test]
+fn other_columns_and_other_spellings() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let model = model(dir.path());
+    let files = [
+        ("pair.jsonl", r#"{"source":"funny\n\nmat","target":"the sun"}"#),
+        ("alpaca.jsonl", r#"{"instruction":"funny","input":"mat","output":"the sun"}"#),
+        ("summary.jsonl", r#"{"article":"funny\n\nmat","highlights":"the sun"}"#),
+    ];
+    let eval = |name: &str| {
+        let (m, data) = (text(&model), text(&at(name)));
+        json(&mut engobe(&["eval", "--model", &m, "--data", &data, "--metrics", "rougeL,exact-match"]))
+    };
+    let found = files.map(|(name, row)| {
+        fs::write(at(name), row).unwrap();
+        eval(name)
+    });
+    assert!(found[0]["rouge_l"].is_number() && found[0]["exact_match"].is_number(), "{}", found[0]);
+    for (other, (name, _)) in found.iter().zip(files) {
+        assert_eq!((&other["loss"], &other["rouge_l"]), (&found[0]["loss"], &found[0]["rouge_l"]), "{name}");
     }
 }
 
@@ -158,7 +200,26 @@ fn mistakes_are_one_line() {
         assert!(found == status && line.contains(part), "{found} {line}");
     };
     let (labels, out) = (text(&at("labels.tsv")), text(&at("out")));
+    fs::write(
+        at("chat.jsonl"),
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#,
+    )
+    .unwrap();
+    let chat = text(&at("chat.jsonl"));
+    fails(&["train", "--model", &m, "--data", &chat, "--out", &out], 1, "instruction and output");
+    let compared = ["compare", "--model", &m, "--methods", "lora", "--data", &data, "--test-data", &data];
+    fails(&[&compared[..], &["--max-steps", "1", "--out", &out]].concat(), 1, "is an encoder-decoder");
+    let vectors = ["embed", "--model", &m, "--data", &data, "--out", &out];
+    fails(&vectors, 1, "is an encoder-decoder");
+    let prefix = ["--method", "prefix-tuning", "--prefix-init-text", "a"];
+    let prefix = [&["train", "--model", &m, "--data", &data, "--out", &out][..], &prefix].concat();
+    fails(&prefix, 1, "prefix_init_text: keys and values of an encoder-decoder's decoder");
     fails(&["train", "--model", &m, "--data", &labels, "--out", &out], 1, "needs columns source and target");
+    fs::rename(at("model/tokenizer.json"), at("kept")).unwrap();
+    fs::write(at("model/spiece.model"), "").unwrap();
+    fails(&["eval", "--model", &m, "--data", &data], 1, "save_pretrained(DIR) writes it");
+    fails(&["generate", "--model", &m, "--prompt", "a"], 1, "has spiece.model but no tokenizer.json");
+    fs::rename(at("kept"), at("model/tokenizer.json")).unwrap();
     fails(&["eval", "--model", &m, "--data", &data, "--metrics", "accuracy"], 2, "for texts out of texts");
     fails(&["generate", "--model", &m, "--chat", "--prompt", "a"], 2, "holds no dialogue");
     fails(&["generate", "--model", &m, "--prompt-ids", "99"], 1, "beyond the model's vocabulary of 68");

@@ -6,7 +6,7 @@ use engobe_formats::safetensors_file::SafetensorsFile;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
-use support::{engobe, error, json, with_tokenizer};
+use support::{engobe, error, golden, json, with_tokenizer};
 
 fn text(path: &Path) -> String {
     path.display().to_string()
@@ -230,6 +230,50 @@ fn tags_and_numbers() {
     let more = ["--max-steps", "40", "--allow", "val-overlap", "--metric-for-best-model", "pearson"];
     let done = json(&mut engobe(&train(&model, &numbers, &numbers, &at("numbers"), &more)));
     assert!(done["eval_scores"]["pearson"].as_f64().unwrap() > 0.9, "{done}");
+}
+
+#[test]
+fn adapter_hub_is_told_of_a_head_and_tells_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let (model, data) = (model(dir.path()), at("train.tsv"));
+    rows(&data, 0, 8);
+    let (m, d, out) = (text(&model), text(&data), text(&at("run")));
+    let run =
+        ["train", "--model", &m, "--data", &d, "--out", &out, "--method", "bottleneck", "--max-steps", "1"];
+    json(&mut engobe(&run));
+    let head: Value = serde_json::from_slice(&fs::read(at("run/head_config.json")).unwrap()).unwrap();
+    assert_eq!(head["model_class"], "BertForSequenceClassification");
+    assert_eq!((&head["model_type"], &head["num_labels"]), (&"bert".into(), &2.into()));
+    assert_eq!(head["label2id"], serde_json::json!({"bad": 0, "good": 1}));
+
+    // a head of the package's own model names its classes
+    let hub = golden("peft_tasks/bert_flex");
+    fs::create_dir(at("hub")).unwrap();
+    for file in ["adapter_config.json", "adapter.safetensors", "model_head.safetensors"] {
+        fs::copy(hub.join(file), at("hub").join(file)).unwrap();
+    }
+    let config = fs::read_to_string(hub.join("head_config.json")).unwrap();
+    let config = config.replace("LABEL_0", "a").replace("LABEL_1", "b").replace("LABEL_2", "c");
+    fs::write(at("hub/head_config.json"), &config).unwrap();
+    fs::write(at("new.jsonl"), "{\"text\":\"funny\"}\n").unwrap();
+    let (adapter, new, said) = (text(&at("hub")), text(&at("new.jsonl")), text(&at("said.jsonl")));
+    let eval = ["eval", "--model", &m, "--adapter", &adapter, "--task", "seq-cls", "--data", &new];
+    let eval = [&eval[..], &["--predictions", &said]].concat();
+    assert!(engobe(&eval).output().unwrap().status.success());
+    let line: Value = serde_json::from_str(&fs::read_to_string(&said).unwrap()).unwrap();
+    let names: Vec<&String> = line["scores"].as_object().unwrap().keys().collect();
+    assert_eq!(names, ["a", "b", "c"]);
+    // one that no class of transformers has
+    fs::write(at("hub/head_config.json"), config.replace("tanh", "relu")).unwrap();
+    let (status, line) = error(&mut engobe(&eval));
+    assert!(
+        status == 1 && line.contains("head_config.json") && line.contains("activation_function relu"),
+        "{line}"
+    );
+    fs::remove_file(at("hub/head_config.json")).unwrap();
+    let (status, line) = error(&mut engobe(&eval));
+    assert!(status == 1 && line.contains("without its head_config.json"), "{line}");
 }
 
 #[test]

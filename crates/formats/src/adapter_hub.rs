@@ -2,10 +2,12 @@
 //! `adapter.safetensors`, as `save_adapter(.., use_safetensors=True)` of the `adapters` package writes them.
 //!
 //! A task's head lies beside them in `model_head.safetensors`, under the model's own names, and `modules_to_save` tells
-//! in memory which modules it is of. We write no `head_config.json`: with one, the package wants the same class of model.
+//! in memory which modules it is of; [`heads`] says how the package's own heads come to have such names.
 //!
 //! In memory they are a [`PeftConfig`] of the type [`BOTTLENECK`] like any other method's: the settings, and beside them
 //! the name of the adapter ([`NAME`]), which is part of the names of its tensors.
+
+pub mod heads;
 
 use crate::atomic::write_atomic;
 use crate::peft::{PeftAdapter, PeftConfig};
@@ -73,10 +75,12 @@ pub(crate) fn load(dir: &Path, mut config: PeftConfig) -> Result<PeftAdapter> {
     let head = dir.join(HEAD_WEIGHTS);
     if head.exists() && !LANGUAGE_MODELS.iter().any(|end| class.ends_with(end)) {
         let file = SafetensorsFile::open(&head)?;
-        let module = |name: &str| name.rsplit_once('.').map_or(name, |(module, _)| module).to_string();
-        let modules: BTreeSet<String> = file.tensors().map(|t| module(&t.name)).collect();
+        let found = heads::renamed(dir, file.tensors().cloned().collect())?;
+        let module =
+            |name: &String| name.rsplit_once('.').map_or(&name[..], |(module, _)| module).to_string();
+        let modules: BTreeSet<String> = found.keys().map(module).collect();
         config.set(SAVED, json!(modules));
-        tensors.extend(file.tensors().map(|t| (t.name.clone(), t.clone())));
+        tensors.extend(found);
     }
     Ok(PeftAdapter { config, tensors })
 }

@@ -55,7 +55,7 @@ pub(crate) fn stack(
         false => None,
     };
     Ok(EncoderStack {
-        info: info(architecture.model_type, vocab, d, layers, rows.saturating_sub(first_position as usize)),
+        info: info(config.model_type()?, vocab, d, layers, rows.saturating_sub(first_position as usize)),
         words: embeddings.embedding("word_embeddings", vocab, d)?,
         entry: Entry::new(embeddings.path("word_embeddings"), d),
         positions: Some(Positions {

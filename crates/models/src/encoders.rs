@@ -3,7 +3,7 @@
 use crate::registry::check_quantization;
 use crate::scope::Naming;
 use crate::settings::PLAIN;
-use crate::{Error, LoadOptions, Result, Weights};
+use crate::{LoadOptions, Result, Weights, not_of};
 
 pub(crate) use crate::settings::bad;
 use engobe_formats::checkpoint::Checkpoint;
@@ -54,12 +54,7 @@ pub fn encoder_architecture(config: &HfConfig) -> Result<&'static EncoderArchite
     let found = config.model_type()?;
     let unknown = || {
         let names = ENCODERS.iter().flat_map(|a| a.names()).map(|(name, _)| name);
-        let known: Vec<&str> = names.collect();
-        Error::Architecture {
-            path: config.path().to_path_buf(),
-            found: found.to_string(),
-            known: known.join(", "),
-        }
+        not_of(config, found, names)
     };
     let is_it = |a: &&&EncoderArchitecture| a.names().any(|(name, _)| name == found);
     ENCODERS.iter().find(is_it).copied().ok_or_else(unknown)

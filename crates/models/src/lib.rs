@@ -19,6 +19,7 @@ mod gpt_neox;
 mod llama;
 mod mistral;
 mod modernbert;
+mod mt5;
 mod opt;
 mod outline;
 mod parts;
@@ -59,6 +60,21 @@ use engobe_nn::CausalLm;
 use registry::Described;
 use std::path::{Path, PathBuf};
 
+/// The error for a configuration that names none of the architectures that are wanted.
+fn not_of<'a>(config: &HfConfig, found: &str, known: impl Iterator<Item = &'a str>) -> Error {
+    let kinds = [
+        ("a decoder", decoder_types().any(|name| name == found)),
+        ("an encoder", ENCODERS.iter().any(|a| a.names().any(|(name, _)| name == found))),
+        ("an encoder-decoder", SEQ2SEQS.iter().any(|a| a.model_type == found)),
+    ];
+    let (path, found) = (config.path().to_path_buf(), found.to_string());
+    let known = known.collect::<Vec<_>>().join(", ");
+    match kinds.iter().find(|(_, is_it)| *is_it) {
+        Some((kind, _)) => Error::Kind { path, found, kind, known },
+        None => Error::Architecture { path, found, known },
+    }
+}
+
 /// Result of building a model.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -73,6 +89,18 @@ pub enum Error {
         /// what it says it is
         found: String,
         /// what we know
+        known: String,
+    },
+    /// The architecture is of another kind than what is wanted.
+    #[error("{}: architecture {found:?} is {kind}; what is asked for takes one of {known}", path.display())]
+    Kind {
+        /// config.json
+        path: PathBuf,
+        /// what it says it is
+        found: String,
+        /// what that is
+        kind: &'static str,
+        /// what is wanted
         known: String,
     },
     /// llama.cpp has no such architecture, so there are no such GGUF files.

@@ -1,7 +1,7 @@
 //! The architectures, by name. Adding one is its file, its line here, and a golden configuration.
 
 use crate::family::{Architecture, Family, GgufForm};
-use crate::{Error, Result};
+use crate::{Error, Result, not_of};
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::gguf::Gguf;
 use engobe_formats::hf_config::HfConfig;
@@ -48,7 +48,7 @@ impl Described {
         check_quantization(config)?;
         let found = config.model_type()?;
         let Some(architecture) = ARCHITECTURES.iter().find(|a| a.model_type == found) else {
-            return Err(unknown(config.path(), found, ARCHITECTURES.iter().map(|a| a.model_type)));
+            return Err(not_of(config, found, ARCHITECTURES.iter().map(|a| a.model_type)));
         };
         let family = (architecture.from_hf)(config)?;
         Ok(Self { origin: config.path().to_path_buf(), architecture, family, is_gguf: false })

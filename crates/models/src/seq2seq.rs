@@ -2,7 +2,7 @@
 
 use crate::registry::check_quantization;
 use crate::settings::DecoderSizes;
-use crate::{Error, LoadOptions, Result, Weights};
+use crate::{LoadOptions, Result, Weights, not_of};
 use engobe_formats::checkpoint::Checkpoint;
 use engobe_formats::hf_config::HfConfig;
 use engobe_nn::Seq2Seq;
@@ -20,7 +20,7 @@ pub struct Seq2SeqArchitecture {
 }
 
 /// All that we know.
-pub static SEQ2SEQS: &[&Seq2SeqArchitecture] = &[&crate::t5::ARCHITECTURE];
+pub static SEQ2SEQS: &[&Seq2SeqArchitecture] = &[&crate::t5::ARCHITECTURE, &crate::mt5::ARCHITECTURE];
 
 /// The encoder-decoder's architecture that a configuration names, if it is one.
 pub fn seq2seq_architecture(config: &HfConfig) -> Result<Option<&'static Seq2SeqArchitecture>> {
@@ -33,12 +33,7 @@ pub fn load_seq2seq(path: &Path, options: &LoadOptions) -> Result<Box<dyn Seq2Se
     let config = HfConfig::open(path)?;
     check_quantization(&config)?;
     let Some(architecture) = seq2seq_architecture(&config)? else {
-        let known: Vec<&str> = SEQ2SEQS.iter().map(|a| a.model_type).collect();
-        return Err(Error::Architecture {
-            path: config.path().to_path_buf(),
-            found: config.model_type()?.to_string(),
-            known: known.join(", "),
-        });
+        return Err(not_of(&config, config.model_type()?, SEQ2SEQS.iter().map(|a| a.model_type)));
     };
     let checkpoint = Checkpoint::open(path)?;
     let weights = Weights::hugging_face(&checkpoint, options)?;

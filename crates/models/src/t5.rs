@@ -1,4 +1,4 @@
-//! T5 (Raffel et al. 2020) and its v1.1 and Flan forms: pre-norm blocks by root mean square, attention whose scores are
+//! T5 (Raffel et al. 2020) and its v1.1, Flan and multilingual forms: pre-norm blocks by root mean square, attention whose scores are
 //! not scaled but biased by distance (the first layer's table serves all layers of its stack), and a decoder that attends
 //! to the encoder's states.
 //!
@@ -27,11 +27,13 @@ use std::sync::Arc;
 /// The architecture.
 pub static ARCHITECTURE: Seq2SeqArchitecture = Seq2SeqArchitecture { model_type: "t5", sizes, build };
 
-fn build(config: &HfConfig, weights: &Weights<'_>) -> Result<Box<dyn Seq2Seq>> {
+const HEAD: &str = "lm_head.weight";
+
+pub(crate) fn build(config: &HfConfig, weights: &Weights<'_>) -> Result<Box<dyn Seq2Seq>> {
     Ok(Box::new(T5::load(&T5Config::from_hf(config)?, weights)?))
 }
 
-fn sizes(config: &HfConfig) -> Result<DecoderSizes> {
+pub(crate) fn sizes(config: &HfConfig) -> Result<DecoderSizes> {
     let c = T5Config::from_hf(config)?;
     Ok(DecoderSizes {
         layers: c.num_layers + c.num_decoder_layers,
@@ -42,7 +44,7 @@ fn sizes(config: &HfConfig) -> Result<DecoderSizes> {
         mlp: c.d_ff,
         vocab: c.vocab_size,
         max_positions: c.n_positions,
-        tied_head: c.scale_outputs,
+        tied_head: c.tied,
         extra_kept: 0,
         plain_mlp: !c.gated,
         score_planes: 0,
@@ -112,15 +114,18 @@ impl T5 {
     fn load(config: &T5Config, weights: &Weights<'_>) -> Result<Self> {
         let c = config;
         let root = Scope::root(weights);
-        let embedding = weights.matrix("shared.weight", c.vocab_size, c.d_model)?;
-        let own_head = !c.scale_outputs && weights.contains("lm_head.weight");
-        // the same matrix, not a second one
+        let copies = ["encoder", "decoder"].map(|side| format!("{side}.embed_tokens"));
+        // some checkpoints hold the embedding by one of its other names alone
+        let names = ["shared", &copies[0], &copies[1]].map(|module| format!("{module}.weight"));
+        let name = names.iter().find(|name| weights.contains(name)).unwrap_or(&names[0]);
+        let embedding = weights.matrix(name, c.vocab_size, c.d_model)?;
+        let as_tied = || weights.are_imagined() || weights.are_same(HEAD, name);
+        let own_head = weights.contains(HEAD) && !(c.tied && as_tied());
         let lm_head = match own_head {
-            true => weights.matrix("lm_head.weight", c.vocab_size, c.d_model)?,
+            true => weights.matrix(HEAD, c.vocab_size, c.d_model)?,
             false => embedding.clone(),
         };
-        let shared = Embedding::new("shared", embedding)
-            .also_at(["encoder", "decoder"].map(|side| format!("{side}.embed_tokens")));
+        let shared = Embedding::new("shared", embedding).also_at(copies);
         let (encoder, decoder) = rayon::join(
             || Stack::load(c, &root.within("encoder"), c.num_layers, false),
             || Stack::load(c, &root.within("decoder"), c.num_decoder_layers, true),
@@ -129,7 +134,7 @@ impl T5 {
         let first = &encoder.blocks[0].mlp.down;
         Ok(Self {
             info: ModelInfo {
-                model_type: "t5".to_string(),
+                model_type: c.model_type.clone(),
                 vocab_size: c.vocab_size,
                 hidden_size: c.d_model,
                 num_layers: c.num_decoder_layers,

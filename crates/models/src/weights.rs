@@ -154,6 +154,23 @@ impl<'a> Weights<'a> {
         }
     }
 
+    /// True if only sizes are asked for, and no checkpoint says which tensors there are.
+    pub(crate) fn are_imagined(&self) -> bool {
+        matches!(self.source, Source::Blank(_, None))
+    }
+
+    /// True if the checkpoint holds the same numbers under both names, in one type: some files have tied weights twice.
+    /// Without a checkpoint, no two tensors are the same.
+    pub fn are_same(&self, a: &str, b: &str) -> bool {
+        let (Source::Checkpoint(checkpoint) | Source::Blank(_, Some(checkpoint))) = self.source else {
+            return false;
+        };
+        match (checkpoint.get(&self.name(a)), checkpoint.get(&self.name(b))) {
+            (Ok(a), Ok(b)) => a.dtype == b.dtype && a.shape == b.shape && a.bytes() == b.bytes(),
+            _ => false,
+        }
+    }
+
     /// The shape of a tensor that is there; nothing is said of those that only will be.
     pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
         match self.source {

@@ -5,7 +5,10 @@ use engobe_models::{LoadOptions, WeightDtype, load_seq2seq};
 use engobe_nn::{Seq2Seq, TokenBatch};
 use engobe_testkit::{assert_close, assert_relative, cases, golden, golden_json};
 use serde::Deserialize;
+use serde_json::Value;
+use std::fs;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 #[derive(Deserialize)]
 struct Expected {
@@ -35,7 +38,7 @@ fn shifted(model: &dyn Seq2Seq, labels: &[Vec<u32>]) -> Vec<Vec<u32>> {
 #[test]
 fn logits_and_losses_are_those_of_transformers_on_padded_rows() {
     let names = cases("t5");
-    assert_eq!(names, ["uneven", "v10", "v11"]);
+    assert_eq!(names, ["mt5", "uneven", "v10", "v11"]);
     for name in names {
         let expected: Expected = golden_json(format!("t5/{name}/expected.json"));
         for (dtype, composed) in
@@ -64,6 +67,48 @@ fn logits_and_losses_are_those_of_transformers_on_padded_rows() {
             assert_relative(mean, expected.loss, TOLERANCE, &name);
         }
     }
+}
+
+/// Sums the loss of the golden rows of `base` over the model in `dir`.
+fn loss(dir: &Path, base: &str) -> f64 {
+    let expected: Expected = golden_json(format!("t5/{base}/expected.json"));
+    let model = load_seq2seq(dir, &LoadOptions::default()).unwrap();
+    let mut tape = Tape::inference();
+    let states = model.encode(&mut tape, &packed(&expected.sources).0).unwrap();
+    let target = packed(&shifted(model.as_ref(), &expected.labels)).0;
+    let hidden = model.decoder_states(&mut tape, &target, &states).unwrap();
+    let loss = model.head_loss(&mut tape, &hidden, expected.labels.concat().into()).unwrap().loss;
+    f64::from(host(loss.tensor()).unwrap()[0])
+}
+
+/// What transformers 5 writes of a model with a head of its own: `tie_word_embeddings` is true there whatever it read, and
+/// `scale_decoder_outputs` says what it meant. Other programs leave a tied embedding under one of its other names.
+#[test]
+fn a_configuration_as_transformers_5_writes_it_and_other_names_change_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |base: &str, changes: &[(&str, Value)], rename: Option<(&str, &str)>| -> PathBuf {
+        let to = dir.path().join(format!("{base}-{}", rename.is_some()));
+        fs::create_dir_all(&to).unwrap();
+        let mut config: Value = golden_json(format!("t5/{base}/config.json"));
+        changes.iter().for_each(|(key, value)| config[*key] = value.clone());
+        fs::write(to.join("config.json"), config.to_string()).unwrap();
+        let mut bytes = fs::read(golden(format!("t5/{base}/model.safetensors"))).unwrap();
+        if let Some((old, new)) = rename {
+            let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            let text = std::str::from_utf8(&bytes[8..header]).unwrap().replace(old, new);
+            bytes = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), &bytes[header..]].concat();
+        }
+        fs::write(to.join("model.safetensors"), bytes).unwrap();
+        to
+    };
+    let as_written = [("tie_word_embeddings", true.into()), ("scale_decoder_outputs", false.into())];
+    let v11 = loss(&golden("t5/v11"), "v11");
+    assert_eq!(loss(&write("v11", &as_written, None), "v11"), v11);
+    let mt5 = loss(&golden("t5/mt5"), "mt5");
+    assert_eq!(loss(&write("mt5", &[("tie_word_embeddings", true.into())], None), "mt5"), mt5);
+    let v10 = loss(&golden("t5/v10"), "v10");
+    let renamed = Some(("\"shared.weight\"", "\"encoder.embed_tokens.weight\""));
+    assert_eq!(loss(&write("v10", &[], renamed), "v10"), v10);
 }
 
 /// A source changes nothing in the answer to another, and recomputing blocks changes no bit of the gradients.

@@ -1,5 +1,5 @@
-//! Every method over every family of decoders and encoder-decoders beside PEFT, from adapters that `golden/matrix.py` and
-//! this test make of names alone: losses and gradient norms of ten steps.
+//! Every method over every family of decoders and encoder-decoders beside PEFT (bottlenecks over T5 beside AdapterHub's), from
+//! adapters that `golden/matrix.py` (`golden/bottleneck.py`) and this test make of names alone: losses and gradient norms of ten steps.
 
 #[path = "support/base.rs"]
 mod base;
@@ -61,7 +61,7 @@ fn rows_of(base: &str) -> Vec<Sample> {
 
 fn beside_peft(family: &str) {
     let expected: Family = golden_json(format!("matrix/{family}.json"));
-    assert!(expected.methods.len() >= 9, "{family}");
+    assert!(expected.methods.len() >= 4, "{family}");
     let [most_of_loss, most_of_norm] = match expected.base.starts_with("t5/") {
         true => ENCODER_DECODER,
         false => [LOSS, NORM],
@@ -106,4 +106,5 @@ macro_rules! families {
     ($($name:ident)*) => { $(#[test] fn $name() { beside_peft(stringify!($name)); })* };
 }
 
-families!(llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 gpt2 opt gpt_neox t5_v10 t5_v11 t5_uneven);
+families!(llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 gpt2 opt gpt_neox mt5 t5_v10 t5_v11 t5_uneven
+    t5_v10_bottleneck t5_v11_bottleneck t5_uneven_bottleneck);

@@ -10,7 +10,7 @@ use engobe_nn::{SubLayer, SubLayerKind};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
-pub(super) const SETTINGS: [Setting; 14] = [
+pub(super) const SETTINGS: [Setting; 15] = [
     Setting {
         decides: Decides::Start,
         ..setting("architecture", Kind::Text, "bottlenecks of pfeiffer, houlsby or parallel [pfeiffer]")
@@ -30,6 +30,7 @@ pub(super) const SETTINGS: [Setting; 14] = [
     setting("ln_after", Kind::Flag, "a new layer norm on what a bottleneck adds"),
     setting("adapter_residual_before_ln", Kind::Flag, "the skip connection goes into that norm"),
     setting("mh_adapter", Kind::Flag, "bottlenecks after attention [the architecture's]"),
+    setting("cross_adapter", Kind::Flag, "bottlenecks after a decoder's attention to its encoder [off]"),
     setting("output_adapter", Kind::Flag, "bottlenecks after the feed-forward [the architecture's]"),
     setting("is_parallel", Kind::Flag, "beside the sub-layer instead of behind it [the architecture's]"),
     setting("original_ln_before", Kind::Flag, "a bottleneck reads the residual sum [the architecture's]"),
@@ -60,12 +61,11 @@ const NOTES: [&str; 16] = [
     "phm_rank",
     "phm_bias",
 ];
-const NOT_YET: [&str; 11] = [
+const NOT_YET: [&str; 10] = [
     "ln_before",
     "use_gating",
     "inv_adapter",
     "inv_adapter_reduction_factor",
-    "cross_adapter",
     "dropout",
     "phm_layer",
     "shared_W_phm",
@@ -117,6 +117,7 @@ pub(super) struct Settings {
     pub(super) leave_out: Vec<usize>,
     pub(super) scaling: Scaling,
     pub(super) after_attention: bool,
+    pub(super) after_cross: bool,
     pub(super) after_mlp: bool,
     pub(super) parallel: bool,
     pub(super) ln_before: bool,
@@ -162,6 +163,7 @@ impl Settings {
             leave_out: config.layers("leave_out")?.unwrap_or_default(),
             scaling,
             after_attention: flag("mh_adapter", false)?,
+            after_cross: flag("cross_adapter", false)?,
             after_mlp: flag("output_adapter", true)?,
             parallel: flag("is_parallel", false)?,
             ln_before: flag("original_ln_before", false)?,
@@ -198,14 +200,14 @@ impl Settings {
         Ok(all)
     }
 
-    /// True if a bottleneck stands at the end of this sub-layer.
-    pub(super) fn adapts(&self, end: &SubLayer) -> bool {
+    /// True if a bottleneck stands at the end of this sub-layer, of the layer with this number.
+    pub(super) fn adapts(&self, end: &SubLayer, layer: Option<usize>) -> bool {
         let wanted = match end.kind() {
             SubLayerKind::Attention => self.after_attention,
             SubLayerKind::FeedForward => self.after_mlp,
-            SubLayerKind::CrossAttention => false,
+            SubLayerKind::CrossAttention => self.after_cross,
         };
-        wanted && !number_of(end.path()).is_some_and(|n| self.leave_out.contains(&n))
+        wanted && !layer.is_some_and(|n| self.leave_out.contains(&n))
     }
 
     /// Width of the bottleneck of a layer of width `d`.
@@ -244,6 +246,7 @@ impl Settings {
             Scaling::Channel => config.set("scaling", "channel"),
         }
         config.set("mh_adapter", self.after_attention);
+        config.set("cross_adapter", self.after_cross);
         config.set("output_adapter", self.after_mlp);
         config.set("is_parallel", self.parallel);
         config.set("original_ln_before", self.ln_before);
@@ -253,7 +256,7 @@ impl Settings {
         config.set("init_weights", init.map_or("bert", |(name, _)| name));
         config.set("ln_after", self.norms);
         config.set("adapter_residual_before_ln", self.norms_residual);
-        for off in ["ln_before", "use_gating", "cross_adapter", "phm_layer"] {
+        for off in ["ln_before", "use_gating", "phm_layer"] {
             config.set(off, false);
         }
         config.set("inv_adapter", Value::Null);
@@ -281,7 +284,49 @@ pub(super) fn architecture(config: &PeftConfig) -> Result<Vec<(&'static str, Val
     })
 }
 
-/// The first number in a path: that of the block.
-pub(super) fn number_of(path: &str) -> Option<usize> {
-    path.split('.').find_map(|part| part.parse().ok())
+/// Numbers of layers as the package has them: it counts a decoder's on behind its encoder's.
+#[derive(Default)]
+pub(super) struct Numbers {
+    /// path of the layer that was met last
+    last: String,
+    met: usize,
+}
+
+impl Numbers {
+    /// The number of the layer that the sub-layer at `path` is in. Sub-layers must come in their order.
+    pub(super) fn of(&mut self, path: &str) -> Option<usize> {
+        let mut end = 0;
+        let is_number = |part: &str| {
+            end += part.len() + 1;
+            part.parse::<usize>().is_ok()
+        };
+        path.split('.').any(is_number).then_some(())?;
+        let layer = &path[..end - 1];
+        if layer != self.last {
+            self.last = layer.to_string();
+            self.met += 1;
+        }
+        Some(self.met - 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Numbers;
+
+    #[test]
+    fn layers_of_a_decoder_count_on_behind_those_of_its_encoder() {
+        let mut numbers = Numbers::default();
+        let paths = [
+            "encoder.block.0.layer.0.SelfAttention",
+            "encoder.block.0.layer.1.DenseReluDense",
+            "encoder.block.1.layer.0.SelfAttention",
+            "decoder.block.0.layer.0.SelfAttention",
+            "decoder.block.0.layer.1.EncDecAttention",
+            "decoder.block.10.layer.0.SelfAttention",
+            "shared",
+        ];
+        let found = paths.map(|path| numbers.of(path));
+        assert_eq!(found, [Some(0), Some(0), Some(1), Some(2), Some(2), Some(3), None]);
+    }
 }

@@ -128,8 +128,26 @@ pub enum Content {
 }
 
 const MESSAGES: &[&str] = &["messages", "conversations", "conversation", "chat"];
-const PROMPTS: &[&str] = &["prompt", "question", "query", "input", "problem", "source"];
-const COMPLETIONS: &[&str] = &["completion", "response", "answer", "output", "solution", "target"];
+impl Content {
+    /// What is asked and what the answer is, if the row says both: an instruction stands before its input.
+    pub fn as_pair(&self) -> Option<(String, &str)> {
+        match self {
+            Self::Pair { prompt, completion } => Some((prompt.clone(), completion)),
+            Self::Alpaca { instruction, input, output } if input.is_empty() => {
+                Some((instruction.clone(), output))
+            }
+            Self::Alpaca { instruction, input, output } => {
+                Some((format!("{instruction}\n\n{input}"), output))
+            }
+            _ => None,
+        }
+    }
+}
+
+const PROMPTS: &[&str] =
+    &["prompt", "question", "query", "input", "problem", "source", "document", "article", "dialogue"];
+const COMPLETIONS: &[&str] =
+    &["completion", "response", "answer", "output", "solution", "target", "summary", "highlights"];
 const OUTPUTS: &[&str] = &["output", "response", "completion", "answer"];
 const INPUTS: &[&str] = &["input", "context"];
 
@@ -207,11 +225,12 @@ impl Form {
         if let (Some(prompt), Some(completion)) = (first(PROMPTS), first(COMPLETIONS)) {
             return Ok(Self::PromptCompletion { prompt, completion });
         }
-        if let Some(key) = first(TEXTS) {
-            return Ok(Self::Text { key });
-        }
+        // before plain text, which would be one of the two alone
         if let Some((text, pair)) = text_pair(fields) {
             return Ok(Self::Labelled { text, pair: Some(pair), label: None });
+        }
+        if let Some(key) = first(TEXTS) {
+            return Ok(Self::Text { key });
         }
         if let Some(tokens) = first(TOKENS) {
             return Ok(Self::Tagged { tokens, tags: None });

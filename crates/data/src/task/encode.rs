@@ -48,9 +48,10 @@ impl<'t> TaskEncoder<'t> {
             (Task::TokenCls, Content::Tagged { tokens, tags }) => {
                 self.tagged(row, tokens, tags.as_deref())?
             }
-            (Task::Seq2SeqLm, Content::Pair { prompt, completion }) => {
-                let target = self.text(row, completion, None)?;
-                let mut sample = self.text(row, prompt, None)?;
+            (Task::Seq2SeqLm, content @ (Content::Pair { .. } | Content::Alpaca { .. })) => {
+                let (source, target) = content.as_pair().unwrap_or_default();
+                let target = self.text(row, target, None)?;
+                let mut sample = self.text(row, &source, None)?;
                 sample.truncated += target.truncated;
                 sample.goal = Goal::Sequence(target.ids);
                 sample
@@ -76,7 +77,9 @@ impl<'t> TaskEncoder<'t> {
                 let needed = match task {
                     Task::SeqCls | Task::Regression => "text (and text_pair) and label",
                     Task::TokenCls => "tokens and tags",
-                    Task::Seq2SeqLm => "source and target, prompt and completion, or input_ids and labels",
+                    Task::Seq2SeqLm => {
+                        "source and target, prompt and completion, instruction and output, or input_ids and labels"
+                    }
                     Task::Embedding | Task::CausalLm => "text",
                 };
                 return Err(row.place.error(format!("the task {task} needs columns {needed}")));
@@ -120,7 +123,9 @@ impl<'t> TaskEncoder<'t> {
     }
 
     fn tokenizer(&self) -> Result<&'t TextTokenizer> {
-        self.tokenizer.ok_or_else(|| Error::Options("the model has no tokenizer.json: texts need one".into()))
+        let missing = "the model has no tokenizer.json, and texts need one: transformers' \
+                       AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it";
+        self.tokenizer.ok_or_else(|| Error::Options(missing.into()))
     }
 
     fn labels(&self) -> Result<&'t LabelSet> {

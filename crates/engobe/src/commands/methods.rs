@@ -25,7 +25,7 @@ pub fn run(args: &MethodsArgs) -> Result<()> {
     }
     let mut text = String::new();
     for method in &shown {
-        text += &format!("{:<16}{}\n", method.name(), method.card().about);
+        text += &format!("{:<18}{}\n", method.name(), method.card().about);
     }
     if let (Some(_), Some(method)) = (&args.method, shown.first()) {
         text += &settings(*method);

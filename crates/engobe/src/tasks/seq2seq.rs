@@ -8,7 +8,7 @@ use crate::text_scores::{self, Completed};
 use crate::workbench;
 use anyhow::{Result, bail};
 use engobe_adapters::Adapter;
-use engobe_data::{Content, Goal, Sample, Task, TextTokenizer, reader};
+use engobe_data::{Goal, Sample, Task, TextTokenizer, reader};
 use engobe_infer::answer_all;
 use engobe_nn::Seq2Seq;
 use engobe_train::evaluate;
@@ -80,10 +80,8 @@ pub fn eval(args: &EvalArgs, path: &Path, note: &mut Note) -> Result<()> {
     };
     let mut completed = Completed::default();
     if args.predictions.is_some() || !(wanted.is_empty() || scored.is_empty()) {
-        let targets = files.iter().flat_map(|f| &f.rows).map(|row| match &row.content {
-            Content::Pair { completion, .. } => Some(completion.clone()),
-            _ => None,
-        });
+        let rows = files.iter().flat_map(|f| &f.rows);
+        let targets = rows.map(|row| row.content.as_pair().map(|(_, target)| target.to_string()));
         completed = Completed(targets.zip(answers(&answerer, &samples, args, note)?).collect());
     }
     if let Some(file) = &args.predictions {

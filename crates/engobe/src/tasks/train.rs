@@ -1,6 +1,8 @@
 //! Training on labels, and on texts out of texts.
 
-use super::{TaskBench, for_task, head_of, known_names, labels_of_adapter, tell_files, tell_fresh, tree};
+use super::{
+    TaskBench, for_task, head_kind, head_of, known_names, labels_of_adapter, tell_files, tell_fresh, tree,
+};
 use crate::forecast::Forecast;
 use crate::settings::Given;
 use crate::terminal::{Note, since_start};
@@ -9,7 +11,10 @@ use crate::{dataset, report, scoring};
 use anyhow::Result;
 use engobe_data::task::lint_task;
 use engobe_data::{DataFile, Goal, LabelSet, Loader, Sample, Task, TextTokenizer, reader};
+use engobe_formats::adapter_hub::heads::{self, Head};
 use engobe_formats::atomic::write_atomic;
+use engobe_formats::peft::PeftConfig;
+use engobe_models::{config_of, task_class};
 use engobe_train::{Plan, Trainer};
 use std::sync::Arc;
 
@@ -56,6 +61,7 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
     write_atomic(&run.out.join("run.toml"), settings.as_bytes())?;
     if let Some(labels) = bench.labels() {
         labels.save(&run.out)?;
+        describe_head(run, &bench, labels, &adapter.config())?;
     }
     let fingerprint = fingerprint(&table, run.path, &train)?;
     let loader = Loader::new(Arc::new(train), loader_options(&plan, &adapter));
@@ -76,6 +82,15 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
         &report::RunReport { title, summary: &summary, settings, shown: Vec::new() },
     )?;
     Ok(summary)
+}
+
+/// Writes what other programs must be told of the head beside their adapters.
+fn describe_head(run: &Run<'_>, bench: &TaskBench, labels: &LabelSet, config: &PeftConfig) -> Result<()> {
+    let Some(kind) = head_kind(bench.task)? else { return Ok(()) };
+    let (class, info) = (task_class(&config_of(run.path)?, kind)?, bench.info());
+    let (model_type, hidden_size) = (&info.model_type[..], info.hidden_size);
+    let head = Head { model_class: &class, model_type, hidden_size, labels: labels.names() };
+    Ok(heads::describe(&run.out, config, &head)?)
 }
 
 fn describe(labels: &LabelSet) -> String {

@@ -9,6 +9,7 @@ use engobe_kernels::activation::Activation;
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)] // the names of transformers where they are its own
 pub(super) struct T5Config {
+    pub model_type: String,
     pub vocab_size: usize,
     pub d_model: usize,
     pub d_kv: usize,
@@ -24,8 +25,10 @@ pub(super) struct T5Config {
     /// f(gate) ⊙ up (v1.1)
     pub gated: bool,
     pub activation: Activation,
-    /// the head is the embedding's matrix, over states times d_model^-0.5 (v1.0)
+    /// the head reads states times d_model^-0.5 (v1.0)
     pub scale_outputs: bool,
+    /// the head is likely the embedding's matrix; the checkpoint knows
+    pub tied: bool,
     /// what a decoder's row begins with
     pub start_token: u32,
     pub n_positions: usize,
@@ -39,11 +42,16 @@ impl T5Config {
 
     /// Reads `config.json`.
     pub fn from_hf(config: &HfConfig) -> Result<Self> {
-        let (gated, activation) = feed_forward(config)?;
+        let multilingual = config.model_type()? == "mt5";
+        let (gated, activation) = feed_forward(config, if multilingual { "gated-gelu" } else { "relu" })?;
+        // transformers 5 writes `tie_word_embeddings: true` whatever it read, and what it means beside it
+        let tied = config.bool_or("tie_word_embeddings", true)?;
+        let scale_outputs = !multilingual && config.bool_or("scale_decoder_outputs", tied)?;
         let layers = config.usize("num_layers")?;
         let start = config.opt_usize("decoder_start_token_id")?;
         let pad = config.opt_usize("pad_token_id")?;
         let this = Self {
+            model_type: config.model_type()?.to_string(),
             vocab_size: config.usize("vocab_size")?,
             d_model: config.usize("d_model")?,
             d_kv: config.usize("d_kv")?,
@@ -56,7 +64,8 @@ impl T5Config {
             eps: config.opt_f64("layer_norm_epsilon")?.unwrap_or(1e-6) as f32,
             gated,
             activation,
-            scale_outputs: config.bool_or("tie_word_embeddings", true)?,
+            scale_outputs,
+            tied: tied && (multilingual || scale_outputs),
             start_token: start.or(pad).unwrap_or(0) as u32,
             n_positions: config.opt_usize("n_positions")?.unwrap_or(512),
         };
@@ -79,8 +88,8 @@ impl T5Config {
         if let Some((key, value)) = sizes.iter().find(|(_, v)| *v == 0 || *v > MOST) {
             return Err(bad(config, key, value, "a size between 1 and 2^28"));
         }
-        if self.buckets < 4 || !self.buckets.is_multiple_of(4) || self.buckets > MOST {
-            return Err(bad(config, "relative_attention_num_buckets", self.buckets, "a multiple of 4"));
+        if self.buckets < 4 || self.buckets > MOST {
+            return Err(bad(config, "relative_attention_num_buckets", self.buckets, "4 to 2^28"));
         }
         if self.max_distance <= self.buckets / 2 {
             let expected = format!("more than half of the {} buckets", self.buckets);
@@ -91,9 +100,9 @@ impl T5Config {
 }
 
 /// `feed_forward_proj`: an activation, or `gated-` and one. `gated-gelu` means the approximation by tanh.
-fn feed_forward(config: &HfConfig) -> Result<(bool, Activation)> {
+fn feed_forward(config: &HfConfig, usual: &str) -> Result<(bool, Activation)> {
     let key = "feed_forward_proj";
-    let found = config.opt_str(key)?.unwrap_or("relu");
+    let found = config.opt_str(key)?.unwrap_or(usual);
     match found.strip_prefix("gated-") {
         Some("gelu") => Ok((true, Activation::GeluTanh)),
         Some(name) => Ok((true, activation_named(config, key, name, PLAIN)?)),
