@@ -49,6 +49,8 @@ CONFIGS = {
     "opt_plain": ("OPTConfig", dict(OPT, enable_bias=False, activation_function="gelu", tie_word_embeddings=False)),
     "gpt_neox": ("GPTNeoXConfig", dict(NEOX, rotary_pct=0.25)),
     "gpt_neox_serial": ("GPTNeoXConfig", dict(NEOX, rotary_pct=1.0, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new", rope_theta=2e4)),
+    "gemma": ("GemmaConfig", dict(SIZES, num_key_value_heads=1, head_dim=12)),
+    "gemma_bias": ("GemmaConfig", dict(SIZES, num_key_value_heads=4, head_dim=8, attention_bias=True, tie_word_embeddings=False, rope_theta=2e4)),
 }
 
 

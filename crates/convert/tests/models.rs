@@ -85,6 +85,7 @@ fn every_family_says_the_same_from_a_gguf_file() {
     let expected = [
         ("gemma2_uncapped", "attn_logit_softcapping is null"),
         ("gemma3_scaled", "query_pre_attn_scalar is 20"),
+        ("gemma_bias", "attention_bias is true"),
         ("gpt2_short_names", "activation_function is gelu"),
         ("gpt_neox_serial", "hidden_act is gelu_new"),
         ("mistral", "sliding_window is 6"),

@@ -10,6 +10,7 @@ mod deberta_v2;
 mod distilbert;
 mod encoders;
 mod family;
+mod gemma;
 mod gemma2;
 mod gemma3;
 mod gemmas;

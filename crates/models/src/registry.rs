@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// All that we know.
 pub static ARCHITECTURES: &[&Architecture] = &[
+    &crate::gemma::ARCHITECTURE,
     &crate::gemma2::ARCHITECTURE,
     &crate::gemma3::ARCHITECTURE,
     &crate::gpt2::ARCHITECTURE,
