@@ -175,6 +175,7 @@ FAMILIES = {
     "gpt2": ("GPT2Config", GPT2, ROUNDED),
     "gpt_neox": ("GPTNeoXConfig", dict(TINY, intermediate_size=128), 2e-2),
     "gemma": ("GemmaConfig", dict(TINY, num_key_value_heads=1, head_dim=16), ROUNDED),
+    "olmo2": ("Olmo2Config", dict(TINY, num_key_value_heads=2, pad_token_id=0), 1e-4),
 }
 
 

@@ -51,6 +51,8 @@ CONFIGS = {
     "gpt_neox_serial": ("GPTNeoXConfig", dict(NEOX, rotary_pct=1.0, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new", rope_theta=2e4)),
     "gemma": ("GemmaConfig", dict(SIZES, num_key_value_heads=1, head_dim=12)),
     "gemma_bias": ("GemmaConfig", dict(SIZES, num_key_value_heads=4, head_dim=8, attention_bias=True, tie_word_embeddings=False, rope_theta=2e4)),
+    "olmo2": ("Olmo2Config", dict(SIZES, num_key_value_heads=2, pad_token_id=0)),
+    "olmo2_bias": ("Olmo2Config", dict(SIZES, num_key_value_heads=1, pad_token_id=0, attention_bias=True, tie_word_embeddings=True, rope_theta=5e5)),
 }
 
 

@@ -89,6 +89,7 @@ fn every_family_says_the_same_from_a_gguf_file() {
         ("gpt2_short_names", "activation_function is gelu"),
         ("gpt_neox_serial", "hidden_act is gelu_new"),
         ("mistral", "sliding_window is 6"),
+        ("olmo2_bias", "attention_bias is true"),
         ("opt", "llama.cpp has no architecture for opt"),
         ("opt_plain", "llama.cpp has no architecture for opt"),
         ("opt_post_norm", "llama.cpp has no architecture for opt"),

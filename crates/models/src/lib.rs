@@ -21,6 +21,7 @@ mod llama;
 mod mistral;
 mod modernbert;
 mod mt5;
+mod olmo2;
 mod opt;
 mod outline;
 mod parts;

@@ -16,6 +16,7 @@ pub static ARCHITECTURES: &[&Architecture] = &[
     &crate::gpt_neox::ARCHITECTURE,
     &crate::llama::ARCHITECTURE,
     &crate::mistral::ARCHITECTURE,
+    &crate::olmo2::ARCHITECTURE,
     &crate::opt::ARCHITECTURE,
     &crate::phi3::ARCHITECTURE,
     &crate::qwen2::ARCHITECTURE,
