@@ -176,6 +176,7 @@ FAMILIES = {
     "gpt_neox": ("GPTNeoXConfig", dict(TINY, intermediate_size=128), 2e-2),
     "gemma": ("GemmaConfig", dict(TINY, num_key_value_heads=1, head_dim=16), ROUNDED),
     "olmo2": ("Olmo2Config", dict(TINY, num_key_value_heads=2, pad_token_id=0), 1e-4),
+    "granite": ("GraniteConfig", dict(TINY, num_key_value_heads=2, embedding_multiplier=6.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=3.0), 1e-4),
 }
 
 

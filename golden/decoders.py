@@ -25,6 +25,7 @@ GPT2 = dict(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid
 OPT = dict(SIZES, ffn_dim=48, dropout=0.0, pad_token_id=0, word_embed_proj_dim=32)
 OPT.pop("intermediate_size")
 PHI = dict(SIZES, num_key_value_heads=2, pad_token_id=0)
+GRANITE = dict(SIZES, num_key_value_heads=2, embedding_multiplier=6.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=3.0)
 NEOX = dict(SIZES, bos_token_id=0, eos_token_id=1)
 
 # name -> class of the configuration, what differs from its defaults; the first of a family is trained
@@ -53,6 +54,8 @@ CONFIGS = {
     "gemma_bias": ("GemmaConfig", dict(SIZES, num_key_value_heads=4, head_dim=8, attention_bias=True, tie_word_embeddings=False, rope_theta=2e4)),
     "olmo2": ("Olmo2Config", dict(SIZES, num_key_value_heads=2, pad_token_id=0)),
     "olmo2_bias": ("Olmo2Config", dict(SIZES, num_key_value_heads=1, pad_token_id=0, attention_bias=True, tie_word_embeddings=True, rope_theta=5e5)),
+    "granite": ("GraniteConfig", GRANITE),
+    "granite_bias": ("GraniteConfig", dict(GRANITE, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, attention_multiplier=0.5, logits_scaling=0.7)),
 }
 
 

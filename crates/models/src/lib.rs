@@ -17,6 +17,7 @@ mod gemmas;
 pub mod gguf_names;
 mod gpt2;
 mod gpt_neox;
+mod granite;
 mod llama;
 mod mistral;
 mod modernbert;

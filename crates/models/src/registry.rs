@@ -14,6 +14,7 @@ pub static ARCHITECTURES: &[&Architecture] = &[
     &crate::gemma3::ARCHITECTURE,
     &crate::gpt2::ARCHITECTURE,
     &crate::gpt_neox::ARCHITECTURE,
+    &crate::granite::ARCHITECTURE,
     &crate::llama::ARCHITECTURE,
     &crate::mistral::ARCHITECTURE,
     &crate::olmo2::ARCHITECTURE,
