@@ -96,6 +96,7 @@ CASES = {
     "phi3_tokens": ("decoders/phi3_window", "tokens", 3, {"target_modules": ["qkv_proj", "down_proj"]}),
     "gemma_last": ("decoders/gemma", SINGLE, 3, {"target_modules": "all-linear"}),
     "olmo2_last": ("decoders/olmo2", SINGLE, 3, {"target_modules": "all-linear"}),
+    "smollm3_last": ("decoders/smollm3", SINGLE, 3, {"target_modules": "all-linear"}),
     "llama_prompt_even": ("llama/gqa_tied", SINGLE, 3, {"of": PromptTuningConfig, "num_virtual_tokens": 4}),
     "llama_prompt_tokens": ("llama/gqa_tied", "tokens", 3, {"of": PromptTuningConfig, "num_virtual_tokens": 3}),
     "gpt2_prefix": ("decoders/gpt2", SINGLE, 3, {"of": PrefixTuningConfig, "num_virtual_tokens": 4}),

@@ -36,6 +36,7 @@ mod rope_settings;
 mod scope;
 mod seq2seq;
 mod settings;
+mod smollm3;
 mod stored;
 mod t5;
 mod task_heads;

@@ -22,6 +22,7 @@ pub static ARCHITECTURES: &[&Architecture] = &[
     &crate::phi3::ARCHITECTURE,
     &crate::qwen2::ARCHITECTURE,
     &crate::qwen3::ARCHITECTURE,
+    &crate::smollm3::ARCHITECTURE,
 ];
 
 /// A model's configuration, read.
