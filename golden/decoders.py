@@ -58,6 +58,8 @@ CONFIGS = {
     "granite_bias": ("GraniteConfig", dict(GRANITE, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, attention_multiplier=0.5, logits_scaling=0.7)),
     "smollm3": ("SmolLM3Config", dict(SIZES, num_key_value_heads=2, num_hidden_layers=4, hidden_size=24, intermediate_size=32, pad_token_id=0)),
     "smollm3_window": ("SmolLM3Config", dict(SIZES, num_key_value_heads=1, pad_token_id=0, no_rope_layers=[0, 1], use_sliding_window=True, sliding_window=7, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)),
+    "starcoder2": ("Starcoder2Config", dict(SIZES, num_key_value_heads=2)),
+    "starcoder2_window": ("Starcoder2Config", dict(SIZES, num_key_value_heads=1, sliding_window=7, use_bias=False, tie_word_embeddings=False, hidden_act="gelu", rope_theta=1e5)),
 }
 
 

@@ -51,6 +51,7 @@ FAMILIES = {
     "olmo2": ("decoders/olmo2", ["k_proj", "v_proj"], ["down_proj"], ["q_norm", "post_feedforward_layernorm"], "embed_tokens"),
     "granite": ("decoders/granite", *LLAMA),
     "smollm3": ("decoders/smollm3", *LLAMA),
+    "starcoder2": ("decoders/starcoder2", ["k_proj", "v_proj"], ["mlp.c_proj"], ["input_layernorm", "norm"], "embed_tokens"),
     "t5_v10": ("t5/v10", ["k", "v"], ["wo"], *T5),
     "t5_v11": ("t5/v11", ["q", "EncDecAttention.v"], ["wi_1"], *T5),
     "mt5": ("t5/mt5", ["k", "v"], ["wi_1"], *T5),

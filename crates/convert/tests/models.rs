@@ -96,6 +96,7 @@ fn every_family_says_the_same_from_a_gguf_file() {
         ("qwen2_window", "sliding_window is 7"),
         ("qwen3_bias", "sliding_window is 9"),
         ("smollm3_window", "no_rope_layers is another pattern"),
+        ("starcoder2_window", "hidden_act is gelu"),
     ];
     assert_eq!(names, expected.map(|(name, _)| name));
     for ((name, error), (_, part)) in refused.iter().zip(expected) {

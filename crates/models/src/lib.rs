@@ -37,6 +37,7 @@ mod scope;
 mod seq2seq;
 mod settings;
 mod smollm3;
+mod starcoder2;
 mod stored;
 mod t5;
 mod task_heads;

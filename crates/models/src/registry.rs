@@ -23,6 +23,7 @@ pub static ARCHITECTURES: &[&Architecture] = &[
     &crate::qwen2::ARCHITECTURE,
     &crate::qwen3::ARCHITECTURE,
     &crate::smollm3::ARCHITECTURE,
+    &crate::starcoder2::ARCHITECTURE,
 ];
 
 /// A model's configuration, read.
