@@ -179,6 +179,7 @@ FAMILIES = {
     "granite": ("GraniteConfig", dict(TINY, num_key_value_heads=2, embedding_multiplier=6.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=3.0), 1e-4),
     "smollm3": ("SmolLM3Config", dict(TINY, num_hidden_layers=5, num_key_value_heads=2, pad_token_id=0), 1e-4),
     "starcoder2": ("Starcoder2Config", dict(TINY, num_key_value_heads=2, bos_token_id=1, eos_token_id=2), ROUNDED),
+    "phi": ("PhiConfig", TINY, ROUNDED),
 }
 
 

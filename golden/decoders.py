@@ -60,6 +60,8 @@ CONFIGS = {
     "smollm3_window": ("SmolLM3Config", dict(SIZES, num_key_value_heads=1, pad_token_id=0, no_rope_layers=[0, 1], use_sliding_window=True, sliding_window=7, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)),
     "starcoder2": ("Starcoder2Config", dict(SIZES, num_key_value_heads=2)),
     "starcoder2_window": ("Starcoder2Config", dict(SIZES, num_key_value_heads=1, sliding_window=7, use_bias=False, tie_word_embeddings=False, hidden_act="gelu", rope_theta=1e5)),
+    "phi": ("PhiConfig", SIZES),
+    "phi_share": ("PhiConfig", dict(SIZES, num_key_value_heads=2, partial_rotary_factor=0.25, tie_word_embeddings=True, hidden_act="gelu")),
 }
 
 

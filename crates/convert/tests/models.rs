@@ -93,6 +93,7 @@ fn every_family_says_the_same_from_a_gguf_file() {
         ("opt", "llama.cpp has no architecture for opt"),
         ("opt_plain", "llama.cpp has no architecture for opt"),
         ("opt_post_norm", "llama.cpp has no architecture for opt"),
+        ("phi_share", "hidden_act is gelu"),
         ("qwen2_window", "sliding_window is 7"),
         ("qwen3_bias", "sliding_window is 9"),
         ("smollm3_window", "no_rope_layers is another pattern"),

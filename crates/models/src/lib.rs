@@ -26,6 +26,7 @@ mod olmo2;
 mod opt;
 mod outline;
 mod parts;
+mod phi;
 mod phi3;
 mod quantize;
 mod qwen2;

@@ -19,6 +19,7 @@ pub static ARCHITECTURES: &[&Architecture] = &[
     &crate::mistral::ARCHITECTURE,
     &crate::olmo2::ARCHITECTURE,
     &crate::opt::ARCHITECTURE,
+    &crate::phi::ARCHITECTURE,
     &crate::phi3::ARCHITECTURE,
     &crate::qwen2::ARCHITECTURE,
     &crate::qwen3::ARCHITECTURE,
