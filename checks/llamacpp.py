@@ -180,6 +180,8 @@ FAMILIES = {
     "smollm3": ("SmolLM3Config", dict(TINY, num_hidden_layers=5, num_key_value_heads=2, pad_token_id=0), 1e-4),
     "starcoder2": ("Starcoder2Config", dict(TINY, num_key_value_heads=2, bos_token_id=1, eos_token_id=2), ROUNDED),
     "phi": ("PhiConfig", TINY, ROUNDED),
+    "stablelm": ("StableLmConfig", dict(TINY, num_key_value_heads=2), 1e-4),
+    "stablelm_parallel": ("StableLmConfig", dict(TINY, num_key_value_heads=4, use_parallel_residual=True, use_qkv_bias=True, partial_rotary_factor=0.5), 1e-4),
 }
 
 

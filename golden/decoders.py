@@ -62,6 +62,8 @@ CONFIGS = {
     "starcoder2_window": ("Starcoder2Config", dict(SIZES, num_key_value_heads=1, sliding_window=7, use_bias=False, tie_word_embeddings=False, hidden_act="gelu", rope_theta=1e5)),
     "phi": ("PhiConfig", SIZES),
     "phi_share": ("PhiConfig", dict(SIZES, num_key_value_heads=2, partial_rotary_factor=0.25, tie_word_embeddings=True, hidden_act="gelu")),
+    "stablelm": ("StableLmConfig", dict(SIZES, num_key_value_heads=2)),
+    "stablelm_parallel": ("StableLmConfig", dict(SIZES, num_key_value_heads=4, use_parallel_residual=True, use_qkv_bias=True, partial_rotary_factor=0.5, rope_theta=2e4)),
 }
 
 

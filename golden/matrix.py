@@ -53,6 +53,7 @@ FAMILIES = {
     "smollm3": ("decoders/smollm3", *LLAMA),
     "starcoder2": ("decoders/starcoder2", ["k_proj", "v_proj"], ["mlp.c_proj"], ["input_layernorm", "norm"], "embed_tokens"),
     "phi": ("decoders/phi", ["k_proj", "v_proj"], ["fc2"], ["input_layernorm", "final_layernorm"], "embed_tokens"),
+    "stablelm": ("decoders/stablelm", *LLAMA),
     "t5_v10": ("t5/v10", ["k", "v"], ["wo"], *T5),
     "t5_v11": ("t5/v11", ["q", "EncDecAttention.v"], ["wi_1"], *T5),
     "mt5": ("t5/mt5", ["k", "v"], ["wi_1"], *T5),

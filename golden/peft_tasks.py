@@ -99,6 +99,7 @@ CASES = {
     "smollm3_last": ("decoders/smollm3", SINGLE, 3, {"target_modules": "all-linear"}),
     "starcoder2_last": ("decoders/starcoder2", SINGLE, 3, {"target_modules": "all-linear"}),
     "phi_last": ("decoders/phi", SINGLE, 3, {"target_modules": "all-linear"}),
+    "stablelm_last": ("decoders/stablelm", SINGLE, 3, {"target_modules": "all-linear"}),
     "llama_prompt_even": ("llama/gqa_tied", SINGLE, 3, {"of": PromptTuningConfig, "num_virtual_tokens": 4}),
     "llama_prompt_tokens": ("llama/gqa_tied", "tokens", 3, {"of": PromptTuningConfig, "num_virtual_tokens": 3}),
     "gpt2_prefix": ("decoders/gpt2", SINGLE, 3, {"of": PrefixTuningConfig, "num_virtual_tokens": 4}),

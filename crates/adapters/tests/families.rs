@@ -150,7 +150,7 @@ fn prompts_and_prefixes_are_the_same_over_a_cache() {
 /// `bias = "all"` trains every bias, those of layer norms too, as PEFT does; a file holds them.
 #[test]
 fn all_biases_are_all() {
-    for name in ["gpt2", "opt", "gpt_neox", "phi"] {
+    for name in ["gpt2", "opt", "gpt_neox", "phi", "stablelm_parallel"] {
         let path = golden(format!("decoders/{name}"));
         let (mut model, mut expected) = (load(&path), 0);
         model.visit_modules(&mut |module| {

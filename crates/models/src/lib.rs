@@ -38,6 +38,7 @@ mod scope;
 mod seq2seq;
 mod settings;
 mod smollm3;
+mod stablelm;
 mod starcoder2;
 mod stored;
 mod t5;

@@ -24,6 +24,7 @@ pub static ARCHITECTURES: &[&Architecture] = &[
     &crate::qwen2::ARCHITECTURE,
     &crate::qwen3::ARCHITECTURE,
     &crate::smollm3::ARCHITECTURE,
+    &crate::stablelm::ARCHITECTURE,
     &crate::starcoder2::ARCHITECTURE,
 ];
 
