@@ -3,10 +3,11 @@ saved with their heads, ten steps of LoRA, adapters read by PEFT.
 
     python checks/encoders.py [--seed N] [--rounds N] [--only FAMILY]
 
-Each round draws a configuration of each family. Texts, pairs and words go through tokenizers of crates/data/tests/golden/tasks.
+Each round draws a configuration of each family, and one of four tasks for it. Texts, pairs and words go through tokenizers of crates/data/tests/golden/tasks.
 """
 
 import argparse
+import copy
 import json
 import random
 import shutil
@@ -38,7 +39,7 @@ def draw(family, rng, tokenizer):
     """Hugging Face's model_type and a configuration."""
     heads = rng.choice([1, 2, 4])
     width = heads * rng.choice([6, 8, 12])
-    layers, inner, act = rng.randint(1, 4), rng.choice([24, 40, 56]), rng.choice(["gelu", "gelu_new", "relu", "silu", "gelu_pytorch_tanh"])
+    layers, inner, act = rng.randint(1, 4), rng.choice([24, 40, 56]), rng.choice(["gelu", "gelu_new", "relu", "silu", "gelu_pytorch_tanh", "gelu_python"])
     pad = tokenizer.pad_token_id
     common = dict(vocab_size=len(tokenizer) + rng.randint(0, 9), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
                   intermediate_size=inner, max_position_embeddings=rng.choice([160, 200]), pad_token_id=pad, hidden_act=act)
@@ -112,19 +113,24 @@ def fitting(model, batch):
     return {k: v for k, v in batch.items() if k != "token_type_ids" or kinds > 1}
 
 
-def vectors(report, name, work, directory, rows, tokenizer, model):
-    batch, _, _ = encoded(tokenizer, [{**r, "label": 0.0} for r in rows], "regression", [])
-    data = work / "texts.jsonl"
+def vectors(report, name, work, directory, rows, tokenizer, model, adapter=None):
+    """Of texts or pairs, one of them longer than the model reads; `adapter` is on the model already."""
+    config = model.config
+    # RoBERTa's kin begin behind the padding's row
+    limit = config.max_position_embeddings - (config.pad_token_id + 1 if "roberta" in config.model_type or "camembert" in config.model_type else 0)
+    texts = [[r[key] for r in rows] for key in ("text", "text_pair") if key in rows[0]]
+    batch = tokenizer(*texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    data, more = work / "texts.jsonl", ["--adapter", adapter] if adapter else []
     data.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "label"}) + "\n" for r in rows))
     with torch.no_grad():
         hidden = model(**fitting(model, batch)).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1).float()
     for pooling, expected in {"cls": hidden[:, 0], "mean": (hidden * mask).sum(1) / mask.sum(1)}.items():
         out = work / "vectors.jsonl"
-        engobe("embed", "--model", directory, "--data", data, "--out", out, "--pooling", pooling)
-        lines = [json.loads(line) for line in out.read_text().splitlines()]
-        mine = torch.tensor([line["vector"] if isinstance(line, dict) else line for line in lines])
-        report(f"{name}: vectors, {pooling}", ((mine - expected).abs().max() / expected.abs().max()).item(), 1e-4)
+        engobe("embed", "--model", directory, "--data", data, "--out", out, "--pooling", pooling, *more)
+        mine = torch.tensor([json.loads(line) for line in out.read_text().splitlines()])
+        what = f"{name}: vectors, {pooling}{', adapted' if adapter else ''}"
+        report(what, ((mine - expected).abs().max() / expected.abs().max()).item(), 1e-4)
 
 
 def compared(said, logits, task, names, firsts):
@@ -178,7 +184,13 @@ def one(report, work, family, round_, seed):
     model.base_model.save_pretrained(bare)
 
     pairs = rng.random() < 0.5
-    vectors(report, name, work, rng.choice([directory, bare]), rows_of("seq-cls", rng, NAMES[:2], pairs), tokenizer, model.base_model)
+    texts = rows_of("seq-cls", rng, NAMES[:2], pairs)
+    texts[3]["text"] = " ".join(rng.choices(WORDS, k=90))
+    vectors(report, name, work, rng.choice([directory, bare]), texts, tokenizer, model.base_model)
+    adapted = get_peft_model(copy.deepcopy(model.base_model), LoraConfig(task_type="FEATURE_EXTRACTION", r=2, lora_alpha=4, target_modules=targets))
+    perturb(adapted, seed)
+    adapted.eval().save_pretrained(work / "features")
+    vectors(report, name, work, rng.choice([directory, bare]), texts, tokenizer, adapted, work / "features")
 
     rows = rows_of(task, rng, names, pairs)
     data, said = work / "rows.jsonl", work / "said.jsonl"

@@ -1,6 +1,6 @@
 """Tiny random encoders of transformers, with hidden states of padded batches.
 
-    pip install -r golden/requirements.txt && python golden/encoders.py [FAMILY ...]
+    pip install -r golden/requirements.txt && python golden/encoders.py [FAMILY or NAME ...]
 
 Writes golden/encoders/NAME/: config.json, weights, expected.json. Weights are stored in 16 bits to keep the files small;
 what is expected is computed in f32 from the stored values. Rows are of different lengths, padded and masked here.
@@ -40,6 +40,7 @@ MODELS = {
     "modernbert_bias_task": ("modernbert", dict(**{**MODERN, "num_hidden_layers": 3}, attention_bias=True, mlp_bias=True, norm_bias=True, global_attn_every_n_layers=2, global_rope_theta=5e4, local_rope_theta=500.0)),
     "xlm_roberta_task": ("xlm-roberta", dict(**BERT, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5)),
     "camembert": ("camembert", dict(**BERT, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5)),
+    "deberta_more_buckets": ("deberta-v2", {**DEBERTA, "hidden_size": 16, "position_buckets": 16, "max_relative_positions": 5, "share_att_key": True}),
 }
 
 
@@ -57,7 +58,7 @@ def hidden_rows(model, rows, types, pad):
 def main(wanted):
     out = HERE / "encoders"
     for seed, (name, (kind, settings)) in enumerate(MODELS.items()):
-        if wanted and kind not in wanted:
+        if wanted and not {kind, name} & set(wanted):
             continue
         shutil.rmtree(out / name, ignore_errors=True)
         config = AutoConfig.for_model(kind, **settings)

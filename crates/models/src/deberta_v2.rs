@@ -142,6 +142,10 @@ impl Relative {
         let buckets = number("position_buckets")?;
         let buckets = (buckets > 0.0).then_some(buckets as usize);
         let places = RelativePositions { buckets, most };
+        if !places.are_defined() {
+            let expected = "2 or more, and no two less than twice max_relative_positions: distances beyond half of them have no bucket";
+            return Err(bad(config, "position_buckets", places.span(), expected));
+        }
         let norms = config.opt_str("norm_rel_ebd")?.unwrap_or("none").to_lowercase();
         let normed = norms.split('|').any(|n| n.trim() == "layer_norm");
         Ok(Self {
@@ -154,8 +158,9 @@ impl Relative {
     /// The embeddings that all layers project, those that rows of up to `longest` tokens need.
     fn embed<'m>(&'m self, tape: &mut Tape<'m>, longest: usize, device: &Device) -> OpResult<Distances> {
         let rows = self.places.rows(longest);
-        // rows grow with the distance
-        let (first, last) = (rows[0], rows[rows.len() - 1]);
+        // as a rule rows grow with the distance; not where there are more buckets than distances
+        let first = rows.iter().copied().min().unwrap_or(0);
+        let last = rows.iter().copied().max().unwrap_or(0);
         let embedded = self.embeddings.forward(tape, (first..=last).collect(), device)?;
         let embedded = match &self.norm {
             Some(norm) => norm.forward(tape, &embedded)?,

@@ -247,6 +247,7 @@ pub const PLAIN: &[(&str, Activation)] = &[
     ("gelu_pytorch_tanh", Activation::GeluTanh),
     ("gelu_fast", Activation::GeluTanh),
     ("gelu", Activation::Gelu),
+    ("gelu_python", Activation::Gelu),
     ("relu", Activation::Relu),
     ("silu", Activation::Silu),
     ("swish", Activation::Silu),

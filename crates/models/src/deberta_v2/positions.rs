@@ -17,6 +17,11 @@ impl RelativePositions {
         self.buckets.unwrap_or(self.most)
     }
 
+    /// False where a distance beyond half of the buckets would be divided by a logarithm of 1, or of none.
+    pub fn are_defined(&self) -> bool {
+        self.buckets.is_none_or(|buckets| buckets > 1 && self.most != buckets / 2 + 1)
+    }
+
     /// Rows of the distances (query minus key) from `1 - longest` to `longest - 1`.
     pub fn rows(&self, longest: usize) -> Arc<[u32]> {
         let longest = longest as i64;
@@ -46,7 +51,7 @@ impl RelativePositions {
 mod tests {
     use super::*;
 
-    /// Printed by transformers 5.23's `make_log_bucket_position` with 256 buckets up to 512, and 6 up to 40.
+    /// Printed by transformers 5.23's `make_log_bucket_position` with 256 buckets up to 512, 6 up to 40, and 16 up to 5.
     #[test]
     fn buckets_are_those_of_transformers() {
         let distances =
@@ -57,6 +62,12 @@ mod tests {
         let small = RelativePositions { buckets: Some(6), most: 40 };
         let found: Vec<i64> = distances.iter().map(|d| small.bucket(*d, 6)).collect();
         assert_eq!(found, SMALL);
+        let few = RelativePositions { buckets: Some(16), most: 5 };
+        let found: Vec<i64> = distances.iter().map(|d| few.bucket(*d, 16)).collect();
+        assert_eq!(found, FEW);
+        let defined =
+            |buckets: usize, most: usize| RelativePositions { buckets: Some(buckets), most }.are_defined();
+        assert!(defined(16, 5) && defined(256, 512) && !defined(16, 9) && !defined(1, 40));
         // rows stay within the table
         assert_eq!((large.row(-600), large.row(0), large.row(600)), (0, 256, 511));
         let own = RelativePositions { buckets: None, most: 9 };
@@ -65,5 +76,6 @@ mod tests {
 
     const LARGE: [i64; 17] =
         [-270, -255, -233, -169, -129, -128, -127, -1, 0, 1, 5, 127, 128, 129, 130, 207, 255];
+    const FEW: [i64; 17] = [35, 33, 31, 24, 20, 20, 19, -1, 0, 1, 5, -19, -20, -20, -20, -28, -33];
     const SMALL: [i64; 17] = [-8, -8, -7, -7, -6, -6, -6, -1, 0, 1, 4, 6, 6, 6, 6, 7, 8];
 }
