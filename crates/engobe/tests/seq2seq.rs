@@ -145,7 +145,12 @@ fn other_columns_and_other_spellings() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let model = model(dir.path());
+    // ids of the same source and target
+    let tokenizer = engobe_data::TextTokenizer::from_hf_dir(&model).unwrap();
+    let [source, target] = ["funny\n\nmat", "the sun"].map(|text| tokenizer.encode(text, true).unwrap());
+    let ids = serde_json::json!({"input_ids": source, "labels": target}).to_string();
     let files = [
+        ("ids.jsonl", ids.as_str()),
         ("pair.jsonl", r#"{"source":"funny\n\nmat","target":"the sun"}"#),
         ("alpaca.jsonl", r#"{"instruction":"funny","input":"mat","output":"the sun"}"#),
         ("summary.jsonl", r#"{"article":"funny\n\nmat","highlights":"the sun"}"#),

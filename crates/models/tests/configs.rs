@@ -1,20 +1,27 @@
 //! Configurations that cannot be meant: the error names the file, the key and the value.
 
-use engobe_models::{LoadOptions, load_causal_lm};
+use engobe_models::{LoadOptions, load_causal_lm, load_seq2seq};
 use engobe_testkit::golden;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 /// The error of loading a golden model whose `config.json` was changed.
 fn error(case: &str, change: impl Fn(&mut Value)) -> String {
+    let dir = changed(&format!("llama/{case}"), change);
+    load_causal_lm(dir.path(), &LoadOptions::default()).err().map(|e| e.to_string()).unwrap_or_default()
+}
+
+/// A golden model whose `config.json` was changed.
+fn changed(case: &str, change: impl Fn(&mut Value)) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(golden(format!("llama/{case}"))).unwrap().flatten() {
+    for entry in std::fs::read_dir(golden(case)).unwrap().flatten() {
         std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
     }
     let path = dir.path().join("config.json");
     let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     change(&mut config);
     std::fs::write(&path, config.to_string()).unwrap();
-    load_causal_lm(dir.path(), &LoadOptions::default()).err().map(|e| e.to_string()).unwrap_or_default()
+    dir
 }
 
 #[test]
@@ -50,5 +57,25 @@ fn sizes_must_fit_together() {
     ] {
         let error = error("plain", |config| config[key] = value.clone());
         assert!(error.contains("config.json") && error.contains(key), "{key}: {error}");
+    }
+}
+
+#[test]
+fn an_encoder_decoder_s_settings_must_fit_together() {
+    for (key, value) in [
+        ("decoder_start_token_id", json!(40)),
+        ("num_heads", json!(0)),
+        ("d_kv", json!(1u64 << 40)),
+        ("relative_attention_num_buckets", json!(3)),
+        ("relative_attention_max_distance", json!(16)),
+        ("feed_forward_proj", json!("gelu-gated")),
+        ("feed_forward_proj", json!("gated-softmax")),
+        ("scale_decoder_outputs", json!("no")),
+        ("num_decoder_layers", json!(0)),
+    ] {
+        let dir = changed("t5/v11", |config| config[key] = value.clone());
+        let error = load_seq2seq(dir.path(), &LoadOptions::default()).err().map(|e| e.to_string());
+        let error = error.unwrap_or_default();
+        assert!(error.contains("config.json") && error.contains(key), "{key} {value}: {error}");
     }
 }

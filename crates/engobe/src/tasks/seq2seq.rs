@@ -8,7 +8,7 @@ use crate::text_scores::{self, Completed};
 use crate::workbench;
 use anyhow::{Result, bail};
 use engobe_adapters::Adapter;
-use engobe_data::{Goal, Sample, Task, TextTokenizer, reader};
+use engobe_data::{Goal, Row, Sample, Task, TextTokenizer, reader};
 use engobe_infer::answer_all;
 use engobe_nn::Seq2Seq;
 use engobe_train::evaluate;
@@ -80,9 +80,10 @@ pub fn eval(args: &EvalArgs, path: &Path, note: &mut Note) -> Result<()> {
     };
     let mut completed = Completed::default();
     if args.predictions.is_some() || !(wanted.is_empty() || scored.is_empty()) {
-        let rows = files.iter().flat_map(|f| &f.rows);
-        let targets = rows.map(|row| row.content.as_pair().map(|(_, target)| target.to_string()));
-        completed = Completed(targets.zip(answers(&answerer, &samples, args, note)?).collect());
+        let rows = files.iter().flat_map(|f| &f.rows).zip(&samples);
+        let targets = rows.map(|(row, sample)| target(row, sample, &answerer)).collect::<Result<Vec<_>>>()?;
+        let answers = answers(&answerer, &samples, args, note)?;
+        completed = Completed(targets.into_iter().zip(answers).collect());
     }
     if let Some(file) = &args.predictions {
         completed.write(file)?;
@@ -95,6 +96,15 @@ pub fn eval(args: &EvalArgs, path: &Path, note: &mut Note) -> Result<()> {
         }
         None if args.predictions.is_some() => Ok(()),
         None => bail!("no row has a target: --predictions FILE writes what the model makes of them"),
+    }
+}
+
+/// The text that a row wants, if it wants one; that of token ids is what they stand for.
+fn target(row: &Row, sample: &Sample, answerer: &Answerer) -> Result<Option<String>> {
+    match (row.content.as_pair(), &sample.goal) {
+        (Some((_, target)), _) => Ok(Some(target.to_string())),
+        (None, Goal::Sequence(ids)) => Ok(Some(answerer.need_tokenizer()?.decode(ids, true)?)),
+        (None, _) => Ok(None),
     }
 }
 

@@ -5,6 +5,8 @@ use crate::{Error, Result};
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
 
+const START: &str = "decoder_start_token_id";
+
 /// What `T5Config` of transformers holds, as far as the arithmetic needs it.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)] // the names of transformers where they are its own
@@ -48,7 +50,7 @@ impl T5Config {
         let tied = config.bool_or("tie_word_embeddings", true)?;
         let scale_outputs = !multilingual && config.bool_or("scale_decoder_outputs", tied)?;
         let layers = config.usize("num_layers")?;
-        let start = config.opt_usize("decoder_start_token_id")?;
+        let start = config.opt_usize(START)?;
         let pad = config.opt_usize("pad_token_id")?;
         let this = Self {
             model_type: config.model_type()?.to_string(),
@@ -66,7 +68,7 @@ impl T5Config {
             activation,
             scale_outputs,
             tied: tied && (multilingual || scale_outputs),
-            start_token: start.or(pad).unwrap_or(0) as u32,
+            start_token: u32::try_from(start.or(pad).unwrap_or(0)).unwrap_or(u32::MAX),
             n_positions: config.opt_usize("n_positions")?.unwrap_or(512),
         };
         this.check(config)?;
@@ -90,6 +92,11 @@ impl T5Config {
         }
         if self.buckets < 4 || self.buckets > MOST {
             return Err(bad(config, "relative_attention_num_buckets", self.buckets, "4 to 2^28"));
+        }
+        if self.start_token as usize >= self.vocab_size {
+            let key = if config.get(START).is_some() { START } else { "pad_token_id" };
+            let expected = format!("a token: below the vocabulary's {}", self.vocab_size);
+            return Err(bad(config, key, self.start_token, &expected));
         }
         if self.max_distance <= self.buckets / 2 {
             let expected = format!("more than half of the {} buckets", self.buckets);
