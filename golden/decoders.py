@@ -25,6 +25,7 @@ GPT2 = dict(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid
 OPT = dict(SIZES, ffn_dim=48, dropout=0.0, pad_token_id=0, word_embed_proj_dim=32)
 OPT.pop("intermediate_size")
 PHI = dict(SIZES, num_key_value_heads=2, pad_token_id=0)
+GRANITE = dict(SIZES, num_key_value_heads=2, embedding_multiplier=6.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=3.0)
 NEOX = dict(SIZES, bos_token_id=0, eos_token_id=1)
 
 # name -> class of the configuration, what differs from its defaults; the first of a family is trained
@@ -49,6 +50,20 @@ CONFIGS = {
     "opt_plain": ("OPTConfig", dict(OPT, enable_bias=False, activation_function="gelu", tie_word_embeddings=False)),
     "gpt_neox": ("GPTNeoXConfig", dict(NEOX, rotary_pct=0.25)),
     "gpt_neox_serial": ("GPTNeoXConfig", dict(NEOX, rotary_pct=1.0, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new", rope_theta=2e4)),
+    "gemma": ("GemmaConfig", dict(SIZES, num_key_value_heads=1, head_dim=12)),
+    "gemma_bias": ("GemmaConfig", dict(SIZES, num_key_value_heads=4, head_dim=8, attention_bias=True, tie_word_embeddings=False, rope_theta=2e4)),
+    "olmo2": ("Olmo2Config", dict(SIZES, num_key_value_heads=2, pad_token_id=0)),
+    "olmo2_bias": ("Olmo2Config", dict(SIZES, num_key_value_heads=1, pad_token_id=0, attention_bias=True, tie_word_embeddings=True, rope_theta=5e5)),
+    "granite": ("GraniteConfig", GRANITE),
+    "granite_bias": ("GraniteConfig", dict(GRANITE, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, attention_multiplier=0.5, logits_scaling=0.7)),
+    "smollm3": ("SmolLM3Config", dict(SIZES, num_key_value_heads=2, num_hidden_layers=4, hidden_size=24, intermediate_size=32, pad_token_id=0)),
+    "smollm3_window": ("SmolLM3Config", dict(SIZES, num_key_value_heads=1, pad_token_id=0, no_rope_layers=[0, 1], use_sliding_window=True, sliding_window=7, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)),
+    "starcoder2": ("Starcoder2Config", dict(SIZES, num_key_value_heads=2)),
+    "starcoder2_window": ("Starcoder2Config", dict(SIZES, num_key_value_heads=1, sliding_window=7, use_bias=False, tie_word_embeddings=False, hidden_act="gelu", rope_theta=1e5)),
+    "phi": ("PhiConfig", SIZES),
+    "phi_share": ("PhiConfig", dict(SIZES, num_key_value_heads=2, partial_rotary_factor=0.25, tie_word_embeddings=True, hidden_act="gelu")),
+    "stablelm": ("StableLmConfig", dict(SIZES, num_key_value_heads=2)),
+    "stablelm_parallel": ("StableLmConfig", dict(SIZES, num_key_value_heads=4, use_parallel_residual=True, use_qkv_bias=True, partial_rotary_factor=0.5, rope_theta=2e4)),
 }
 
 

@@ -53,9 +53,10 @@ const FEEDFORWARD_NAMES: [&str; 10] = [
 ];
 /// Names of keys and values, or of the layer that holds them too, and last the feed-forward's last layer: the first of
 /// these that a model has all names of are its targets, if none are given.
-const KEYS_VALUES_FEEDFORWARD: [&[&str]; 10] = [
+const KEYS_VALUES_FEEDFORWARD: [&[&str]; 11] = [
     &["k_proj", "v_proj", "down_proj"],
     &["k_proj", "v_proj", "fc2"],
+    &["k_proj", "v_proj", "mlp.c_proj"],
     &["qkv_proj", "down_proj"],
     &["c_attn", "mlp.c_proj"],
     &["query_key_value", "dense_4h_to_h"],

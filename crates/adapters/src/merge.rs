@@ -49,7 +49,7 @@ pub struct Planned {
 pub struct MergePlan {
     /// its tensors, in the order in which [`each_tensor`] yields them
     pub tensors: Vec<Planned>,
-    /// the head is the embedding's matrix, and not among the tensors
+    /// the head's matrix is the embedding's, and not among the tensors
     pub tied_head: bool,
 }
 
@@ -60,9 +60,10 @@ pub fn plan(model: &mut dyn ModuleTree, tied_head: bool) -> MergePlan {
     let tied_head = tied_head && !unties(model, &heads);
     let mut tensors = Vec::new();
     model.visit_modules(&mut |module| {
-        if !(tied_head && heads.iter().any(|h| h == module.path())) {
-            tensors.extend(planned(&module));
-        }
+        let is_embedding = tied_head && heads.iter().any(|h| h == module.path());
+        // (a tied head may have a bias, which is its own)
+        let own = |tensor: &Planned| !(is_embedding && tensor.name.ends_with(".weight"));
+        tensors.extend(planned(&module).into_iter().filter(own));
     });
     MergePlan { tensors, tied_head }
 }
@@ -135,7 +136,9 @@ fn unties(model: &mut dyn ModuleTree, heads: &[String]) -> bool {
     let mut changed = false;
     model.visit_modules(&mut |module| {
         changed |= match &module {
-            ModuleMut::Linear(linear) => heads.iter().any(|h| h == linear.path()) && !linear.is_plain(),
+            ModuleMut::Linear(linear) => {
+                heads.iter().any(|h| h == linear.path()) && !linear.weight_is_plain()
+            }
             ModuleMut::Embedding(embedding) => !embedding.is_plain(),
             ModuleMut::RmsNorm(_) | ModuleMut::LayerNorm(_) => false,
         }

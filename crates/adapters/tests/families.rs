@@ -46,6 +46,31 @@ fn a_merged_model_says_what_its_adapter_said() {
     assert_eq!(transposed, ["gpt2"], "PEFT is told of Conv1D");
 }
 
+/// Phi's head has a bias, which is no part of the embedding that its matrix may be.
+#[test]
+fn a_tied_head_keeps_its_bias_in_a_merged_model() {
+    let base = golden("decoders/phi_share");
+    let mut model = load(&base);
+    assert!(model.info().tied_head);
+    let config = LoraConfig {
+        bias: BiasMode::All,
+        target_modules: Some(TargetModules::AllLinear),
+        ..Default::default()
+    };
+    let adapter = Adapter::attach(model.as_mut(), &config, Start { seed: 1 }, &Device::Cpu).unwrap();
+    let params = adapter.params();
+    let bias = params.iter().find(|p| p.name().ends_with("lm_head.bias")).unwrap();
+    bias.update_host(|v| v.iter_mut().enumerate().for_each(|(i, v)| *v += 0.1 * i as f32)).unwrap();
+    let expected: Vec<f64> = logits(model.as_ref()).iter().map(|x| f64::from(*x)).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let options = MergeOptions { storage: &|_| StorageType::F32, max_shard_bytes: 1 << 30, tied_head: true };
+    let merged = merge(model.as_mut(), &adapter, dir.path(), &options, &mut |_, _| ()).unwrap();
+    assert!(merged.tied_head);
+    std::fs::copy(base.join("config.json"), dir.path().join("config.json")).unwrap();
+    // the same numbers, widened
+    assert_close(&logits(load(dir.path()).as_ref()), &expected, 1e-6, "merged");
+}
+
 #[test]
 fn a_conv1d_is_not_trained_in_full() {
     let mut model = load(&golden("decoders/gpt2"));
@@ -125,7 +150,7 @@ fn prompts_and_prefixes_are_the_same_over_a_cache() {
 /// `bias = "all"` trains every bias, those of layer norms too, as PEFT does; a file holds them.
 #[test]
 fn all_biases_are_all() {
-    for name in ["gpt2", "opt", "gpt_neox"] {
+    for name in ["gpt2", "opt", "gpt_neox", "phi", "stablelm_parallel"] {
         let path = golden(format!("decoders/{name}"));
         let (mut model, mut expected) = (load(&path), 0);
         model.visit_modules(&mut |module| {

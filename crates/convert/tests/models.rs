@@ -85,14 +85,19 @@ fn every_family_says_the_same_from_a_gguf_file() {
     let expected = [
         ("gemma2_uncapped", "attn_logit_softcapping is null"),
         ("gemma3_scaled", "query_pre_attn_scalar is 20"),
+        ("gemma_bias", "attention_bias is true"),
         ("gpt2_short_names", "activation_function is gelu"),
         ("gpt_neox_serial", "hidden_act is gelu_new"),
         ("mistral", "sliding_window is 6"),
+        ("olmo2_bias", "attention_bias is true"),
         ("opt", "llama.cpp has no architecture for opt"),
         ("opt_plain", "llama.cpp has no architecture for opt"),
         ("opt_post_norm", "llama.cpp has no architecture for opt"),
+        ("phi_share", "hidden_act is gelu"),
         ("qwen2_window", "sliding_window is 7"),
         ("qwen3_bias", "sliding_window is 9"),
+        ("smollm3_window", "no_rope_layers is another pattern"),
+        ("starcoder2_window", "hidden_act is gelu"),
     ];
     assert_eq!(names, expected.map(|(name, _)| name));
     for ((name, error), (_, part)) in refused.iter().zip(expected) {

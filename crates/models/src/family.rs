@@ -3,7 +3,7 @@
 use crate::gguf_names::Names;
 use crate::settings::DecoderSizes;
 use crate::stored::Stored;
-use crate::{GgufSettings, Result, Weights};
+use crate::{GgufSettings, HeadKind, Result, Weights};
 use engobe_formats::gguf::Gguf;
 use engobe_formats::hf_config::HfConfig;
 use engobe_nn::CausalLm;
@@ -54,6 +54,9 @@ impl Misfit {
 /// Reads a configuration.
 pub type Read<T> = fn(&T) -> Result<Box<dyn Family>>;
 
+/// Heads for texts and for tokens.
+pub const HEADS: &[HeadKind] = &[HeadKind::Sequence, HeadKind::Token];
+
 /// An architecture.
 #[derive(Debug)]
 pub struct Architecture {
@@ -61,6 +64,8 @@ pub struct Architecture {
     pub model_type: &'static str,
     /// the class that transformers loads it with
     pub class: &'static str,
+    /// what transformers has heads for on it
+    pub heads: &'static [HeadKind],
     /// reads `config.json`
     pub from_hf: Read<HfConfig>,
     /// in GGUF files, if llama.cpp knows it

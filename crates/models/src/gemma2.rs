@@ -3,12 +3,12 @@
 //!
 //! Module paths are those of transformers' `Gemma2ForCausalLM`.
 
-use crate::family::{Architecture, Family, GgufForm, Misfit};
-use crate::gemma::Gemma;
+use crate::family::{Architecture, Family, GgufForm, HEADS, Misfit};
+use crate::gemmas::Gemma;
 use crate::rope_settings::{Rotary, USUAL};
 use crate::settings::{DecoderSizes, merged};
 use crate::stored::Stored;
-use crate::{GgufSettings, Result, Weights, gemma};
+use crate::{GgufSettings, Result, Weights, gemmas};
 use engobe_formats::gguf::{Gguf, GgufValue};
 use engobe_formats::hf_config::HfConfig;
 use engobe_nn::CausalLm;
@@ -17,10 +17,11 @@ use serde_json::Value;
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "gemma2",
     class: "Gemma2ForCausalLM",
+    heads: HEADS,
     from_hf: |config| Ok(Box::new(Gemma2::from_hf(config)?)),
     gguf: Some(GgufForm {
         name: "gemma2",
-        names: &gemma::NAMES,
+        names: &gemmas::NAMES,
         read: Some(|gguf| Ok(Box::new(Gemma2::from_gguf(gguf)?))),
     }),
 };
@@ -52,11 +53,11 @@ impl Gemma2 {
         let common = Gemma {
             eps: gguf.f32("gemma2.attention.layer_norm_rms_epsilon")?,
             bias: false,
-            query_scalar: gemma::implied_scalar(&sizes, LARGEST),
+            query_scalar: gemmas::implied_scalar(&sizes, LARGEST),
             windows: (0..sizes.layers).map(|i| (i % 2 == 0).then_some(window.max(1))).collect(),
             score_cap: cap("gemma2.attn_logit_softcapping", 50.0)?,
             logit_cap: cap("gemma2.final_logit_softcapping", 30.0)?,
-            sizes: gemma::with_norms_after(sizes),
+            sizes: gemmas::with_norms_after(sizes),
         };
         Ok(Self { common, rotary })
     }
@@ -72,7 +73,7 @@ impl Family for Gemma2 {
     }
 
     fn stored(&self, name: &str) -> Stored {
-        gemma::stored(name)
+        gemmas::stored(name)
     }
 
     fn to_hf(&self) -> Value {
@@ -81,7 +82,7 @@ impl Family for Gemma2 {
 
     fn to_gguf(&self) -> Result<GgufSettings, Misfit> {
         let c = &self.common;
-        let mut metadata = gemma::settings(c, LARGEST, 2)?;
+        let mut metadata = gemmas::settings(c, LARGEST, 2)?;
         for (key, cap) in [("attn_logit_softcapping", c.score_cap), ("final_logit_softcapping", c.logit_cap)]
         {
             let Some(cap) = cap else {

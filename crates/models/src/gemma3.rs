@@ -4,12 +4,12 @@
 //! Module paths are those of transformers' `Gemma3ForCausalLM`.
 
 use crate::family::{Architecture, Family, GgufForm, Misfit};
-use crate::gemma::Gemma;
+use crate::gemmas::Gemma;
 use crate::qwen3::with_head_norms;
 use crate::rope_settings::{Rotary, RotaryDefaults, USUAL};
 use crate::settings::{DecoderSizes, bad, merged};
 use crate::stored::Stored;
-use crate::{GgufSettings, Result, Weights, gemma};
+use crate::{GgufSettings, HeadKind, Result, Weights, gemmas};
 use engobe_formats::gguf::{Gguf, GgufValue};
 use engobe_formats::hf_config::HfConfig;
 use engobe_nn::CausalLm;
@@ -18,10 +18,11 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "gemma3_text",
     class: "Gemma3ForCausalLM",
+    heads: &[HeadKind::Sequence],
     from_hf: |config| Ok(Box::new(Gemma3::from_hf(config)?)),
     gguf: Some(GgufForm {
         name: "gemma3",
-        names: &gemma::NAMES,
+        names: &gemmas::NAMES,
         read: Some(|gguf| Ok(Box::new(Gemma3::from_gguf(gguf)?))),
     }),
 };
@@ -66,11 +67,11 @@ impl Gemma3 {
         let common = Gemma {
             eps: gguf.f32("gemma3.attention.layer_norm_rms_epsilon")?,
             bias: false,
-            query_scalar: gemma::implied_scalar(&sizes, LARGEST),
+            query_scalar: gemmas::implied_scalar(&sizes, LARGEST),
             windows: (0..sizes.layers).map(|i| window.filter(|_| (i + 1) % 6 != 0)).collect(),
             score_cap: None,
             logit_cap: gguf.opt_f32("gemma3.final_logit_softcapping")?.filter(|cap| *cap > 0.0),
-            sizes: with_head_norms(gemma::with_norms_after(sizes)),
+            sizes: with_head_norms(gemmas::with_norms_after(sizes)),
         };
         Ok(Self { common, rotary })
     }
@@ -102,7 +103,7 @@ impl Family for Gemma3 {
     }
 
     fn stored(&self, name: &str) -> Stored {
-        gemma::stored(name)
+        gemmas::stored(name)
     }
 
     fn to_hf(&self) -> Value {
@@ -117,7 +118,7 @@ impl Family for Gemma3 {
             return Err(Misfit::new("attn_logit_softcapping", cap, "null, as llama.cpp has it for Gemma 3"));
         }
         let [all, local] = &self.rotary;
-        let mut metadata = gemma::settings(c, LARGEST, 6)?;
+        let mut metadata = gemmas::settings(c, LARGEST, 6)?;
         metadata.push(("rope.freq_base_swa".to_string(), GgufValue::Float(local.theta)));
         if let Some(cap) = c.logit_cap {
             metadata.push(("final_logit_softcapping".to_string(), GgufValue::Float(f64::from(cap))));

@@ -4,7 +4,7 @@
 //! Module paths are those of transformers' `GPT2LMHeadModel`, which keeps the matrices of its linear layers transposed
 //! (`Conv1D`).
 
-use crate::family::{Architecture, Family, GgufForm, Misfit};
+use crate::family::{Architecture, Family, GgufForm, HEADS, Misfit};
 use crate::gguf_names::Names;
 use crate::parts::Frame;
 use crate::settings::{DecoderSizes, PLAIN, activation, epsilon, exact, name_of};
@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "gpt2",
     class: "GPT2LMHeadModel",
+    heads: HEADS,
     from_hf: |config| Ok(Box::new(Gpt2::from_hf(config)?)),
     gguf: Some(GgufForm {
         name: "gpt2",
@@ -71,7 +72,7 @@ impl Gpt2 {
             tied_head: config.bool_or("tie_word_embeddings", true)?,
             extra_kept: 0,
             plain_mlp: true,
-            score_planes: 0,
+            relative_rows: 0,
             cross_layers: 0,
         };
         sizes.check().map_err(|m| m.at(config.path()))?;
@@ -120,6 +121,7 @@ impl Family for Gpt2 {
             embedding: "transformer.wte",
             embedding_width: s.hidden,
             head: "lm_head",
+            head_bias: false,
             norm: Some(norm("transformer.ln_f")?),
             ropes: Vec::new(),
         };

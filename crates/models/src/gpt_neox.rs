@@ -3,9 +3,10 @@
 //!
 //! Module paths are those of transformers' `GPTNeoXForCausalLM`.
 
-use crate::family::{Architecture, Family, GgufForm, Misfit};
+use crate::family::{Architecture, Family, GgufForm, HEADS, Misfit};
 use crate::gguf_names::Names;
 use crate::gpt2::whole_heads;
+use crate::llama::layer_norm_settings;
 use crate::parts::Frame;
 use crate::rope_settings::{Rotary, RotaryDefaults};
 use crate::settings::{DecoderSizes, PLAIN, activation, epsilon, exact, name_of};
@@ -21,6 +22,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "gpt_neox",
     class: "GPTNeoXForCausalLM",
+    heads: HEADS,
     from_hf: |config| Ok(Box::new(GptNeox::from_hf(config)?)),
     gguf: Some(GgufForm {
         name: "gptneox",
@@ -102,6 +104,7 @@ impl Family for GptNeox {
             embedding: "gpt_neox.embed_in",
             embedding_width: s.hidden,
             head: "embed_out",
+            head_bias: false,
             norm: Some(norm("gpt_neox.final_layer_norm")?),
             ropes: vec![self.rotary.rope()],
         };
@@ -166,11 +169,8 @@ impl Family for GptNeox {
         if !self.attention_bias {
             return Err(Misfit::new("attention_bias", false, "true: llama.cpp's GPT-NeoX has biases"));
         }
-        let mut metadata = self.sizes.to_gguf();
-        let mut push = |key: &str, value| metadata.push((key.to_string(), value));
-        push("attention.layer_norm_epsilon", GgufValue::Float(f64::from(self.eps)));
-        push("use_parallel_residual", GgufValue::Bool(self.parallel));
-        let tensors = self.rotary.to_gguf(&self.sizes, &mut metadata, false)?;
-        Ok(GgufSettings { metadata, tensors })
+        let mut settings = layer_norm_settings(&self.sizes, self.eps, &self.rotary)?;
+        settings.metadata.push(("use_parallel_residual".to_string(), GgufValue::Bool(self.parallel)));
+        Ok(settings)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Module paths are those of transformers' `LlamaForCausalLM`.
 
-use crate::family::{Architecture, Family, GgufForm, Misfit};
+use crate::family::{Architecture, Family, GgufForm, HEADS, Misfit};
 use crate::parts::LlamaBlocks;
 use crate::rope_settings::{Rotary, USUAL};
 use crate::settings::{DecoderSizes, SILU, activation, epsilon, exact, merged};
@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "llama",
     class: "LlamaForCausalLM",
+    heads: HEADS,
     from_hf: |config| Ok(Box::new(Llama::from_hf(config)?)),
     gguf: Some(GgufForm {
         name: "llama",
@@ -104,8 +105,25 @@ pub(crate) fn rope_rows(sizes: &DecoderSizes, name: &str) -> Stored {
 
 /// The settings of a GGUF file of a decoder with a root-mean-square norm and one rotary embedding.
 pub(crate) fn rope_settings(sizes: &DecoderSizes, eps: f32, rotary: &Rotary) -> Result<GgufSettings, Misfit> {
+    settings_with(sizes, ("attention.layer_norm_rms_epsilon", eps), rotary)
+}
+
+/// The same of one with a layer norm.
+pub(crate) fn layer_norm_settings(
+    sizes: &DecoderSizes,
+    eps: f32,
+    rotary: &Rotary,
+) -> Result<GgufSettings, Misfit> {
+    settings_with(sizes, ("attention.layer_norm_epsilon", eps), rotary)
+}
+
+fn settings_with(
+    sizes: &DecoderSizes,
+    (key, eps): (&str, f32),
+    rotary: &Rotary,
+) -> Result<GgufSettings, Misfit> {
     let mut metadata = sizes.to_gguf();
-    metadata.push(("attention.layer_norm_rms_epsilon".to_string(), GgufValue::Float(f64::from(eps))));
+    metadata.push((key.to_string(), GgufValue::Float(f64::from(eps))));
     let tensors = rotary.to_gguf(sizes, &mut metadata, false)?;
     Ok(GgufSettings { metadata, tensors })
 }

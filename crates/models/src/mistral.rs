@@ -3,7 +3,7 @@
 //! Module paths are those of transformers' `MistralForCausalLM`. llama.cpp writes these models as LLaMA, without a
 //! window.
 
-use crate::family::{Architecture, Family, GgufForm, Misfit};
+use crate::family::{Architecture, Family, GgufForm, HEADS, Misfit};
 use crate::llama::{rope_rows, rope_settings};
 use crate::parts::LlamaBlocks;
 use crate::rope_settings::{Rotary, USUAL};
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "mistral",
     class: "MistralForCausalLM",
+    heads: HEADS,
     from_hf: |config| Ok(Box::new(Mistral::from_hf(config)?)),
     gguf: Some(GgufForm { name: "llama", names: &gguf_names::LLAMA, read: None }),
 };

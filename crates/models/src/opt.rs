@@ -7,7 +7,7 @@ use crate::family::{Architecture, Family, Misfit};
 use crate::gpt2::whole_heads;
 use crate::parts::Frame;
 use crate::settings::{DecoderSizes, PLAIN, activation, bad, name_of};
-use crate::{GgufSettings, Result, Weights};
+use crate::{GgufSettings, HeadKind, Result, Weights};
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
 use engobe_nn::decoder::{Attention, Block, Decoder, Mlp, Norms, Positions, Up};
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "opt",
     class: "OPTForCausalLM",
+    heads: &[HeadKind::Sequence],
     from_hf: |config| Ok(Box::new(Opt::from_hf(config)?)),
     gguf: None,
 };
@@ -51,7 +52,7 @@ impl Opt {
             tied_head: config.bool_or("tie_word_embeddings", true)?,
             extra_kept: 0,
             plain_mlp: true,
-            score_planes: 0,
+            relative_rows: 0,
             cross_layers: 0,
         };
         sizes.check().map_err(|m| m.at(config.path()))?;
@@ -91,6 +92,7 @@ impl Family for Opt {
             embedding: "model.decoder.embed_tokens",
             embedding_width: self.embedding_width,
             head: "lm_head",
+            head_bias: false,
             norm: last,
             ropes: Vec::new(),
         };

@@ -71,6 +71,8 @@ pub(crate) struct Frame {
     pub embedding_width: usize,
     /// path of the output head
     pub head: &'static str,
+    /// it has a bias
+    pub head_bias: bool,
     /// the norm before the head
     pub norm: Option<Norm>,
     /// rotary embeddings
@@ -90,6 +92,7 @@ impl Frame {
             embedding: "model.embed_tokens",
             embedding_width: sizes.hidden,
             head: "lm_head",
+            head_bias: false,
             norm: Some(norm),
             ropes,
         }
@@ -109,6 +112,8 @@ impl Frame {
             true => embedding.clone(),
             false => weights.matrix(&format!("{}.weight", self.head), rows, width)?,
         };
+        let bias = self.head_bias && !weights.is_headless();
+        let bias = bias.then(|| weights.vector(&format!("{}.bias", self.head), rows)).transpose()?;
         let blocks = (0..sizes.layers).into_par_iter().map(block).collect::<Result<Vec<_>>>()?;
         Ok(Decoder {
             info: ModelInfo {
@@ -124,13 +129,15 @@ impl Frame {
             embed_tokens: Embedding::new(self.embedding, embedding),
             entry: Entry::new(self.embedding, width),
             embed_scale: None,
+            entry_scale: None,
             project_in: None,
             positions: None,
             blocks,
             ropes: self.ropes,
             norm: self.norm,
             project_out: None,
-            lm_head: Linear::new(self.head, head, None),
+            head_scale: None,
+            lm_head: Linear::new(self.head, head, bias),
             soft_cap: None,
             device: weights.device().clone(),
         })
@@ -151,6 +158,18 @@ pub(crate) struct LlamaBlocks<'a> {
     pub head_norms: bool,
     /// of each layer; those that are not there see all
     pub windows: &'a [Option<usize>],
+    /// makes the norms
+    pub norm: fn(&Weights<'_>, &str, usize, f32) -> Result<Norm>,
+    /// attention and MLP side by side, behind one norm
+    pub parallel: bool,
+    /// what gates the MLP
+    pub activation: Activation,
+    /// of each layer; where there is none queries and keys are not turned (those not listed are)
+    pub turned: &'a [bool],
+    /// factor on attention's scores
+    pub score_scale: f32,
+    /// factor on what sub-layers compute
+    pub sub_layer_scale: Option<f32>,
 }
 
 impl<'a> LlamaBlocks<'a> {
@@ -164,21 +183,35 @@ impl<'a> LlamaBlocks<'a> {
             mlp_bias: false,
             head_norms: false,
             windows: &[],
+            norm: |w, path, d, eps| Ok(Norm::Rms(w.rms_norm_at(path, d, eps)?)),
+            parallel: false,
+            activation: Activation::Silu,
+            turned: &[],
+            score_scale: sizes.scale(),
+            sub_layer_scale: None,
         }
     }
 
-    /// The decoder, with one rotary embedding for all layers.
+    /// The model, with one rotary embedding for all layers.
     pub fn build(&self, w: &Weights<'_>, model_type: &'static str, rope: Rope) -> Result<Box<dyn CausalLm>> {
-        let norm = Norm::Rms(w.rms_norm_at("model.norm", self.sizes.hidden, self.eps)?);
+        Ok(Box::new(self.decoder(w, model_type, rope)?))
+    }
+
+    /// The decoder, for those that change it further.
+    pub fn decoder(&self, w: &Weights<'_>, model_type: &'static str, rope: Rope) -> Result<Decoder> {
+        let norm = (self.norm)(w, "model.norm", self.sizes.hidden, self.eps)?;
         let frame = Frame::usual(model_type, self.sizes, norm, vec![rope]);
-        Ok(Box::new(frame.decoder(w, self.sizes, |i| self.block(w, i))?))
+        frame.decoder(w, self.sizes, |i| self.block(w, i))
     }
 
     fn block(&self, w: &Weights<'_>, layer: usize) -> Result<Block> {
         let s = self.sizes;
         let at = |name: &str| format!("model.layers.{layer}.{name}");
-        let norm =
-            |name: &str| -> Result<Norm> { Ok(Norm::Rms(w.rms_norm_at(&at(name), s.hidden, self.eps)?)) };
+        let norm = |name: &str| (self.norm)(w, &at(name), s.hidden, self.eps);
+        let norms = match self.parallel {
+            true => Norms::Shared(norm("input_layernorm")?),
+            false => Norms::Pre([norm("input_layernorm")?, norm("post_attention_layernorm")?]),
+        };
         let head_norm = |name: &str| w.rms_norm_at(&at(name), s.head_dim, self.eps);
         Ok(Block::new(
             Attention {
@@ -188,11 +221,12 @@ impl<'a> LlamaBlocks<'a> {
                     false => None,
                 },
                 output: w.linear_at(&at("self_attn.o_proj"), s.hidden, s.width(), self.output_bias)?,
-                shape: s.attention(s.scale(), self.windows.get(layer).copied().flatten()),
-                rope: Some(0),
+                shape: s.attention(self.score_scale, self.windows.get(layer).copied().flatten()),
+                rope: self.turned.get(layer).copied().unwrap_or(true).then_some(0),
             },
-            w.gated_mlp(&at("mlp"), s, Activation::Silu, self.mlp_bias)?,
-            Norms::Pre([norm("input_layernorm")?, norm("post_attention_layernorm")?]),
-        ))
+            w.gated_mlp(&at("mlp"), s, self.activation, self.mlp_bias)?,
+            norms,
+        )
+        .scaled(self.sub_layer_scale))
     }
 }

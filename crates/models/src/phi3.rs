@@ -3,7 +3,7 @@
 //!
 //! Module paths are those of transformers' `Phi3ForCausalLM`.
 
-use crate::family::{Architecture, Family, GgufForm, Misfit};
+use crate::family::{Architecture, Family, GgufForm, HEADS, Misfit};
 use crate::gguf_names::{Names, OUTSIDE};
 use crate::parts::Frame;
 use crate::rope_settings::{Rotary, RotaryDefaults, USUAL};
@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "phi3",
     class: "Phi3ForCausalLM",
+    heads: HEADS,
     from_hf: |config| Ok(Box::new(Phi3::from_hf(config)?)),
     gguf: Some(GgufForm {
         name: "phi3",

@@ -3,7 +3,7 @@
 //!
 //! Module paths are those of transformers' `Qwen2ForCausalLM`.
 
-use crate::family::{Architecture, Family, GgufForm, Misfit};
+use crate::family::{Architecture, Family, GgufForm, HEADS, Misfit};
 use crate::llama::rope_settings;
 use crate::parts::LlamaBlocks;
 use crate::rope_settings::{Rotary, USUAL};
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "qwen2",
     class: "Qwen2ForCausalLM",
+    heads: HEADS,
     from_hf: |config| Ok(Box::new(Qwen2::from_hf(config)?)),
     gguf: Some(GgufForm {
         name: "qwen2",

@@ -2,7 +2,7 @@
 //!
 //! Module paths are those of transformers' `Qwen3ForCausalLM`.
 
-use crate::family::{Architecture, Family, GgufForm, Misfit};
+use crate::family::{Architecture, Family, GgufForm, HEADS, Misfit};
 use crate::llama::rope_settings;
 use crate::parts::LlamaBlocks;
 use crate::qwen2::no_windows;
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "qwen3",
     class: "Qwen3ForCausalLM",
+    heads: HEADS,
     from_hf: |config| Ok(Box::new(Qwen3::from_hf(config)?)),
     gguf: Some(GgufForm {
         name: "qwen3",

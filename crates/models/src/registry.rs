@@ -9,16 +9,23 @@ use std::path::{Path, PathBuf};
 
 /// All that we know.
 pub static ARCHITECTURES: &[&Architecture] = &[
+    &crate::gemma::ARCHITECTURE,
     &crate::gemma2::ARCHITECTURE,
     &crate::gemma3::ARCHITECTURE,
     &crate::gpt2::ARCHITECTURE,
     &crate::gpt_neox::ARCHITECTURE,
+    &crate::granite::ARCHITECTURE,
     &crate::llama::ARCHITECTURE,
     &crate::mistral::ARCHITECTURE,
+    &crate::olmo2::ARCHITECTURE,
     &crate::opt::ARCHITECTURE,
+    &crate::phi::ARCHITECTURE,
     &crate::phi3::ARCHITECTURE,
     &crate::qwen2::ARCHITECTURE,
     &crate::qwen3::ARCHITECTURE,
+    &crate::smollm3::ARCHITECTURE,
+    &crate::stablelm::ARCHITECTURE,
+    &crate::starcoder2::ARCHITECTURE,
 ];
 
 /// A model's configuration, read.

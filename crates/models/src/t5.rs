@@ -47,7 +47,7 @@ pub(crate) fn sizes(config: &HfConfig) -> Result<DecoderSizes> {
         tied_head: c.tied,
         extra_kept: 0,
         plain_mlp: !c.gated,
-        score_planes: 0,
+        relative_rows: 0,
         cross_layers: c.num_decoder_layers,
     })
 }

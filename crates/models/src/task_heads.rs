@@ -4,6 +4,7 @@
 //! transformers begins it: weights normal with the configuration's `initializer_range`, biases zero.
 
 use crate::encoders::{EncoderArchitecture, activation, bad};
+use crate::family::Architecture;
 use crate::outline::headers;
 use crate::registry::{Described, check_quantization};
 use crate::scope::Naming;
@@ -30,6 +31,14 @@ pub enum HeadKind {
 }
 
 impl HeadKind {
+    /// What it reads.
+    fn reads(self) -> &'static str {
+        match self {
+            Self::Sequence => "a text",
+            Self::Token => "every token",
+        }
+    }
+
     /// How transformers' classes with such a head end.
     fn class_end(self) -> &'static str {
         match self {
@@ -124,7 +133,7 @@ impl TaskBase {
         let mut builder = HeadBuilder { config, weights: &weights, d, labels, seed, fresh: Vec::new() };
         let parts = match self {
             Self::Encoder(architecture) => builder.encoder(kind, architecture)?,
-            Self::Decoder(described) => builder.decoder(kind, described.architecture.model_type)?,
+            Self::Decoder(described) => builder.decoder(kind, described.architecture)?,
         };
         Ok(builder.finish(base, parts))
     }
@@ -196,15 +205,16 @@ impl HeadBuilder<'_> {
     }
 
     /// `score` without a bias over the last token; over every token `score`, or `classifier` in older families.
-    fn decoder(&mut self, kind: HeadKind, model_type: &str) -> Result<Parts> {
+    fn decoder(&mut self, kind: HeadKind, architecture: &Architecture) -> Result<Parts> {
+        let model_type = architecture.model_type;
+        if !architecture.heads.contains(&kind) {
+            return Err(none_of(self.config, model_type, kind.reads()));
+        }
         let linear = |path: &'static str, bias: bool, builder: &mut Self| {
             builder.linear(path, builder.labels, builder.d, bias)
         };
         let (pooling, dropout, linear) = match (kind, model_type) {
             (HeadKind::Sequence, _) => (Some(Pooling::Last), 0.0, linear("score", false, self)?),
-            (HeadKind::Token, "opt" | "gemma3_text") => {
-                return Err(none_of(self.config, model_type, "every token"));
-            }
             (HeadKind::Token, "gpt_neox") => {
                 (None, self.probability("classifier_dropout", 0.1)?, linear("classifier", true, self)?)
             }

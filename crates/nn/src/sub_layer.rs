@@ -52,13 +52,20 @@ pub struct SubLayer {
     path: String,
     kind: SubLayerKind,
     width: usize,
+    /// factor on the output (Granite)
+    scale: Option<f32>,
     adapter: Option<Arc<dyn SubLayerAdapter>>,
 }
 
 impl SubLayer {
     /// The end of the sub-layer at a module path, whose output is of width `d`.
     pub fn new(path: impl Into<String>, kind: SubLayerKind, width: usize) -> Self {
-        Self { path: path.into(), kind, width, adapter: None }
+        Self { path: path.into(), kind, width, scale: None, adapter: None }
+    }
+
+    /// The same, its output multiplied before it meets the residual.
+    pub fn scaled(self, scale: Option<f32>) -> Self {
+        Self { scale, ..self }
     }
 
     /// Module path (`model.layers.3.mlp`).
@@ -86,6 +93,18 @@ impl SubLayer {
         self.adapter = None;
     }
 
+    /// True if the end is a sum alone, which a linear layer takes into its op.
+    fn is_plain(&self) -> bool {
+        self.adapter.is_none() && self.scale.is_none()
+    }
+
+    fn scale<'m>(&self, tape: &mut Tape<'m>, output: Var) -> Result<Var> {
+        match self.scale {
+            Some(factor) => ops::scale(tape, &output, factor),
+            None => Ok(output),
+        }
+    }
+
     /// `residual + last(x)`, `last` being the sub-layer's last linear layer.
     pub fn close<'m>(
         &'m self,
@@ -94,13 +113,11 @@ impl SubLayer {
         x: &Var,
         residual: &Var,
     ) -> Result<Var> {
-        match &self.adapter {
-            None => last.forward_residual(tape, x, residual),
-            Some(adapter) => {
-                let output = last.forward(tape, x)?;
-                adapter.close(tape, Closing { output, residual, norm: None })
-            }
+        if self.is_plain() {
+            return last.forward_residual(tape, x, residual);
         }
+        let output = last.forward(tape, x)?;
+        self.add(tape, output, residual)
     }
 
     /// [`SubLayer::close`] at the end of a [`Tape::block`], whose output nobody reads when the block runs again.
@@ -111,14 +128,15 @@ impl SubLayer {
         x: &Var,
         residual: &Var,
     ) -> Result<Var> {
-        match &self.adapter {
-            None => last.forward_residual_last(tape, x, residual),
-            Some(_) => self.close(tape, last, x, residual),
+        match self.is_plain() {
+            true => last.forward_residual_last(tape, x, residual),
+            false => self.close(tape, last, x, residual),
         }
     }
 
     /// `residual + output`, where a sub-layer does not end in a linear layer.
     pub fn add<'m>(&'m self, tape: &mut Tape<'m>, output: Var, residual: &Var) -> Result<Var> {
+        let output = self.scale(tape, output)?;
         match &self.adapter {
             None => ops::add(tape, residual, &output),
             Some(adapter) => adapter.close(tape, Closing { output, residual, norm: None }),
@@ -134,15 +152,16 @@ impl SubLayer {
         residual: &Var,
         norm: NormAfter<'_, 'm>,
     ) -> Result<Var> {
+        if self.is_plain() {
+            let sum = last.forward_residual(tape, x, residual)?;
+            return norm(tape, &sum);
+        }
+        let output = last.forward(tape, x)?;
+        let output = self.scale(tape, output)?;
+        let closing = Closing { output: output.clone(), residual, norm: Some(norm) };
         match &self.adapter {
-            None => {
-                let sum = last.forward_residual(tape, x, residual)?;
-                norm(tape, &sum)
-            }
-            Some(adapter) => {
-                let output = last.forward(tape, x)?;
-                adapter.close(tape, Closing { output, residual, norm: Some(norm) })
-            }
+            None => closing.close(tape, &output),
+            Some(adapter) => adapter.close(tape, closing),
         }
     }
 }

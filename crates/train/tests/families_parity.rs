@@ -149,5 +149,5 @@ macro_rules! families {
     ($($name:ident)*) => { $(#[test] fn $name() { beside_peft(stringify!($name)); })* };
 }
 
-families!(llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 gpt2 opt gpt_neox mt5 t5_v10 t5_v11 t5_uneven
+families!(llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 gpt2 opt gpt_neox gemma olmo2 granite smollm3 starcoder2 phi stablelm mt5 t5_v10 t5_v11 t5_uneven
     t5_v10_bottleneck t5_v11_bottleneck t5_uneven_bottleneck);

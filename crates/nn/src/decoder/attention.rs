@@ -23,7 +23,8 @@ pub enum Projection {
 pub struct Attention {
     /// queries, keys and values
     pub projection: Projection,
-    /// norms of each query and key head (Qwen 3, Gemma 3)
+    /// norms of queries and keys: of each head where they are as wide as one (Qwen 3, Gemma 3), else of all heads
+    /// together (OLMo 2)
     pub head_norms: Option<[RmsNorm; 2]>,
     /// the output projection
     pub output: Linear,
@@ -47,8 +48,8 @@ impl Attention {
         let [mut q, mut k, mut v] = self.project(tape, x)?;
         let hd = self.shape.head_dim;
         if let Some([q_norm, k_norm]) = &self.head_norms {
-            q = by_head(tape, &q, q_norm, hd)?;
-            k = by_head(tape, &k, k_norm, hd)?;
+            q = by_head(tape, &q, q_norm)?;
+            k = by_head(tape, &k, k_norm)?;
         }
         if let Some(rope) = self.rope {
             let rope = &context.ropes[rope];
@@ -90,10 +91,14 @@ impl Attention {
     }
 }
 
-/// Norms each head of `x` `[n, heads·head_dim]` by itself.
-fn by_head<'m>(tape: &mut Tape<'m>, x: &Var, norm: &'m RmsNorm, head_dim: usize) -> Result<Var> {
+/// Norms pieces of `x` `[n, heads·head_dim]` that are as wide as the norm, each by itself.
+fn by_head<'m>(tape: &mut Tape<'m>, x: &Var, norm: &'m RmsNorm) -> Result<Var> {
     let (n, width) = x.tensor().dims2()?;
-    let heads = ops::reshape(tape, x, (n * width / head_dim.max(1), head_dim))?;
+    let piece = norm.weight().elem_count();
+    if piece == width {
+        return norm.forward(tape, x);
+    }
+    let heads = ops::reshape(tape, x, (n * width / piece.max(1), piece))?;
     let normed = norm.forward(tape, &heads)?;
     ops::reshape(tape, &normed, (n, width))
 }

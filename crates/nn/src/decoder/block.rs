@@ -1,7 +1,7 @@
 //! One block of a decoder: attention and feed-forward, and where their norms and residuals stand.
 
 use super::{Attention, CacheSlot, Context, Mlp};
-use crate::{KvPrefix, ModuleMut, Norm, Result, SiteMut, SubLayer, SubLayerKind};
+use crate::{KvPrefix, Linear, ModuleMut, Norm, Result, SiteMut, SubLayer, SubLayerKind};
 use engobe_autograd::{Tape, Var};
 
 /// Where a block's norms stand; A is attention, F the feed-forward.
@@ -14,8 +14,12 @@ pub enum Norms {
     Post([Norm; 2]),
     /// y = x + n₂(A(n₁(x))), y + n₄(F(n₃(y))) (Gemma 2)
     Sandwich([Norm; 4]),
-    /// x + A(n₁(x)) + F(n₂(x)) (GPT-J, GPT-NeoX)
+    /// y = x + n₁(A(x)), y + n₂(F(y)) (OLMo 2)
+    After([Norm; 2]),
+    /// x + A(n₁(x)) + F(n₂(x)) (GPT-NeoX)
     Parallel([Norm; 2]),
+    /// x + A(n(x)) + F(n(x)) (GPT-J, Phi)
+    Shared(Norm),
     /// y = x + A(x), y + F(n(y)): the first block after an embedding that is normed itself (ModernBERT)
     PreMlp(Norm),
 }
@@ -53,6 +57,11 @@ impl Block {
         }
     }
 
+    /// The same, what each sub-layer computes multiplied before it meets the residual.
+    pub fn scaled(self, scale: Option<f32>) -> Self {
+        Self { ends: self.ends.map(|end| end.scaled(scale)), ..self }
+    }
+
     /// Hidden states `x` `[n, d]` one block further.
     pub fn forward<'m>(
         &'m self,
@@ -81,27 +90,22 @@ impl Block {
                 let normed = before_attention.forward(tape, x)?;
                 let attended = attention.attend(tape, &normed, context, prefix, cache)?;
                 drop(normed);
-                let out = attention.output.forward(tape, &attended)?;
-                let normed = after_attention.forward(tape, &out)?;
-                let x = attention_end.add(tape, normed, x)?;
+                let x = normed_into(attention_end, tape, &attention.output, after_attention, &attended, x)?;
                 let normed = before_mlp.forward(tape, &x)?;
                 let inner = mlp.inner(tape, &normed)?;
                 drop(normed);
-                let out = mlp.down.forward(tape, &inner)?;
-                let normed = after_mlp.forward(tape, &out)?;
-                mlp_end.add(tape, normed, &x)
+                normed_into(mlp_end, tape, &mlp.down, after_mlp, &inner, &x)
+            }
+            Norms::After([after_attention, after_mlp]) => {
+                let attended = attention.attend(tape, x, context, prefix, cache)?;
+                let x = normed_into(attention_end, tape, &attention.output, after_attention, &attended, x)?;
+                let inner = mlp.inner(tape, &x)?;
+                normed_into(mlp_end, tape, &mlp.down, after_mlp, &inner, &x)
             }
             Norms::Parallel([before_attention, before_mlp]) => {
-                let normed = before_attention.forward(tape, x)?;
-                let attended = attention.attend(tape, &normed, context, prefix, cache)?;
-                drop(normed);
-                let sum = attention_end.close(tape, &attention.output, &attended, x)?;
-                drop(attended);
-                let normed = before_mlp.forward(tape, x)?;
-                let inner = mlp.inner(tape, &normed)?;
-                drop(normed);
-                mlp_end.close_block(tape, &mlp.down, &inner, &sum)
+                self.parallel(tape, x, before_attention, Some(before_mlp), context, cache)
             }
+            Norms::Shared(before) => self.parallel(tape, x, before, None, context, cache),
         }
     }
 
@@ -126,14 +130,38 @@ impl Block {
         mlp_end.close_block(tape, &self.mlp.down, &inner, &x)
     }
 
+    /// x + A(n₁(x)) + F(n₂(x)), n₂ being n₁ where the feed-forward has no norm of its own.
+    fn parallel<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        x: &Var,
+        before_attention: &'m Norm,
+        before_mlp: Option<&'m Norm>,
+        context: &Context,
+        cache: Option<CacheSlot<'_>>,
+    ) -> Result<Var> {
+        let [attention_end, mlp_end] = &self.ends;
+        let normed = before_attention.forward(tape, x)?;
+        let attended = self.attention.attend(tape, &normed, context, &self.prefix, cache)?;
+        let sum = attention_end.close(tape, &self.attention.output, &attended, x)?;
+        drop(attended);
+        let normed = match before_mlp {
+            Some(norm) => norm.forward(tape, x)?,
+            None => normed,
+        };
+        let inner = self.mlp.inner(tape, &normed)?;
+        drop(normed);
+        mlp_end.close_block(tape, &self.mlp.down, &inner, &sum)
+    }
+
     /// Calls `f` on every module.
     pub fn visit(&mut self, f: &mut dyn FnMut(ModuleMut<'_>)) {
         self.attention.visit(f);
         self.mlp.visit(f);
         let norms: &mut [Norm] = match &mut self.norms {
-            Norms::Pre(norms) | Norms::Post(norms) | Norms::Parallel(norms) => norms,
+            Norms::Pre(norms) | Norms::Post(norms) | Norms::After(norms) | Norms::Parallel(norms) => norms,
             Norms::Sandwich(norms) => norms,
-            Norms::PreMlp(norm) => std::slice::from_mut(norm),
+            Norms::PreMlp(norm) | Norms::Shared(norm) => std::slice::from_mut(norm),
         };
         norms.iter_mut().for_each(|norm| f(norm.module()));
     }
@@ -143,4 +171,18 @@ impl Block {
         f(SiteMut::KvPrefix(&mut self.prefix));
         self.ends.iter_mut().for_each(|end| f(SiteMut::SubLayer(end)));
     }
+}
+
+/// `residual + norm(last(inner))`: the end of a sub-layer whose output is normed.
+fn normed_into<'m>(
+    end: &'m SubLayer,
+    tape: &mut Tape<'m>,
+    last: &'m Linear,
+    norm: &'m Norm,
+    inner: &Var,
+    residual: &Var,
+) -> Result<Var> {
+    let out = last.forward(tape, inner)?;
+    let normed = norm.forward(tape, &out)?;
+    end.add(tape, normed, residual)
 }

@@ -75,8 +75,10 @@ pub struct Decoder {
     pub embed_tokens: Embedding,
     /// where adapters put rows before each sequence
     pub entry: Entry,
-    /// factor on the embedded tokens
+    /// factor on the embedded tokens (Gemma)
     pub embed_scale: Option<f32>,
+    /// factor on what enters the blocks, rows that adapters put before it included (Granite)
+    pub entry_scale: Option<f32>,
     /// from the embedding's width to the blocks', where they differ (OPT-350m)
     pub project_in: Option<Linear>,
     /// positions, where they are embedded
@@ -89,6 +91,8 @@ pub struct Decoder {
     pub norm: Option<Norm>,
     /// from the blocks' width to the head's
     pub project_out: Option<Linear>,
+    /// factor on what the output head reads, and so on logits, if it has no bias; heads of tasks go without (Granite)
+    pub head_scale: Option<f32>,
     /// the output head
     pub lm_head: Linear,
     /// logits are squashed into ±this
@@ -105,6 +109,9 @@ impl Decoder {
             x = ops::scale(tape, &x, factor)?;
         }
         let (mut x, batch) = self.entry.enter(tape, x, batch)?;
+        if let Some(factor) = self.entry_scale {
+            x = ops::scale(tape, &x, factor)?;
+        }
         if let Some(project) = &self.project_in {
             x = project.forward(tape, &x)?;
         }
@@ -113,6 +120,15 @@ impl Decoder {
             x = ops::add(tape, &x, &embedded)?;
         }
         Ok((x, batch))
+    }
+
+    /// What the output head reads: `[n, d]`.
+    fn head_input<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var) -> Result<Var> {
+        let normed = self.normed(tape, hidden)?;
+        match self.head_scale {
+            Some(factor) => ops::scale(tape, &normed, factor),
+            None => Ok(normed),
+        }
     }
 }
 
@@ -193,14 +209,14 @@ impl CausalLm for Decoder {
     }
 
     fn head_loss<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var, targets: Arc<[u32]>) -> Result<HeadLoss> {
-        let normed = self.normed(tape, hidden)?;
+        let normed = self.head_input(tape, hidden)?;
         let (normed, head) = self.lm_head.head(tape, &normed)?;
         let head = Head { soft_cap: self.soft_cap, ..head };
         ops::head_loss(tape, &normed, head, targets)
     }
 
     fn logits<'m>(&'m self, tape: &mut Tape<'m>, hidden: &Var) -> Result<Tensor> {
-        let normed = self.normed(tape, hidden)?;
+        let normed = self.head_input(tape, hidden)?;
         let logits = self.lm_head.forward(tape, &normed)?.into_tensor();
         match self.soft_cap.map(f64::from) {
             Some(cap) => Ok(((logits / cap)?.tanh()? * cap)?),
