@@ -10,7 +10,7 @@ import sys
 
 import torch
 from matrix import fill, methods
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft_tasks import DISTILBERT, SINGLE, base_model, task_rows, train
 from shared import HERE, write_rounded
 
@@ -26,8 +26,29 @@ FAMILIES = {
 }
 # what all-linear stands for; PEFT takes pre_classifier for it as well, which it then cannot train in full
 ALL_OF_DISTILBERT = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
-# PEFT needs a model that takes past_key_values
-NO_PREFIX = ["distilbert", "deberta_v2", "modernbert"]
+# the embedding of tokens, and a module that is trained in full beside the head
+MORE = {
+    "bert": ("word_embeddings", "pooler.dense"),
+    "roberta": ("word_embeddings", "layer.1.output.dense"),
+    "distilbert": ("word_embeddings", "layer.0.ffn.lin1"),
+    "deberta_v2": ("word_embeddings", "rel_embeddings"),
+    "modernbert": ("tok_embeddings", "layers.1.attn_norm"),
+}
+# prefixes: PEFT needs a model that takes past_key_values; the other: engobe does not train a convolution's bias
+LEFT_OUT = {"distilbert": ["prefix-tuning"], "deberta_v2": ["prefix-tuning", "lora-bias-all"], "modernbert": ["prefix-tuning"]}
+
+
+def loras(attention, embedding, saved):
+    """LoRA's more rarely used settings."""
+    small = dict(r=2, lora_alpha=4)
+    return {
+        "lora-bias-all": (LoraConfig, dict(**small, target_modules=attention, bias="all")),
+        "lora-bias-only": (LoraConfig, dict(**small, target_modules=attention, bias="lora_only")),
+        "lora-embedding": (LoraConfig, dict(**small, target_modules=[*attention, embedding], use_rslora=True)),
+        "lora-saved": (LoraConfig, dict(**small, target_modules=attention, modules_to_save=["classifier", saved])),
+        "lora-tokens": (LoraConfig, dict(**small, target_modules=attention, trainable_token_indices=[3, 17, 5])),
+        "lora-one-layer": (LoraConfig, dict(**small, target_modules=attention, layers_to_transform=[1], lora_bias=True)),
+    }
 
 
 def main():
@@ -36,9 +57,9 @@ def main():
         if sys.argv[1:] and family not in sys.argv[1:]:
             continue
         data, found = None, {}
-        for name, (kind, settings) in methods(attention, feed_forward, norms, None).items():
+        for name, (kind, settings) in (methods(attention, feed_forward, norms, None) | loras(attention, *MORE[family])).items():
             # trainable tokens have no modules_to_save: the head would be lost
-            if name == "trainable-tokens" or name == "prefix-tuning" and family in NO_PREFIX:
+            if name == "trainable-tokens" or name in LEFT_OUT.get(family, ()):
                 continue
             print(family, name, flush=True)
             torch.manual_seed(seed)

@@ -15,6 +15,7 @@ import sacrebleu
 from rouge_score import rouge_scorer
 from scipy import stats
 from seqeval import metrics as seqeval
+from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 from sklearn import metrics as sk
 
 OUT = Path(__file__).resolve().parent.parent / "crates/metrics/tests/golden/metrics.json"
@@ -60,6 +61,10 @@ def numbers():
         value = (lambda: float(rng.randint(0, 5))) if i % 2 else (lambda: rng.gauss(3, 2))
         a = [value() for _ in range(n)]
         cases.append((a, [0.5 * x + value() if i % 3 else value() for x in a]))
+    # far from zero, of all sizes, ties across signs of zero, all but equal
+    cases += [([1e6 + x for x in a], [1e6 - 0.1 * x for x in a]) for a, _ in cases[4:6]]
+    cases += [([10.0**e for e in range(-8, 9)], [float(e % 5) for e in range(17)]), ([0.0, -0.0, 1.0, -1.0], [1.0, 1.0, 2.0, 0.0]),
+              ([2.0, 1.0, 0.0], [5.0, 5.0 + 1e-9, 5.0 + 2e-9]), ([3.0, 1.0, 2.0, 2.0, 1.0, 3.0], [1.0, 1.0, 1.0, 2.0, 2.0, 2.0])]
     return [{"labels": a, "predicted": b, "pearson": number(stats.pearsonr(a, b)[0]), "spearman": number(stats.spearmanr(a, b)[0]),
              "mse": float(sk.mean_squared_error(a, b))} for a, b in cases]
 
@@ -85,6 +90,9 @@ def tags():
                 entry[average] = [0.0, 0.0, 0.0]
             # the mean of no types
             entry[average] = [0.0 if math.isnan(x) else x for x in entry[average]]
+        types = sorted({span[0] for row in a + b for span in get_entities(row)})
+        each = zip(*precision_recall_fscore_support(a, b, average=None, zero_division=0)) if types else []
+        entry["per_type"] = [[t, *map(float, scores)] for t, scores in zip(types, each, strict=True)]
         cases.append(entry)
     return cases
 
@@ -94,7 +102,12 @@ WORDS = "the cat sat on mat , . 3.14 1,000 don't well-known 10-20 &quot;hi&quot;
 
 def texts():
     pairs = [([""], [""]), (["a"], [""]), ([""], ["a"]), (["the cat sat on the mat"], ["the cat sat on the mat"]),
-             (["a b c"], ["a b c"]), (["x y z w"], ["a b c d"]), (["The Cat"], ["the cat"])]
+             (["a b c"], ["a b c"]), (["x y z w"], ["a b c d"]), (["The Cat"], ["the cat"]),
+             # a text much shorter, much longer, the same word over and over, a row of nothing among others
+             ([" ".join("a b c d e f g h i j".split() * 4)], ["a b c d e f"]), (["a b c d e f"], [" ".join("a b c d e f g h i j".split() * 4)]),
+             (["the cat the dog the end"], ["the the the the the the"]), (["one two three four five", "six seven eight nine ten"], ["one two three four five", ""]),
+             (["x" * 40 + " y z"], ["x" * 40 + " y z w"]), (["It's 5 o'clock: \u201cnow\u201d\u2014he said\u2026 (100%)!"], ["It's 5 o'clock: \"now\"-- he said... (100 %)!"]),
+             (["\u6771\u4eac\u306f\u65e5\u672c\u306e\u9996\u90fd"], ["\u6771\u4eac\u306f\u9996\u90fd"]), (["a.b 1.5 1,5 a,b 1. .5 -3"], ["a.b 1.5 1 , 5 a , b 1 . .5 - 3"])]
     for _ in range(40):
         rows = rng.randint(1, 6)
         refs = [" ".join(rng.choice(WORDS) for _ in range(rng.randint(0, 15))) for _ in range(rows)]

@@ -42,7 +42,8 @@ SMOLLM2 = Shape(30, 576, 49152, 9, 64, ((576, 576), (576, 192), (576, 192), (576
 T5_SMALL = Shape(6, 512, 32128, 8, 64, (*[(512, 512)] * 4, (512, 2048), (2048, 512)), 3, (*[(512, 512)] * 8, (512, 2048), (2048, 512)))
 GPT2 = Shape(12, 768, 50257, 12, 64, ((768, 2304), (768, 768), (768, 3072), (3072, 768)), 1)
 
-# all-MiniLM-L6-v2's; its head reads one token a row
+# their head reads one token a row; what DeBERTa's scores do with positions is not counted
+DEBERTA_SMALL = Shape(6, 768, 2, 12, 64, ((768, 768), (768, 768), (768, 768), (768, 768), (768, 3072), (3072, 768)), 3, causal=False)
 MINILM = Shape(6, 384, 2, 12, 32, ((384, 384), (384, 384), (384, 384), (384, 384), (384, 1536), (1536, 384)), 3, causal=False)
 
 

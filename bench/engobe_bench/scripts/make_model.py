@@ -1,8 +1,8 @@
 """Random weights of a known model's shape, as transformers saves them.
 
-    python make_model.py OUT {float32,bfloat16,float16} {smollm2,gpt2,minilm,t5}
+    python make_model.py OUT {float32,bfloat16,float16} {smollm2,gpt2,minilm,deberta,t5}
 
-The encoder has a tokenizer too: each of the words w0, w1, ... is a token.
+Encoders have a tokenizer too: each of the words w0, w1, ... is a token.
 """
 
 import sys
@@ -10,7 +10,7 @@ import sys
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
-from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
+from transformers import BertConfig, DebertaV2Config, GPT2Config, LlamaConfig, T5Config
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -45,7 +45,26 @@ SHAPES = {
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     ),
+    # microsoft/deberta-v3-small's config.json, with fewer words (those of the texts) and a head; dropout is off on both sides
+    "deberta": DebertaV2Config(
+        vocab_size=30522,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        type_vocab_size=0,
+        relative_attention=True,
+        position_buckets=256,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        max_relative_positions=-1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ),
 }
+ENCODERS = ["minilm", "deberta"]
 
 
 def tokenizer(vocab_size):
@@ -60,7 +79,7 @@ def tokenizer(vocab_size):
 def main(out, dtype, shape):
     torch.manual_seed(0)
     config = SHAPES[shape]
-    encoder = shape == "minilm"
+    encoder = shape in ENCODERS
     texts = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = (AutoModelForSequenceClassification if encoder else texts).from_config(config)
     model.to(getattr(torch, dtype)).save_pretrained(out)

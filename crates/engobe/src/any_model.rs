@@ -73,15 +73,24 @@ impl AnyModel {
             Self::Task(bench) => match &bench.kind {
                 Kind::Labels(_, labels) => describe_labels(path, labels, config)?,
                 Kind::Texts(_) if bench.tied_head() == tied_head => {}
-                // T5 v1.0 scales what such a head reads, by the same key
-                Kind::Texts(_) => anyhow::bail!(
-                    "{}: its head is the embedding's matrix and the adapter changes one of both: config.json cannot say that of an encoder-decoder; keep the adapter as it is",
+                // what such a head reads is scaled in T5 v1.0, by the same key in files of transformers 4
+                Kind::Texts(_) if scales(config) => anyhow::bail!(
+                    "{}: its head is the embedding's matrix and the adapter changes one of both: config.json cannot say that of an encoder-decoder that scales what the head reads; keep the adapter as it is",
                     path.display()
                 ),
+                Kind::Texts(_) => config["tie_word_embeddings"] = json!(tied_head),
             },
         }
         Ok(())
     }
+}
+
+/// True if an encoder-decoder's head reads scaled states.
+fn scales(config: &Value) -> bool {
+    let flag = |key: &str| config.get(key).and_then(Value::as_bool);
+    // mT5's never does
+    config["model_type"] != "mt5"
+        && flag("scale_decoder_outputs").or(flag("tie_word_embeddings")).unwrap_or(true)
 }
 
 /// The keys by which transformers finds a head and the names of its classes.

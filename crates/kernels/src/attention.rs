@@ -26,13 +26,13 @@ pub use bias::RelativeBias;
 pub use shape::{AttentionShape, Segment};
 
 use crate::exp;
+use crate::heads::{Shared, multiply, panels, resize, view};
 use crate::mat::MatRef;
-use crate::matmul::micro::{self, Isa, NR, Tile};
+use crate::matmul::micro::{Isa, NR};
 use crate::matmul::pack::{self, Right};
 use crate::norm::dot;
 use rayon::prelude::*;
 use std::cell::Cell;
-use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Queries that go through together: a multiple of a tile's height. Half a block of scores a row is wasted above
@@ -49,26 +49,6 @@ thread_local! {
     static SCRATCH: Cell<[Vec<f32>; 4]> = const { Cell::new([const { Vec::new() }; 4]) };
 }
 
-/// A buffer that tasks write in parts that do not overlap.
-#[derive(Clone, Copy)]
-struct Shared<'a>(*mut f32, usize, PhantomData<&'a mut [f32]>);
-
-// SAFETY: users write rows of their own segment and head only.
-unsafe impl Sync for Shared<'_> {}
-// SAFETY: as above.
-unsafe impl Send for Shared<'_> {}
-
-impl<'a> Shared<'a> {
-    fn new(data: &'a mut [f32]) -> Self {
-        Self(data.as_mut_ptr(), data.len(), PhantomData)
-    }
-
-    fn at(&self, index: usize) -> *mut f32 {
-        assert!(index <= self.1);
-        self.0.wrapping_add(index)
-    }
-}
-
 /// Keys and values of one head of one segment, packed.
 struct Packed {
     /// s·Kᵀ: panels of keys, `[head_dim, NR]` each
@@ -79,16 +59,6 @@ struct Packed {
     keys: Vec<f32>,
     /// Vᵀ: like `keys_t`; backward only
     values_t: Vec<f32>,
-}
-
-/// Packs all columns of `b`.
-fn panels(isa: Isa, b: MatRef, scale: f32) -> Vec<f32> {
-    let (inner, columns) = (b.rows, b.cols);
-    let mut out = vec![0f32; inner * columns.next_multiple_of(NR)];
-    if !out.is_empty() {
-        pack::pack(isa, &Right::Dense(b), scale, 0..inner, 0..columns, &mut out, &mut []);
-    }
-    out
 }
 
 /// The call's inputs.
@@ -232,43 +202,6 @@ impl<'a> Call<'a> {
         ((self.segments[task.segment].q.start + row) * heads + task.head) * head_dim
     }
 
-    /// `c[rows, width] = a·b` for packed panels of `b`, over as many rows of b as a has columns, from row `skip` on.
-    ///
-    /// # Safety
-    /// c has `a.rows` rows of `width` elements, `c_row` apart, that nobody else uses.
-    unsafe fn multiply(
-        &self,
-        a: MatRef,
-        panels: &[f32],
-        panel_rows: usize,
-        skip: usize,
-        width: usize,
-        c: *mut f32,
-        c_row: usize,
-        accumulate: bool,
-    ) {
-        a.check();
-        let (panel_len, k) = (panel_rows * NR, a.cols);
-        assert!(skip + k <= panel_rows && panels.len() >= width.div_ceil(NR) * panel_len);
-        for (panel, left) in panels.chunks_exact(panel_len.max(1)).zip((0..width).step_by(NR)) {
-            let tile = Tile {
-                a: a.data.as_ptr(),
-                a_row: a.row_stride,
-                a_col: a.col_stride,
-                b: panel[skip * NR..].as_ptr(),
-                b_row: NR,
-                k,
-                c: c.wrapping_add(left),
-                c_row,
-                rows: a.rows,
-                width: (width - left).min(NR),
-                accumulate,
-            };
-            // SAFETY: a was checked, the panel has k rows, the caller vouches for c.
-            unsafe { micro::run(self.isa, &tile) };
-        }
-    }
-
     /// Output and log-sum-exp of a task.
     fn forward(&self, task: &Task, packed: &Packed, out: Shared, lse: Option<Shared>) {
         let (heads, hd) = (self.shape.heads, self.shape.head_dim);
@@ -279,7 +212,7 @@ impl<'a> Call<'a> {
             resize(&mut scores, n * seen);
             let (q, keys_t) = (self.queries(self.q, task, &block), &packed.keys_t[keys.start * hd..]);
             // SAFETY: the scratch has n rows of `seen` elements.
-            unsafe { self.multiply(q, keys_t, hd, 0, seen, scores.as_mut_ptr(), seen, false) };
+            unsafe { multiply(self.isa, q, keys_t, hd, 0, seen, scores.as_mut_ptr(), seen, false) };
             let mut sums = [0f32; BLOCK];
             for (row, scores) in scores[..n * seen].chunks_exact_mut(seen).enumerate() {
                 let scores = self.shown(task, block.start + row, &keys, scores);
@@ -298,7 +231,7 @@ impl<'a> Call<'a> {
             let p = MatRef::new(&scores, n, seen);
             let first = out.at(self.index(task, block.start));
             // SAFETY: the block's rows of `out` are this task's alone.
-            unsafe { self.multiply(p, &packed.values, nkv, keys.start, hd, first, heads * hd, false) };
+            unsafe { multiply(self.isa, p, &packed.values, nkv, keys.start, hd, first, heads * hd, false) };
             for (row, sum) in sums[..n].iter().enumerate() {
                 // SAFETY: as above; each row has `hd` elements.
                 let out = unsafe { std::slice::from_raw_parts_mut(first.wrapping_add(row * heads * hd), hd) };
@@ -347,8 +280,8 @@ impl<'a> Call<'a> {
             // SAFETY: the scratch has n rows of `seen` elements.
             unsafe {
                 let from = keys.start * hd;
-                self.multiply(q, &packed.keys_t[from..], hd, 0, seen, p.as_mut_ptr(), seen, false);
-                self.multiply(dout, &packed.values_t[from..], hd, 0, seen, ds.as_mut_ptr(), seen, false);
+                multiply(self.isa, q, &packed.keys_t[from..], hd, 0, seen, p.as_mut_ptr(), seen, false);
+                multiply(self.isa, dout, &packed.values_t[from..], hd, 0, seen, ds.as_mut_ptr(), seen, false);
             }
             let rows = p[..n * seen].chunks_exact_mut(seen).zip(ds[..n * seen].chunks_exact_mut(seen));
             for (row, (p, ds)) in rows.enumerate() {
@@ -379,30 +312,14 @@ impl<'a> Call<'a> {
             // SAFETY: the block's rows of dq are this task's alone; dk and dv have `seen` rows from there on.
             unsafe {
                 let dq = dq.at(self.index(task, block.start));
-                self.multiply(ds, &packed.keys, nkv, keys.start, hd, dq, heads * hd, false);
-                self.multiply(ds.t(), &q_panels, n, 0, hd, dk[at..].as_mut_ptr(), hd, true);
-                self.multiply(p.t(), &dout_panels, n, 0, hd, dv[at..].as_mut_ptr(), hd, true);
+                multiply(self.isa, ds, &packed.keys, nkv, keys.start, hd, dq, heads * hd, false);
+                multiply(self.isa, ds.t(), &q_panels, n, 0, hd, dk[at..].as_mut_ptr(), hd, true);
+                multiply(self.isa, p.t(), &dout_panels, n, 0, hd, dv[at..].as_mut_ptr(), hd, true);
             }
         }
         SCRATCH.set([p, ds, q_panels, dout_panels]);
         Share { first, dk, dv, dbias }
     }
-}
-
-fn resize(buffer: &mut Vec<f32>, len: usize) {
-    if buffer.len() < len {
-        buffer.resize(len, 0.0);
-    }
-}
-
-/// Rows `rows` of head `head` in a buffer `[_, heads·hd]`.
-fn view(data: &[f32], rows: Range<usize>, head: usize, heads: usize, hd: usize) -> MatRef<'_> {
-    let (width, n) = (heads * hd, rows.len());
-    if n == 0 {
-        return MatRef::strided(&[], 0, hd, width);
-    }
-    let from = rows.start * width + head * hd;
-    MatRef::strided(&data[from..from + (n - 1) * width + hd], n, hd, width)
 }
 
 /// Attention of `q` `[nq, heads·hd]` over `k`, `v` `[nkv, kv_heads·hd]` into `out` (like q); `lse`
@@ -498,7 +415,7 @@ fn add_rows(
     let (start, end) = (range.start.max(first), range.end.min(first + part.len() / hd));
     for row in start..end {
         let at = (row * kv_heads + kv_head) * hd;
-        assert!(at + hd <= whole.1);
+        assert!(at + hd <= whole.len());
         // SAFETY: inside the buffer; nobody else touches these rows of this head.
         let to = unsafe { std::slice::from_raw_parts_mut(whole.at(at), hd) };
         to.iter_mut().zip(&part[(row - first) * hd..]).for_each(|(d, v)| *d += v);

@@ -50,6 +50,7 @@ struct Tags {
     micro: [f64; 3],
     #[serde(rename = "macro")]
     macro_: [f64; 3],
+    per_type: Vec<(String, f64, f64, f64, f64)>,
 }
 
 #[derive(Deserialize)]
@@ -136,6 +137,12 @@ fn spans_score_as_in_seqeval() {
         near(found.accuracy, case.accuracy, &format!("case {i}"));
         same(found.micro, case.micro, &format!("case {i} micro"));
         same(found.macro_, case.macro_, &format!("case {i} macro"));
+        assert_eq!(found.per_type.len(), case.per_type.len(), "case {i}");
+        for ((name, score), (expected, p, r, f, support)) in found.per_type.iter().zip(&case.per_type) {
+            assert_eq!(name, expected, "case {i}");
+            same(*score, [*p, *r, *f], &format!("case {i}, type {name}"));
+            near(score.support as f64, *support, &format!("case {i}, spans of type {name}"));
+        }
     }
 }
 

@@ -133,19 +133,28 @@ fn build(config: &HfConfig, weights: &Weights<'_>, naming: Naming) -> Result<Box
     }))
 }
 
+/// Half of the rows of relative positions.
+pub(crate) fn span(config: &HfConfig) -> Result<usize> {
+    Ok(places(config, config.opt_usize("max_position_embeddings")?.unwrap_or(512))?.span())
+}
+
+fn places(config: &HfConfig, positions: usize) -> Result<RelativePositions> {
+    // -1 where there is none
+    let number = |key: &str| Ok::<_, crate::Error>(config.opt_f64(key)?.unwrap_or(-1.0));
+    let most = number("max_relative_positions")?;
+    let most = if most < 1.0 { positions } else { most as usize };
+    let buckets = number("position_buckets")?;
+    let places = RelativePositions { buckets: (buckets > 0.0).then_some(buckets as usize), most };
+    if !places.are_defined() {
+        let expected = "2 or more, and no two less than twice max_relative_positions: distances beyond half of them have no bucket";
+        return Err(bad(config, "position_buckets", places.span(), expected));
+    }
+    Ok(places)
+}
+
 impl Relative {
     fn load(config: &HfConfig, encoder: &Scope<'_>, d: usize, rows: usize, eps: f32) -> Result<Self> {
-        // -1 where there is none
-        let number = |key: &str| Ok::<_, crate::Error>(config.opt_f64(key)?.unwrap_or(-1.0));
-        let most = number("max_relative_positions")?;
-        let most = if most < 1.0 { rows } else { most as usize };
-        let buckets = number("position_buckets")?;
-        let buckets = (buckets > 0.0).then_some(buckets as usize);
-        let places = RelativePositions { buckets, most };
-        if !places.are_defined() {
-            let expected = "2 or more, and no two less than twice max_relative_positions: distances beyond half of them have no bucket";
-            return Err(bad(config, "position_buckets", places.span(), expected));
-        }
+        let places = places(config, rows)?;
         let norms = config.opt_str("norm_rel_ebd")?.unwrap_or("none").to_lowercase();
         let normed = norms.split('|').any(|n| n.trim() == "layer_norm");
         Ok(Self {

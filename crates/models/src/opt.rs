@@ -52,7 +52,7 @@ impl Opt {
             tied_head: config.bool_or("tie_word_embeddings", true)?,
             extra_kept: 0,
             plain_mlp: true,
-            score_planes: 0,
+            relative_rows: 0,
             cross_layers: 0,
         };
         sizes.check().map_err(|m| m.at(config.path()))?;

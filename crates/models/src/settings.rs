@@ -35,8 +35,8 @@ pub struct DecoderSizes {
     pub extra_kept: usize,
     /// the MLP has no gate: one activation is kept of it instead of two
     pub plain_mlp: bool,
-    /// matrices of scores `[heads, n, n]` that attention over a row of n tokens holds at once in its backward
-    pub score_planes: usize,
+    /// rows of the tables of relative positions that attention's scores meet in every block, at most; 0: none
+    pub relative_rows: usize,
     /// blocks, the last ones, that attend to the states of another stack as well: a decoder's behind an encoder
     pub cross_layers: usize,
 }
@@ -79,7 +79,7 @@ impl DecoderSizes {
             tied_head: config.bool_or("tie_word_embeddings", tied_by_default)?,
             extra_kept: 0,
             plain_mlp: false,
-            score_planes: 0,
+            relative_rows: 0,
             cross_layers: 0,
         };
         this.check().map_err(|m| m.at(config.path()))?;
@@ -105,7 +105,7 @@ impl DecoderSizes {
             tied_head: !gguf.contains("output.weight"),
             extra_kept: 0,
             plain_mlp: false,
-            score_planes: 0,
+            relative_rows: 0,
             cross_layers: 0,
         };
         this.check().map_err(|m| m.at(gguf.path()))?;

@@ -74,8 +74,10 @@ fn sizes(config: &HfConfig, labels: usize) -> Result<DecoderSizes> {
         tied_head: false,
         extra_kept: 0,
         plain_mlp: config.model_type()? != "modernbert",
-        // scores, their three terms, probabilities and the gradients of these, gathered and spread
-        score_planes: if config.bool_or("relative_attention", false)? { 12 } else { 0 },
+        relative_rows: match config.bool_or("relative_attention", false)? {
+            true => 2 * crate::deberta_v2::span(config)?,
+            false => 0,
+        },
         cross_layers: 0,
     })
 }

@@ -6,16 +6,18 @@
 //! S_ij = s·(q_i·k_j + q_i·K_r[δ(i,j)] + Q_r[δ(i,j)]·k_j)
 //! ```
 //!
-//! With candle's operations on every device, segment by segment: what is there at a time is `[heads, n, n]` of one segment,
-//! and nothing of it is saved. The backward makes the scores again; gradients of the gathered terms are scattered back to
-//! the rows they came from.
+//! Nothing but its inputs is saved: the backward makes the scores again. On the CPU a kernel does both
+//! ([`engobe_kernels::disentangled`]); with candle's operations, on every device, they go segment by segment: what is there
+//! at a time is `[heads, n, n]` of one segment, and gradients of the gathered terms are scattered back to the rows they
+//! came from.
 
 use super::attention::{check, heads_of, merge_heads};
 use crate::ops::dims2;
 use crate::var::Kept;
-use crate::{Error, Result, Tape, Var};
+use crate::{Error, Result, Tape, Var, host, tensor_of, uninit};
 use candle_core::{D, DType, Device, Tensor};
 use engobe_kernels::attention::{AttentionShape, Segment};
+use engobe_kernels::disentangled::{self as kernel, Positions};
 use std::sync::Arc;
 
 /// The terms of positions.
@@ -51,12 +53,26 @@ pub fn disentangled_attention<'m>(
     let slots = [q.slot(), k.slot(), v.slot()];
     let table_slots = tables.map(|t| t.map(Var::slot).unwrap_or_default());
     let pairs = Pairs { rows: terms.rows.clone(), zero: terms.zero };
-    let mut kept: Vec<Kept> = [q, k, v].into_iter().map(|v| tape.keep(v)).collect::<Result<_>>()?;
+    let kept = [tape.keep(q)?, tape.keep(k)?, tape.keep(v)?];
     let mut kept_tables = [None, None];
     for (kept, table) in kept_tables.iter_mut().zip(tables) {
         *kept = table.map(|table| tape.keep(table)).transpose()?;
     }
     let now = tables.map(|t| t.map(Var::tensor));
+    let all = [slots[0], slots[1], slots[2], table_slots[0], table_slots[1]];
+    if tape.fast(q.tensor()) {
+        let y = fast(&[q, k, v].map(Var::tensor), now, &shape, &segments, &pairs)?;
+        return Ok(tape.record1(&all, y, move |dy, sink| {
+            let (inputs, tables) = taken(kept, kept_tables)?;
+            let grads = fast_backward(&inputs, &tables, &dy, &shape, &segments, &pairs)?;
+            for (slot, grad) in all.into_iter().zip(grads) {
+                if let Some(grad) = grad {
+                    sink.add(slot, grad)?;
+                }
+            }
+            Ok(())
+        }));
+    }
     let mut parts = Vec::with_capacity(segments.len());
     for s in segments.iter() {
         let seen = Seen::new(q.tensor(), k.tensor(), now, s, &shape, &pairs)?;
@@ -64,13 +80,8 @@ pub fn disentangled_attention<'m>(
         parts.push(merge_heads(&y, shape.heads, 1)?);
     }
     let y = Tensor::cat(&parts, 0)?;
-    let all = [slots[0], slots[1], slots[2], table_slots[0], table_slots[1]];
     Ok(tape.record1(&all, y, move |dy, sink| {
-        let inputs: Vec<Tensor> = kept.drain(..).map(Kept::take).collect::<Result<_>>()?;
-        let mut tables = [None, None];
-        for (table, kept) in tables.iter_mut().zip(kept_tables) {
-            *table = kept.map(Kept::take).transpose()?;
-        }
+        let (inputs, tables) = taken(kept, kept_tables)?;
         let tables = [tables[0].as_ref(), tables[1].as_ref()];
         let mut rows: [Vec<Tensor>; 3] = Default::default();
         let mut sums: [Option<Tensor>; 2] = [None, None];
@@ -100,6 +111,69 @@ pub fn disentangled_attention<'m>(
         }
         Ok(())
     }))
+}
+
+/// q, k and v, and the tables that are there.
+fn taken(kept: [Kept; 3], tables: [Option<Kept>; 2]) -> Result<([Tensor; 3], [Option<Tensor>; 2])> {
+    let [q, k, v] = kept;
+    let [keys, queries] = tables.map(|table| table.map(Kept::take).transpose());
+    Ok(([q.take()?, k.take()?, v.take()?], [keys?, queries?]))
+}
+
+/// The output, by the kernel.
+fn fast(
+    qkv: &[&Tensor; 3],
+    tables: [Option<&Tensor>; 2],
+    shape: &AttentionShape,
+    segments: &[Segment],
+    pairs: &Pairs,
+) -> Result<Tensor> {
+    let dims = qkv[0].dims2()?;
+    let [q, k, v] = [host(qkv[0])?, host(qkv[1])?, host(qkv[2])?];
+    let [keys, queries] = tables.map(|table| table.map(host).transpose());
+    let (keys, queries) = (keys?, queries?);
+    let (keys, queries) = (keys.as_deref(), queries.as_deref());
+    let positions = Positions { keys, queries, rows: &pairs.rows, zero: pairs.zero };
+    let mut out = uninit(dims.0 * dims.1);
+    kernel::disentangled(shape, segments, [&q, &k, &v], positions, &mut out);
+    tensor_of(out, dims)
+}
+
+/// Gradients of q, k, v, and of the tables that are there.
+fn fast_backward(
+    qkv: &[Tensor; 3],
+    tables: &[Option<Tensor>; 2],
+    dy: &Tensor,
+    shape: &AttentionShape,
+    segments: &[Segment],
+    pairs: &Pairs,
+) -> Result<[Option<Tensor>; 5]> {
+    let dims = qkv[0].dims2()?;
+    let [q, k, v] = [host(&qkv[0])?, host(&qkv[1])?, host(&qkv[2])?];
+    let [keys, queries] = tables.each_ref().map(|table| table.as_ref().map(host).transpose());
+    let (keys, queries) = (keys?, queries?);
+    let (keys, queries) = (keys.as_deref(), queries.as_deref());
+    let positions = Positions { keys, queries, rows: &pairs.rows, zero: pairs.zero };
+    let [mut dq, mut dk, mut dv] = [(); 3].map(|()| uninit(dims.0 * dims.1));
+    let [mut dkeys, mut dqueries] = [keys, queries].map(|table| table.map(|t| uninit(t.len())));
+    kernel::disentangled_backward(
+        shape,
+        segments,
+        [&q, &k, &v],
+        positions,
+        &host(dy)?,
+        [&mut dq, &mut dk, &mut dv],
+        [dkeys.as_deref_mut(), dqueries.as_deref_mut()],
+    );
+    let of_table = |grad: Option<Vec<f32>>| -> Result<Option<Tensor>> {
+        let of = |grad: Vec<f32>| {
+            let rows = grad.len() / dims.1;
+            tensor_of(grad, (rows, dims.1))
+        };
+        grad.map(of).transpose()
+    };
+    let rows = |grad: Vec<f32>| tensor_of(grad, dims).map(Some);
+    Ok([rows(dq)?, rows(dk)?, rows(dv)?, of_table(dkeys)?, of_table(dqueries)?])
 }
 
 /// Refuses tables that do not cover the segments.

@@ -14,6 +14,9 @@
 //! output head         n·4d + parts of dH + logits of a block of the vocabulary
 //! ```
 //!
+//! Where scores meet R rows of relative positions (DeBERTa), a block keeps 2R·a floats more, the embeddings that it projects;
+//! a thread holds up to 4n² scores of one row and head, and the backward gathers 2R·a for each part of the rows and once more.
+//!
 //! With `compute_dtype` bf16 or f16, what is kept takes 2 bytes a number (log-sum-exps and norms' factors 4). Ops of the
 //! backward widen it: gate and up beside their gradients, q, k, v and the output beside theirs, a block's input when the
 //! block runs again; the 16 bits go as the 32 come.
@@ -33,6 +36,7 @@
 //! moment is at one of its ends.
 
 use super::Run;
+use engobe_kernels::disentangled::PARTS;
 use std::collections::BTreeMap;
 
 /// Bytes of a float.
@@ -73,8 +77,8 @@ pub struct StepSizes {
     pub extra: usize,
     /// the MLP has no gate
     pub plain_mlp: bool,
-    /// matrices of scores that attention holds at once
-    pub score_planes: usize,
+    /// rows of tables of relative positions that attention's scores meet; 0: none
+    pub relative_rows: usize,
     /// blocks, the last ones, that attend to another stack's states
     pub cross_layers: usize,
     /// rows of the head
@@ -142,7 +146,7 @@ impl StepSizes {
             f: s.mlp,
             extra: s.extra_kept,
             plain_mlp: s.plain_mlp,
-            score_planes: s.score_planes,
+            relative_rows: s.relative_rows.min(2 * (schedule.max_seq_len + run.adapter.lead)),
             cross_layers: s.cross_layers.min(s.layers - lowest.min(s.layers)),
             vocab: s.vocab,
             // (the embedding has as many rows as the head, if it is not the head itself)
@@ -182,7 +186,8 @@ impl StepSizes {
     fn kept(&self, i: usize) -> usize {
         let (a, kv) = self.widths();
         let values = 2 * self.d + 2 * a + self.inner() * self.f + self.extra + self.ranks[i];
-        let whatever = self.fixed.get(i).copied().unwrap_or(0);
+        // what a block projects of relative positions is kept as well
+        let whatever = self.fixed.get(i).copied().unwrap_or(0) + 2 * self.relative_rows * a;
         let cross = match self.attends_across(i) {
             true => self.n() * (self.each() * (self.d + 4 * a) + F * (self.heads + 1)),
             false => 0,
@@ -223,8 +228,7 @@ impl StepSizes {
         let packed =
             padded_rows * 2 * kv + self.keys() * self.kv_heads * self.head_dim.next_multiple_of(PANEL);
         let own = n * 2 * a + self.keys() * 2 * kv;
-        // of one row at a time
-        let scores = self.score_planes * self.heads * self.len * self.len;
+        let scores = self.scores(4) + 2 * (1 + self.rows.min(PARTS)) * self.relative_rows * a;
         let attention = F * (own + packed + scores + 2 * a * self.rows * self.seen()) + self.widened(own);
         // gate and up are gone by then
         (F * down.max(gated)).max(attention.saturating_sub(self.each() * self.inner() * n * f))
@@ -242,9 +246,12 @@ impl StepSizes {
     fn forward(&self, n: usize) -> usize {
         let (a, kv) = self.widths();
         // q and k before they are rotated live to the end of the block
-        // half of what the backward holds of scores
-        let scores = self.score_planes / 2 * self.heads * self.len * self.len;
-        F * (n * (self.d + a + kv + 3 * self.f) + scores)
+        F * (n * (self.d + a + kv + 3 * self.f) + self.scores(3))
+    }
+
+    /// Matrices of one row's scores that each thread holds where these meet positions.
+    fn scores(&self, matrices: usize) -> usize {
+        if self.relative_rows > 0 { self.threads * matrices * self.len * self.len } else { 0 }
     }
 
     /// Hidden states, labelled ones, their norm, and the loss of `n` tokens.
