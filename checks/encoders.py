@@ -224,6 +224,16 @@ def one(report, work, family, round_, seed):
         logits = again(**fitting(model, batch)).logits
     report(f"{name}: adapter in PEFT", compared(said, logits, task, names, firsts), 1e-4)
 
+    merged = work / "merged"
+    engobe("merge", "--model", directory, "--adapter", out, "--out", merged)
+    read, told = auto.from_pretrained(merged, dtype=torch.float32, output_loading_info=True)
+    with torch.no_grad():
+        apart = (read.eval()(**fitting(read, batch)).logits - logits).abs().max() / logits.abs().max().clamp(min=1.0)
+    report(f"{name}: merged, in transformers", apart.item(), 1e-4)
+    # DeBERTa without relative positions has a norm of theirs that nothing reads
+    missing = [key for key in told["missing_keys"] if "encoder.LayerNorm" not in key or config.relative_attention]
+    report.true(f"{name}: merged", not missing and not told["unexpected_keys"] and read.config.id2label == config.id2label, str(told))
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

@@ -131,16 +131,21 @@ pub fn merge(
     })
 }
 
-/// True if a tied head and the embedding are no longer the same.
+/// True if a tied head and the embedding are no longer the same. Positions and distances are embedded too: the words' matrix
+/// is the one of the head's size.
 fn unties(model: &mut dyn ModuleTree, heads: &[String]) -> bool {
-    let mut changed = false;
+    let (mut changed, mut sizes) = (false, Vec::new());
     model.visit_modules(&mut |module| {
-        changed |= match &module {
-            ModuleMut::Linear(linear) => {
-                heads.iter().any(|h| h == linear.path()) && !linear.weight_is_plain()
-            }
-            ModuleMut::Embedding(embedding) => !embedding.is_plain(),
-            ModuleMut::RmsNorm(_) | ModuleMut::LayerNorm(_) => false,
+        if let ModuleMut::Linear(linear) = &module
+            && heads.iter().any(|h| h == linear.path())
+        {
+            changed |= !linear.weight_is_plain();
+            sizes.push((linear.out_features(), linear.in_features()));
+        }
+    });
+    model.visit_modules(&mut |module| {
+        if let ModuleMut::Embedding(embedding) = &module {
+            changed |= sizes.contains(&embedding.weight().dims()) && !embedding.is_plain();
         }
     });
     changed
