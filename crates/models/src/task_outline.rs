@@ -92,7 +92,8 @@ mod tests {
     #[test]
     fn an_outline_has_the_models_modules() {
         let options = LoadOptions::default();
-        let encoders = ["bert", "roberta", "distilbert", "deberta_v2_conv_task", "modernbert_bias_task"];
+        let encoders =
+            ["bert", "roberta", "distilbert", "electra_task", "deberta_v2_conv_task", "modernbert_bias_task"];
         let decoders = ["gpt2", "opt", "phi3", "gemma3", "qwen2"];
         let all = encoders.map(|n| ("encoders", n)).into_iter().chain(decoders.map(|n| ("decoders", n)));
         for (group, name) in all {
