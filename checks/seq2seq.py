@@ -3,7 +3,7 @@ method there and back.
 
     python checks/seq2seq.py [--seed N] [--only NAME]
 
-Models are random T5 and mT5 of many shapes, saved as transformers saves them; rows are of token ids.
+Models are random T5, mT5 and UMT5 of many shapes, saved as transformers saves them; rows are of token ids.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 from common import Report, engobe, label_loss, make_rows, randomize, train
 from parity import begin_with, keys_fit, peft_config, perturb, relative, train_peft
 from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config
+from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
 
 SIZES = dict(vocab_size=97, d_model=32, d_kv=8, d_ff=56, num_layers=2, num_heads=4, decoder_start_token_id=0)
 # name -> configuration, what differs from SIZES; one with a head of its own says tie_word_embeddings=False
@@ -32,6 +32,8 @@ CONFIGS = {
     "gelu_new": (T5Config, dict(feed_forward_proj="gelu_new", tie_word_embeddings=False, pad_token_id=3, decoder_start_token_id=3)),
     "mt5": (MT5Config, dict(tie_word_embeddings=False)),
     "mt5_shapes": (MT5Config, dict(tie_word_embeddings=False, d_kv=10, num_heads=5, num_decoder_layers=3, feed_forward_proj="relu")),
+    "umt5": (UMT5Config, dict(tie_word_embeddings=False, num_decoder_layers=3)),
+    "umt5_tied": (UMT5Config, dict(d_kv=6, num_heads=3, relative_attention_num_buckets=9, relative_attention_max_distance=30)),
     "mt5_tied": (MT5Config, dict(relative_attention_max_distance=40)),
 }
 # every method, over a tied head and one of its own
@@ -40,6 +42,15 @@ LORAS = {
     "lora": dict(r=4, lora_alpha=8, target_modules="all-linear"),
     "lora_some": dict(r=3, lora_alpha=6, target_modules=["EncDecAttention.v", "SelfAttention.q", "wo"], modules_to_save=["relative_attention_bias"]),
     "rslora_layers": dict(r=4, lora_alpha=8, use_rslora=True, target_modules=["q", "o"], layers_to_transform=[1]),
+    "patterns": dict(
+        r=4, lora_alpha=8, target_modules=r"decoder\..*EncDecAttention\.(q|v)|encoder\..*\.o", rank_pattern={"o": 2},
+        alpha_pattern={r"decoder\.block\.1\..*\.v": 3},
+    ),
+    "excluded": dict(r=4, lora_alpha=8, target_modules=["q", "v", "wo"], exclude_modules=["EncDecAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo"]),
+    "saved_head": dict(r=4, lora_alpha=8, target_modules=["v"], modules_to_save=["lm_head", "final_layer_norm"]),
+    "olora": dict(r=3, lora_alpha=4, target_modules=["o", "wo"], init_lora_weights="olora"),
+    "dora_all": dict(r=2, lora_alpha=4, target_modules="all-linear", use_dora=True, use_rslora=True),
+    "ia3_all": dict(peft_type="IA3", target_modules=["q", "EncDecAttention.k", "o", "wi_0", "wi", "wo"], feedforward_modules=["wi_0", "wi", "wo"]),
     "dora": dict(r=4, lora_alpha=8, target_modules=["q", "v"], use_dora=True),
     "pissa": dict(r=4, lora_alpha=8, target_modules=["q", "v"], init_lora_weights="pissa"),
     "lora_head": dict(r=4, lora_alpha=8, target_modules=["q", "lm_head"]),

@@ -45,6 +45,7 @@ mod stored;
 mod t5;
 mod task_heads;
 mod task_outline;
+mod umt5;
 mod weights;
 
 pub use blank::{TensorUse, scheme_bytes};

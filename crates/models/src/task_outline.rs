@@ -110,7 +110,9 @@ mod tests {
             assert!(outline.has_weights && outline.tensors.len() > 5, "{name}");
             // matrices of the files are 16 bits a number
             let words = outline.tensors.iter().find(|t| t.rows == outline.vocab).unwrap();
-            assert_eq!(words.mapped, outline.vocab * 2 * outline.sizes.hidden, "{name}");
+            // ELECTRA's are narrower than its blocks
+            let width = if name == "electra_task" { 24 } else { outline.sizes.hidden };
+            assert_eq!(words.mapped, outline.vocab * 2 * width, "{name}");
         }
     }
 

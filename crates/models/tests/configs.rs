@@ -7,14 +7,18 @@ use tempfile::TempDir;
 
 /// The error of loading a golden model whose `config.json` was changed.
 fn error(case: &str, change: impl Fn(&mut Value)) -> String {
-    let dir = changed(&format!("llama/{case}"), change);
+    error_of(&format!("llama/{case}"), change)
+}
+
+fn error_of(case: &str, change: impl Fn(&mut Value)) -> String {
+    let dir = changed(case, change);
     load_causal_lm(dir.path(), &LoadOptions::default()).err().map(|e| e.to_string()).unwrap_or_default()
 }
 
 /// A golden model whose `config.json` was changed.
 fn changed(case: &str, change: impl Fn(&mut Value)) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(golden(case)).unwrap().flatten() {
+    for entry in std::fs::read_dir(golden(case)).unwrap().flatten().filter(|e| e.path().is_file()) {
         std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
     }
     let path = dir.path().join("config.json");
@@ -78,4 +82,31 @@ fn an_encoder_decoder_s_settings_must_fit_together() {
         let error = error.unwrap_or_default();
         assert!(error.contains("config.json") && error.contains(key), "{key} {value}: {error}");
     }
+}
+
+/// What a family's configuration may say and its decoder cannot do, or what nobody can mean.
+#[test]
+fn families_refuse_what_they_cannot_be() {
+    for (case, key, value) in [
+        ("gemma", "use_bidirectional_attention", json!(true)),
+        ("gemma", "hidden_act", json!("silu")),
+        ("olmo2", "hidden_act", json!("gelu")),
+        ("granite", "residual_multiplier", json!(0.0)),
+        ("granite", "logits_scaling", json!(-1.0)),
+        ("smollm3", "no_rope_layers", json!([1, 2, 1, 0])),
+        ("smollm3", "no_rope_layers", json!([1, 0])),
+        ("starcoder2", "sliding_window", json!(0)),
+        ("phi", "qk_layernorm", json!(true)),
+        ("phi", "hidden_act", json!("softplus")),
+        ("stablelm", "qk_layernorm", json!(true)),
+        ("stablelm", "num_attention_heads", json!(5)),
+    ] {
+        let error = error_of(&format!("decoders/{case}"), |config| config[key] = value.clone());
+        assert!(error.contains("config.json") && error.contains(key), "{case} {key}: {error}");
+    }
+    let error = error_of("decoders/smollm3", |config| {
+        config["no_rope_layers"] = Value::Null;
+        config["no_rope_layer_interval"] = json!(0);
+    });
+    assert!(error.contains("no_rope_layer_interval is 0"), "{error}");
 }

@@ -3,7 +3,9 @@
 
 use candle_core::Device;
 use engobe_adapters::Adapter;
+use engobe_adapters::merge::{MergeOptions, merge};
 use engobe_data::{Goal, LabelSet, Loader, LoaderOptions, MicroBatch, Place, Problem, Sample, Task};
+use engobe_kernels::storage::StorageType;
 use engobe_models::{HeadKind, LoadOptions, load_task_model};
 use engobe_nn::TaskModel;
 use engobe_testkit::{assert_close, assert_relative, doubles, golden};
@@ -11,6 +13,7 @@ use engobe_train::plan::Plan;
 use engobe_train::{Model, Silent, Trainer, metrics, predict};
 use serde::Deserialize;
 use serde_json::Value;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Rows with their labels, and the model that they are for.
@@ -75,17 +78,38 @@ impl Rows {
 
     /// The base with its dropout off, and the head that it has or lacks.
     pub fn model(&self, labels: &LabelSet) -> TaskModel {
-        let (from, dir) = (golden(&self.base), tempfile::tempdir().unwrap());
-        let mut config: Value = engobe_testkit::json(&from.join("config.json"));
-        self.off.iter().for_each(|key| config[key.as_str()] = 0.0.into());
-        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let (from, dir) = (golden(&self.base), self.configured());
         for entry in std::fs::read_dir(&from).unwrap().flatten() {
             if entry.path().is_file() && entry.file_name() != "config.json" {
                 std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
             }
         }
+        self.load(dir.path(), labels, 1)
+    }
+
+    /// A directory with the base's configuration, its dropout off.
+    fn configured(&self) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config: Value = engobe_testkit::json(&golden(&self.base).join("config.json"));
+        self.off.iter().for_each(|key| config[key.as_str()] = 0.0.into());
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        dir
+    }
+
+    fn load(&self, dir: &Path, labels: &LabelSet, seed: u64) -> TaskModel {
         let kind = if labels.task == Task::TokenCls { HeadKind::Token } else { HeadKind::Sequence };
-        load_task_model(dir.path(), &LoadOptions::default(), kind, self.classes, 1).unwrap()
+        load_task_model(dir, &LoadOptions::default(), kind, self.classes, seed).unwrap()
+    }
+
+    /// The model with `adapter` baked in, written and read again; nothing of it begins at random.
+    fn merged(&self, model: &mut TaskModel, adapter: &Adapter, labels: &LabelSet) -> TaskModel {
+        let dir = self.configured();
+        let options =
+            MergeOptions { storage: &|_| StorageType::F32, max_shard_bytes: 1 << 30, tied_head: false };
+        merge(model, adapter, dir.path(), &options, &mut |_, _| ()).unwrap();
+        let read = self.load(dir.path(), labels, 2);
+        assert!(read.head().fresh.is_empty(), "{}: {:?} is missing", self.base, read.head().fresh);
+        read
     }
 }
 
@@ -135,11 +159,18 @@ pub fn beside(
         assert_relative(line.grad_norm, *norm, within.norms, &format!("{name}: norm of step {}", line.step));
     }
     let mut again = rows.model(&labels);
-    Adapter::load(&mut again, out.path(), &Device::Cpu).unwrap();
+    let loaded = Adapter::load(&mut again, out.path(), &Device::Cpu).unwrap();
     let said = |model: &TaskModel| predict(Model::Task(model, &labels), &probe, &mut |_| ()).unwrap();
     for (loaded, trained) in said(&again).iter().zip(said(&model)) {
         // AdaLoRA's file leaves out directions of nothing, and a prompt's its encoder: sums in another order
         let what = format!("{name}: row {} after loading", trained.row);
         assert_close(&loaded.logits.concat(), &doubles(&trained.logits.concat()), 1e-5, &what);
+    }
+    if loaded.check_mergeable().is_ok() {
+        let merged = rows.merged(&mut again, &loaded, &labels);
+        for (merged, trained) in said(&merged).iter().zip(said(&model)) {
+            let what = format!("{name}: row {} after merging", trained.row);
+            assert_close(&merged.logits.concat(), &doubles(&trained.logits.concat()), 1e-5, &what);
+        }
     }
 }
