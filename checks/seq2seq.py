@@ -8,6 +8,8 @@ Models are random T5, mT5 and UMT5 of many shapes, saved as transformers saves t
 
 import argparse
 import copy
+import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -64,6 +66,8 @@ LORAS = {
 }
 # over transformers 5 PEFT puts the embedding's trained rows into every T5's head, its own or not
 OF_TIED = ["tokens", "lora_tokens"]
+# a T5 whose head is the embedding's matrix scales what it reads, and no configuration of transformers 4 has that of another head
+CHANGES_HEAD = ["tokens", "lora_tokens", "lora_head", "saved_head"]
 VIRTUAL = {
     "prompt": PromptTuningConfig(num_virtual_tokens=5),
     # PEFT makes two prompts unless it is told not to, of which the second is not read
@@ -139,6 +143,41 @@ def method(report, work, name, base, directory, config, seed, data, rows):
     same(report, f"{name}: engobe's in PEFT", loaded, directory, out, data, rows)
     theirs.save_pretrained(saved)
     same(report, f"{name}: PEFT's in engobe", theirs, directory, saved, data, rows)
+    tied = base.lm_head.weight.data_ptr() == base.shared.weight.data_ptr()
+    if tied and name.split()[-1] in CHANGES_HEAD and base.config.model_type == "t5":
+        done = engobe("merge", "--model", directory, "--adapter", out, "--out", work / "refused", ok=False)
+        report.true(f"{name}: merge is refused", done.returncode == 1 and "keep the adapter as it is" in done.stderr, done.stderr.strip())
+    elif not config.is_prompt_learning:
+        merged(report, f"{name}: merged", loaded, directory, out, work / f"merged-{name}", data, rows)
+
+
+def merged(report, name, loaded, directory, adapter, out, data, rows):
+    """What is merged says in transformers and in engobe what base and adapter say; so does it over a configuration of
+    transformers 4."""
+    with torch.no_grad():
+        total, count = label_loss(loaded, rows)
+    for older in (False, True):
+        base = Path(f"{directory}-older") if older else directory
+        if older:
+            as_transformers_4(directory, base)
+        out = Path(f"{out}-older") if older else out
+        engobe("merge", "--model", base, "--adapter", adapter, "--out", out)
+        whole, info = AutoModelForSeq2SeqLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+        report.true(f"{name}: keys", not info["missing_keys"] and not info["unexpected_keys"], str(info)[:120])
+        with torch.no_grad():
+            found, _ = label_loss(whole.eval(), rows)
+        report(f"{name}: in transformers", relative(float(found), float(total)), 1e-4)
+        mine = engobe("eval", "--model", out, "--data", data)
+        report(f"{name}: in engobe", relative(mine["loss"], float(total) / count), 1e-4)
+
+
+def as_transformers_4(directory, to):
+    """The same model with a configuration as transformers 4 wrote it: `tie_word_embeddings` says whether states are scaled."""
+    shutil.copytree(directory, to, dirs_exist_ok=True)
+    config = json.loads((to / "config.json").read_text())
+    if config["model_type"] == "t5":
+        config["tie_word_embeddings"] = config.pop("scale_decoder_outputs")
+    (to / "config.json").write_text(json.dumps(config))
 
 
 def main(seed, only):

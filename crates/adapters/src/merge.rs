@@ -9,7 +9,7 @@ use engobe_autograd::host;
 use engobe_formats::sharded::ShardedWriter;
 use engobe_kernels::codec;
 use engobe_kernels::storage::StorageType;
-use engobe_nn::{ModuleMut, ModuleTree, Weight};
+use engobe_nn::{ModuleMut, ModuleTree, SiteMut, Weight};
 use std::path::Path;
 
 /// What [`merge`] writes.
@@ -131,15 +131,24 @@ pub fn merge(
     })
 }
 
-/// True if a tied head and the embedding are no longer the same.
+/// True if a tied head and the token embedding are no longer the same.
 fn unties(model: &mut dyn ModuleTree, heads: &[String]) -> bool {
+    // there are other embeddings: of positions, of T5's distances
+    let mut tokens = Vec::new();
+    model.visit_sites(&mut |site| {
+        if let SiteMut::Entry(entry) = site {
+            tokens.push(entry.path().to_string());
+        }
+    });
     let mut changed = false;
     model.visit_modules(&mut |module| {
         changed |= match &module {
             ModuleMut::Linear(linear) => {
                 heads.iter().any(|h| h == linear.path()) && !linear.weight_is_plain()
             }
-            ModuleMut::Embedding(embedding) => !embedding.is_plain(),
+            ModuleMut::Embedding(embedding) => {
+                !embedding.is_plain() && tokens.iter().any(|path| path == embedding.path())
+            }
             ModuleMut::RmsNorm(_) | ModuleMut::LayerNorm(_) => false,
         }
     });

@@ -1,5 +1,7 @@
 //! Configurations that cannot be meant: the error names the file, the key and the value.
 
+use engobe_formats::gguf::{GgufValue, write_gguf};
+use engobe_kernels::storage::StorageType;
 use engobe_models::{LoadOptions, load_causal_lm, load_seq2seq};
 use engobe_testkit::golden;
 use serde_json::{Value, json};
@@ -109,4 +111,33 @@ fn families_refuse_what_they_cannot_be() {
         config["no_rope_layer_interval"] = json!(0);
     });
     assert!(error.contains("no_rope_layer_interval is 0"), "{error}");
+}
+
+/// GGUF files that say they are of a family, and hold what its decoder here does not have.
+#[test]
+fn gguf_files_of_later_models_by_the_same_name_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let window = ("olmo2.attention.sliding_window".to_string(), GgufValue::Unsigned(4096));
+    let tensor = |name: &str| (name.to_string(), StorageType::F32, vec![1], vec![0; 4]);
+    for (name, settings, tensors, expected) in [
+        (
+            "olmo2",
+            vec![window],
+            vec![tensor("output_norm.weight")],
+            "sliding_window is 4096; expected none: this is OLMo 3",
+        ),
+        (
+            "stablelm",
+            vec![],
+            vec![tensor("blk.0.attn_q_norm.weight")],
+            "attn_q_norm.weight is there; expected no such tensor",
+        ),
+    ] {
+        let path = dir.path().join(format!("{name}.gguf"));
+        let architecture = ("general.architecture".to_string(), GgufValue::String(name.to_string()));
+        let metadata: Vec<_> = std::iter::once(architecture).chain(settings).collect();
+        write_gguf(&path, &metadata, &tensors).unwrap();
+        let error = load_causal_lm(&path, &LoadOptions::default()).err().map(|e| e.to_string());
+        assert!(error.as_ref().is_some_and(|e| e.contains(expected)), "{name}: {error:?}");
+    }
 }
