@@ -30,6 +30,7 @@ FAMILIES = {
     "bert": ("bert", ["query", "value", "dense"]),
     "roberta": ("roberta", ["query", "key", "intermediate.dense"]),
     "distilbert": ("bert", ["q_lin", "v_lin", "lin1"]),
+    "electra": ("bert", ["query", "value", "dense", "embeddings_project"]),
     "deberta": ("deberta", ["query_proj", "key_proj", "value_proj", "intermediate.dense"]),
     "modernbert": ("roberta", ["Wqkv", "Wi", "mlp.Wo"]),
 }
@@ -47,6 +48,8 @@ def draw(family, rng, tokenizer):
     common["layer_norm_eps"] = rng.choice([1e-12, 1e-7, 1e-5])
     if family == "bert":
         return "bert", {**common, **still, "type_vocab_size": rng.choice([2, 3])}
+    if family == "electra":
+        return "electra", {**common, **still, "type_vocab_size": 2, "embedding_size": rng.choice([width, 10])}
     if family == "roberta":
         return rng.choice(["roberta", "xlm-roberta", "camembert"]), {**common, **still, "type_vocab_size": rng.choice([1, 2])}
     if family == "distilbert":

@@ -3,11 +3,13 @@ method there and back.
 
     python checks/seq2seq.py [--seed N] [--only NAME]
 
-Models are random T5 and mT5 of many shapes, saved as transformers saves them; rows are of token ids.
+Models are random T5, mT5 and UMT5 of many shapes, saved as transformers saves them; rows are of token ids.
 """
 
 import argparse
 import copy
+import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from common import Report, engobe, label_loss, make_rows, randomize, train
 from parity import begin_with, keys_fit, peft_config, perturb, relative, train_peft
 from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config
+from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
 
 SIZES = dict(vocab_size=97, d_model=32, d_kv=8, d_ff=56, num_layers=2, num_heads=4, decoder_start_token_id=0)
 # name -> configuration, what differs from SIZES; one with a head of its own says tie_word_embeddings=False
@@ -32,6 +34,8 @@ CONFIGS = {
     "gelu_new": (T5Config, dict(feed_forward_proj="gelu_new", tie_word_embeddings=False, pad_token_id=3, decoder_start_token_id=3)),
     "mt5": (MT5Config, dict(tie_word_embeddings=False)),
     "mt5_shapes": (MT5Config, dict(tie_word_embeddings=False, d_kv=10, num_heads=5, num_decoder_layers=3, feed_forward_proj="relu")),
+    "umt5": (UMT5Config, dict(tie_word_embeddings=False, num_decoder_layers=3)),
+    "umt5_tied": (UMT5Config, dict(d_kv=6, num_heads=3, relative_attention_num_buckets=9, relative_attention_max_distance=30)),
     "mt5_tied": (MT5Config, dict(relative_attention_max_distance=40)),
 }
 # every method, over a tied head and one of its own
@@ -40,6 +44,15 @@ LORAS = {
     "lora": dict(r=4, lora_alpha=8, target_modules="all-linear"),
     "lora_some": dict(r=3, lora_alpha=6, target_modules=["EncDecAttention.v", "SelfAttention.q", "wo"], modules_to_save=["relative_attention_bias"]),
     "rslora_layers": dict(r=4, lora_alpha=8, use_rslora=True, target_modules=["q", "o"], layers_to_transform=[1]),
+    "patterns": dict(
+        r=4, lora_alpha=8, target_modules=r"decoder\..*EncDecAttention\.(q|v)|encoder\..*\.o", rank_pattern={"o": 2},
+        alpha_pattern={r"decoder\.block\.1\..*\.v": 3},
+    ),
+    "excluded": dict(r=4, lora_alpha=8, target_modules=["q", "v", "wo"], exclude_modules=["EncDecAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo"]),
+    "saved_head": dict(r=4, lora_alpha=8, target_modules=["v"], modules_to_save=["lm_head", "final_layer_norm"]),
+    "olora": dict(r=3, lora_alpha=4, target_modules=["o", "wo"], init_lora_weights="olora"),
+    "dora_all": dict(r=2, lora_alpha=4, target_modules="all-linear", use_dora=True, use_rslora=True),
+    "ia3_all": dict(peft_type="IA3", target_modules=["q", "EncDecAttention.k", "o", "wi_0", "wi", "wo"], feedforward_modules=["wi_0", "wi", "wo"]),
     "dora": dict(r=4, lora_alpha=8, target_modules=["q", "v"], use_dora=True),
     "pissa": dict(r=4, lora_alpha=8, target_modules=["q", "v"], init_lora_weights="pissa"),
     "lora_head": dict(r=4, lora_alpha=8, target_modules=["q", "lm_head"]),
@@ -53,6 +66,8 @@ LORAS = {
 }
 # over transformers 5 PEFT puts the embedding's trained rows into every T5's head, its own or not
 OF_TIED = ["tokens", "lora_tokens"]
+# a T5 whose head is the embedding's matrix scales what it reads, and no configuration of transformers 4 has that of another head
+CHANGES_HEAD = ["tokens", "lora_tokens", "lora_head", "saved_head"]
 VIRTUAL = {
     "prompt": PromptTuningConfig(num_virtual_tokens=5),
     # PEFT makes two prompts unless it is told not to, of which the second is not read
@@ -107,16 +122,6 @@ def same(report, name, model, directory, adapter, data, rows):
         report.true(f"{name}: greedy", good, f"{len(mine)} tokens" if good else f"{mine} {theirs}")
 
 
-def baked(report, name, directory, adapter, merged, theirs, data, rows):
-    """The merged model in engobe and in transformers; refused where files can't say that a scaled head is not the embedding."""
-    done = engobe("merge", "--model", directory, "--adapter", adapter, "--out", merged, ok=False)
-    if done.returncode != 0:
-        reason = "scales what the head reads"
-        return report.true(name, reason in done.stderr and not merged.exists(), done.stderr.strip().splitlines()[-1])
-    same(report, f"{name}, in engobe", theirs, merged, None, data, rows)
-    same(report, f"{name}, in transformers", AutoModelForSeq2SeqLM.from_pretrained(merged, dtype=torch.float32).eval(), merged, None, data, rows)
-
-
 def method(report, work, name, base, directory, config, seed, data, rows):
     """Ten steps from one start; engobe's adapter in PEFT, and PEFT's in engobe."""
     torch.manual_seed(seed)
@@ -136,10 +141,43 @@ def method(report, work, name, base, directory, config, seed, data, rows):
     if not config.is_prompt_learning:
         keys_fit(report, name, base, out)
     same(report, f"{name}: engobe's in PEFT", loaded, directory, out, data, rows)
-    if not config.is_prompt_learning:
-        baked(report, f"{name}: merged", directory, out, work / f"merged-{name}", loaded, data, rows)
     theirs.save_pretrained(saved)
     same(report, f"{name}: PEFT's in engobe", theirs, directory, saved, data, rows)
+    tied = base.lm_head.weight.data_ptr() == base.shared.weight.data_ptr()
+    if tied and name.split()[-1] in CHANGES_HEAD and base.config.model_type == "t5":
+        done = engobe("merge", "--model", directory, "--adapter", out, "--out", work / "refused", ok=False)
+        report.true(f"{name}: merge is refused", done.returncode == 1 and "keep the adapter as it is" in done.stderr, done.stderr.strip())
+    elif not config.is_prompt_learning:
+        merged(report, f"{name}: merged", loaded, directory, out, work / f"merged-{name}", data, rows)
+
+
+def merged(report, name, loaded, directory, adapter, out, data, rows):
+    """What is merged says in transformers and in engobe what base and adapter say; so does it over a configuration of
+    transformers 4."""
+    with torch.no_grad():
+        total, count = label_loss(loaded, rows)
+    for older in (False, True):
+        base = Path(f"{directory}-older") if older else directory
+        if older:
+            as_transformers_4(directory, base)
+        out = Path(f"{out}-older") if older else out
+        engobe("merge", "--model", base, "--adapter", adapter, "--out", out)
+        whole, info = AutoModelForSeq2SeqLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+        report.true(f"{name}: keys", not info["missing_keys"] and not info["unexpected_keys"], str(info)[:120])
+        with torch.no_grad():
+            found, _ = label_loss(whole.eval(), rows)
+        report(f"{name}: in transformers", relative(float(found), float(total)), 1e-4)
+        mine = engobe("eval", "--model", out, "--data", data)
+        report(f"{name}: in engobe", relative(mine["loss"], float(total) / count), 1e-4)
+
+
+def as_transformers_4(directory, to):
+    """The same model with a configuration as transformers 4 wrote it: `tie_word_embeddings` says whether states are scaled."""
+    shutil.copytree(directory, to, dirs_exist_ok=True)
+    config = json.loads((to / "config.json").read_text())
+    if config["model_type"] == "t5":
+        config["tie_word_embeddings"] = config.pop("scale_decoder_outputs")
+    (to / "config.json").write_text(json.dumps(config))
 
 
 def main(seed, only):

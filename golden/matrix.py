@@ -59,6 +59,8 @@ FAMILIES = {
     "mt5": ("t5/mt5", ["k", "v"], ["wi_1"], *T5),
     "t5_uneven": ("t5/uneven", ["SelfAttention.k", "o"], ["wi_0"], *T5),
 }
+# what enters their blocks or their logits has a factor, or their head a bias
+OTHER_HEADS = ["granite", "phi"]
 # PEFT takes keys to be as wide as the model; over transformers 5 it takes every T5's head to be the embedding's matrix; its MiSS
 # takes torch.nn.Linear alone, and GPT-2 is made of Conv1D
 TOKENS, PREFIXES = ["trainable-tokens", "lora-tokens"], ["prefix-tuning", "prefix-projection"]
@@ -84,7 +86,7 @@ def methods(attention, feed_forward, norms, embedding):
 
 
 def more_methods(attention, *_places):
-    """What is looked at over encoder-decoders besides."""
+    """What is looked at over encoder-decoders besides, and over decoders with a head of another kind."""
     return {
         "p-tuning-lstm": (
             PromptEncoderConfig,
@@ -142,7 +144,7 @@ def main():
         found, two_sided = {}, base.startswith("t5/")
         # steps of 5e-3 leave T5's tiny models where a gradient's rounding grows a hundredfold in ten steps
         rate = 1e-3 if two_sided else 5e-3
-        for name, (kind, settings) in (methods(*places) | (more_methods(*places) if two_sided else {})).items():
+        for name, (kind, settings) in (methods(*places) | (more_methods(*places) if two_sided or family in OTHER_HEADS else {})).items():
             if name in NOT_IN_PEFT.get(family, ()):
                 continue
             print(family, name, flush=True)

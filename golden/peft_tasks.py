@@ -38,7 +38,7 @@ from peft import (  # noqa: E402
 STEPS, BATCH, LR = 10, 4, 1e-3
 OFF = {"bert": ["hidden_dropout_prob", "attention_probs_dropout_prob"], "roberta": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
        "distilbert": ["dropout", "attention_dropout", "seq_classif_dropout"], "modernbert": ["classifier_dropout"],
-       "deberta-v2": ["hidden_dropout_prob", "attention_probs_dropout_prob"]}
+       "electra": ["hidden_dropout_prob", "attention_probs_dropout_prob"], "deberta-v2": ["hidden_dropout_prob", "attention_probs_dropout_prob"]}
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 # PEFT does not read DistilBERT's names of them
 DISTILBERT = {"token_dim": 32, "num_attention_heads": 4, "num_layers": 2}
@@ -100,6 +100,8 @@ CASES = {
     "starcoder2_last": ("decoders/starcoder2", SINGLE, 3, {"target_modules": "all-linear"}),
     "phi_last": ("decoders/phi", SINGLE, 3, {"target_modules": "all-linear"}),
     "stablelm_last": ("decoders/stablelm", SINGLE, 3, {"target_modules": "all-linear"}),
+    "starcoder2_tokens": ("decoders/starcoder2_window", "tokens", 3, {"target_modules": ["q_proj", "mlp.c_proj"]}),
+    "stablelm_tokens": ("decoders/stablelm_parallel", "tokens", 3, {"target_modules": ["q_proj", "down_proj"]}),
     "llama_prompt_even": ("llama/gqa_tied", SINGLE, 3, {"of": PromptTuningConfig, "num_virtual_tokens": 4}),
     "llama_prompt_tokens": ("llama/gqa_tied", "tokens", 3, {"of": PromptTuningConfig, "num_virtual_tokens": 3}),
     "gpt2_prefix": ("decoders/gpt2", SINGLE, 3, {"of": PrefixTuningConfig, "num_virtual_tokens": 4}),

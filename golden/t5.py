@@ -1,4 +1,4 @@
-"""Tiny random T5 and mT5 models of transformers, with logits of padded batches and greedy tokens.
+"""Tiny random T5, mT5 and UMT5 models of transformers, with logits of padded batches and greedy tokens.
 
     pip install -r golden/requirements.txt && python golden/t5.py
 
@@ -12,7 +12,7 @@ import shutil
 import torch
 from shared import HERE, write_expected
 from tiny import padded, randomise, store, token_rows
-from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config
+from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
 
 SIZES = dict(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
 
@@ -21,7 +21,9 @@ MODELS = {
     "v11": dict(**SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "uneven": {**SIZES, "d_kv": 12, "num_heads": 2, "num_decoder_layers": 3, "feed_forward_proj": "gated-silu", "relative_attention_num_buckets": 12, "relative_attention_max_distance": 16},
     "mt5": {**SIZES, "d_kv": 6, "num_heads": 3, "num_layers": 1, "num_decoder_layers": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 30},
+    "umt5": {**SIZES, "d_kv": 6, "num_heads": 3, "num_decoder_layers": 1, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 25},
 }
+KINDS = {"mt5": MT5Config, "umt5": UMT5Config}
 NEW_TOKENS = 16
 
 
@@ -29,13 +31,13 @@ def main():
     out = HERE / "t5"
     shutil.rmtree(out, ignore_errors=True)
     for seed, (name, settings) in enumerate(MODELS.items()):
-        multilingual = name == "mt5"
-        model = AutoModelForSeq2SeqLM.from_config((MT5Config if multilingual else T5Config)(**settings))
+        multilingual = name in KINDS
+        model = AutoModelForSeq2SeqLM.from_config(KINDS.get(name, T5Config)(**settings))
         untied = settings.get("tie_word_embeddings") is False or multilingual
         if untied:
             model.lm_head.weight = torch.nn.Parameter(torch.randn(SIZES["vocab_size"], SIZES["d_model"]))
         randomise(model, seed, 0.2)
-        model.config.tie_word_embeddings = not untied
+        model.config.tie_word_embeddings = not untied or name == "umt5"
         model = store(model, out / name, torch.bfloat16 if seed % 2 else torch.float16)
         if not multilingual:
             # transformers 5 writes true whatever it read; checkpoints of v1.1 say false, and mean by it that states are not scaled

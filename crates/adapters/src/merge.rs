@@ -9,7 +9,7 @@ use engobe_autograd::host;
 use engobe_formats::sharded::ShardedWriter;
 use engobe_kernels::codec;
 use engobe_kernels::storage::StorageType;
-use engobe_nn::{ModuleMut, ModuleTree, Weight};
+use engobe_nn::{ModuleMut, ModuleTree, SiteMut, Weight};
 use std::path::Path;
 
 /// What [`merge`] writes.
@@ -131,21 +131,25 @@ pub fn merge(
     })
 }
 
-/// True if a tied head and the embedding are no longer the same. Positions and distances are embedded too: the words' matrix
-/// is the one of the head's size.
+/// True if a tied head and the token embedding are no longer the same.
 fn unties(model: &mut dyn ModuleTree, heads: &[String]) -> bool {
-    let (mut changed, mut sizes) = (false, Vec::new());
-    model.visit_modules(&mut |module| {
-        if let ModuleMut::Linear(linear) = &module
-            && heads.iter().any(|h| h == linear.path())
-        {
-            changed |= !linear.weight_is_plain();
-            sizes.push((linear.out_features(), linear.in_features()));
+    // there are other embeddings: of positions, of T5's distances
+    let mut tokens = Vec::new();
+    model.visit_sites(&mut |site| {
+        if let SiteMut::Entry(entry) = site {
+            tokens.push(entry.path().to_string());
         }
     });
+    let mut changed = false;
     model.visit_modules(&mut |module| {
-        if let ModuleMut::Embedding(embedding) = &module {
-            changed |= sizes.contains(&embedding.weight().dims()) && !embedding.is_plain();
+        changed |= match &module {
+            ModuleMut::Linear(linear) => {
+                heads.iter().any(|h| h == linear.path()) && !linear.weight_is_plain()
+            }
+            ModuleMut::Embedding(embedding) => {
+                !embedding.is_plain() && tokens.iter().any(|path| path == embedding.path())
+            }
+            ModuleMut::RmsNorm(_) | ModuleMut::LayerNorm(_) => false,
         }
     });
     changed

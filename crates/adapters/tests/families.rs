@@ -1,11 +1,12 @@
 //! LoRA on every family's decoder: merged into its model, it says what it says beside it.
 
 use candle_core::Device;
-use engobe_adapters::merge::{MergeOptions, merge};
+use engobe_adapters::merge::{MergeOptions, Planned, merge, plan};
 use engobe_adapters::{Adapter, Start};
 use engobe_autograd::{Activations, Tape, host};
 use engobe_formats::peft::{BiasMode, LoraConfig, PeftConfig, TargetModules};
 use engobe_kernels::storage::StorageType;
+use engobe_models::{LoadOptions, load_seq2seq};
 use engobe_nn::{CausalLm, ModuleMut};
 use engobe_testkit::models::{self, load, some_ids};
 use engobe_testkit::{assert_close, cases, golden};
@@ -202,4 +203,24 @@ fn all_biases_are_all() {
         Adapter::load(again.as_mut(), dir.path(), &Device::Cpu).unwrap();
         assert_eq!(logits(again.as_ref()), trained, "{name}");
     }
+}
+
+/// What is trained of another embedding than that of tokens (T5's biases by distance) leaves a tied head tied.
+#[test]
+fn only_the_embedding_of_tokens_unties_a_head() {
+    let head_stays = |saved: &str| {
+        let mut model = load_seq2seq(&golden("t5/uneven"), &LoadOptions::default()).unwrap();
+        assert!(model.info().tied_head);
+        let mut config = PeftConfig::new("LORA");
+        config.set("target_modules", vec!["q".to_string()]);
+        config.set("modules_to_save", vec![saved.to_string()]);
+        Adapter::attach(model.as_mut(), config, Start { seed: 1 }, &Device::Cpu).unwrap();
+        let plan = plan(model.as_mut(), true);
+        let changed = |t: &Planned| t.changed && t.name.contains(saved);
+        assert!(plan.tensors.iter().any(changed), "{saved} is not among what is merged");
+        plan.tied_head
+    };
+    assert!(head_stays("relative_attention_bias"));
+    assert!(!head_stays("shared"));
+    assert!(!head_stays("lm_head"));
 }

@@ -105,6 +105,26 @@ fn every_family_says_the_same_from_a_gguf_file() {
     }
 }
 
+/// The `config.json` that a GGUF file's settings come to describes the weights of the directory that it was made of.
+#[test]
+fn every_family_says_the_same_by_the_settings_of_its_gguf_file() {
+    let mut read = 0;
+    for name in cases("decoders") {
+        let (dir, path) = temporary();
+        let base = golden(format!("decoders/{name}"));
+        if write(&base, None, "f32", &path).is_err() {
+            continue;
+        }
+        let config = engobe_models::hf_config_of(&Gguf::open(&path).unwrap()).unwrap();
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        std::fs::copy(base.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+        // settings are f32 in one and f64 in the other
+        assert_close(&logits(dir.path(), None), &doubles(&logits(&base, None)), 1e-6, &name);
+        read += 1;
+    }
+    assert!(read >= 18, "{read}");
+}
+
 #[test]
 fn merged_files_say_what_the_adapter_says() {
     for name in cases("peft") {

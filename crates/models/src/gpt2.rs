@@ -87,7 +87,7 @@ impl Gpt2 {
     }
 
     fn from_gguf(gguf: &Gguf) -> Result<Self> {
-        let sizes = DecoderSizes::from_gguf(gguf, "gpt2")?;
+        let sizes = DecoderSizes { plain_mlp: true, ..DecoderSizes::from_gguf(gguf, "gpt2")? };
         whole_heads(&sizes).map_err(|m| m.at(gguf.path()))?;
         Ok(Self {
             sizes,

@@ -63,7 +63,7 @@ struct GptNeox {
 
 impl GptNeox {
     fn from_hf(config: &HfConfig) -> Result<Self> {
-        let sizes = DecoderSizes::from_hf(config, false)?;
+        let sizes = DecoderSizes { plain_mlp: true, ..DecoderSizes::from_hf(config, false)? };
         whole_heads(&sizes).map_err(|m| m.at(config.path()))?;
         Ok(Self {
             eps: epsilon(config, "layer_norm_eps", 1e-5)?,
@@ -76,7 +76,7 @@ impl GptNeox {
     }
 
     fn from_gguf(gguf: &Gguf) -> Result<Self> {
-        let sizes = DecoderSizes::from_gguf(gguf, "gptneox")?;
+        let sizes = DecoderSizes { plain_mlp: true, ..DecoderSizes::from_gguf(gguf, "gptneox")? };
         whole_heads(&sizes).map_err(|m| m.at(gguf.path()))?;
         Ok(Self {
             eps: gguf.f32("gptneox.attention.layer_norm_epsilon")?,

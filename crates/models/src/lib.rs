@@ -8,6 +8,7 @@ mod bert;
 mod blank;
 mod deberta_v2;
 mod distilbert;
+mod electra;
 mod encoders;
 mod family;
 mod gemma;
@@ -44,6 +45,7 @@ mod stored;
 mod t5;
 mod task_heads;
 mod task_outline;
+mod umt5;
 mod weights;
 
 pub use blank::{TensorUse, scheme_bytes};

@@ -70,6 +70,12 @@ impl Olmo2 {
     }
 
     fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let key = "olmo2.attention.sliding_window";
+        if let Some(window) = gguf.opt_u32(key)?.filter(|w| *w > 0) {
+            // llama.cpp calls OLMo 3 by the same name
+            let expected = "none: this is OLMo 3, which is not supported";
+            return Err(Misfit::new(key, window, expected).at(gguf.path()));
+        }
         let sizes = DecoderSizes::from_gguf(gguf, "olmo2")?;
         Ok(Self {
             eps: gguf.f32("olmo2.attention.layer_norm_rms_epsilon")?,

@@ -20,7 +20,8 @@ pub struct Seq2SeqArchitecture {
 }
 
 /// All that we know.
-pub static SEQ2SEQS: &[&Seq2SeqArchitecture] = &[&crate::t5::ARCHITECTURE, &crate::mt5::ARCHITECTURE];
+pub static SEQ2SEQS: &[&Seq2SeqArchitecture] =
+    &[&crate::t5::ARCHITECTURE, &crate::mt5::ARCHITECTURE, &crate::umt5::ARCHITECTURE];
 
 /// The encoder-decoder's architecture that a configuration names, if it is one.
 pub fn seq2seq_architecture(config: &HfConfig) -> Result<Option<&'static Seq2SeqArchitecture>> {

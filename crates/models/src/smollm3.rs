@@ -85,7 +85,10 @@ fn all_but_every(n: usize, layers: usize) -> Vec<bool> {
 /// `no_rope_layers` if it is there (1 for layers that turn), else all but every `no_rope_layer_interval`th.
 fn turned(config: &HfConfig, layers: usize) -> Result<Vec<bool>> {
     let Some(list) = config.get("no_rope_layers").filter(|list| !list.is_null()) else {
-        return Ok(all_but_every(config.opt_usize("no_rope_layer_interval")?.unwrap_or(4), layers));
+        return match config.opt_usize("no_rope_layer_interval")?.unwrap_or(4) {
+            0 => Err(bad(config, "no_rope_layer_interval", 0, "a number of layers above 0")),
+            n => Ok(all_but_every(n, layers)),
+        };
     };
     let of = |flag: &Value| flag.as_u64().filter(|f| *f < 2).map(|f| f == 1);
     let flags = list.as_array().and_then(|list| list.iter().map(of).collect::<Option<Vec<bool>>>());

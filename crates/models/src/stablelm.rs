@@ -57,6 +57,11 @@ impl StableLm {
     }
 
     fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let key = "blk.0.attn_q_norm.weight";
+        if gguf.contains(key) {
+            let expected = "no such tensor: a layer norm for each head (StableLM 2 12B) is not supported";
+            return Err(Misfit::new(key, "there", expected).at(gguf.path()));
+        }
         let sizes = DecoderSizes::from_gguf(gguf, "stablelm")?;
         whole_heads(&sizes).map_err(|m| m.at(gguf.path()))?;
         Ok(Self {

@@ -1,5 +1,5 @@
 //! T5 (Raffel et al. 2020) and its v1.1, Flan and multilingual forms: pre-norm blocks by root mean square, attention whose scores are
-//! not scaled but biased by distance (the first layer's table serves all layers of its stack), and a decoder that attends
+//! not scaled but biased by distance (the first layer's table serves all layers of its stack; in UMT5 each has its own), and a decoder that attends
 //! to the encoder's states.
 //!
 //! Module paths are those of transformers' `T5ForConditionalGeneration`.
@@ -72,7 +72,8 @@ struct T5 {
 #[derive(Debug)]
 struct Stack {
     blocks: Vec<Block>,
-    relative_attention_bias: Embedding,
+    /// tables of biases: the first layer's, which serves all, or one a layer
+    relative_attention_bias: Vec<Embedding>,
     final_norm: RmsNorm,
 }
 
@@ -170,36 +171,50 @@ impl T5 {
 
 impl Stack {
     fn load(c: &T5Config, scope: &Scope<'_>, layers: usize, decoder: bool) -> Result<Self> {
-        let first = scope.within("block.0.layer.0.SelfAttention");
+        let bias = |i: usize| {
+            let attention = scope.within(&format!("block.{i}.layer.0.SelfAttention"));
+            attention.embedding("relative_attention_bias", c.buckets, c.num_heads)
+        };
         let block = |i: usize| Block::load(c, &scope.within(&format!("block.{i}")), decoder);
         Ok(Self {
             blocks: (0..layers).into_par_iter().map(block).collect::<Result<_>>()?,
-            relative_attention_bias: first.embedding("relative_attention_bias", c.buckets, c.num_heads)?,
+            relative_attention_bias: (0..if c.bias_a_layer { layers } else { 1 })
+                .map(bias)
+                .collect::<Result<_>>()?,
             final_norm: scope.rms_norm("final_layer_norm", c.d_model, c.eps)?,
         })
     }
 
-    /// The bias of the segments at hand.
-    fn bias<'m>(
+    /// The biases of the segments at hand, as many as there are tables.
+    fn biases<'m>(
         &'m self,
         tape: &mut Tape<'m>,
         c: &T5Config,
         segments: &[Segment],
         device: &Device,
-    ) -> OpResult<ScoreBias> {
+    ) -> OpResult<Vec<ScoreBias>> {
         let shape = self.blocks[0].attention.shape;
         let (distances, zero) = RelativeBias::needed(&shape, segments);
         let bucket = |i: usize| bucket_of(i as i64 - zero as i64, !shape.causal, c.buckets, c.max_distance);
-        let rows =
-            self.relative_attention_bias.forward(tape, (0..distances).map(bucket).collect(), device)?;
-        Ok(ScoreBias { table: ops::transpose(tape, &rows)?, zero })
+        let buckets: Arc<[u32]> = (0..distances).map(bucket).collect();
+        let bias = |table: &'m Embedding| {
+            let rows = table.forward(tape, buckets.clone(), device)?;
+            Ok(ScoreBias { table: ops::transpose(tape, &rows)?, zero })
+        };
+        self.relative_attention_bias.iter().map(bias).collect()
+    }
+
+    /// The blocks, each with the bias that is its own.
+    fn with_biases<'m>(&'m self, biases: Vec<ScoreBias>) -> impl Iterator<Item = (&'m Block, ScoreBias)> {
+        let last = biases.len().saturating_sub(1);
+        self.blocks.iter().enumerate().map(move |(i, block)| (block, biases[i.min(last)].clone()))
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(ModuleMut<'_>)) {
         for (i, block) in self.blocks.iter_mut().enumerate() {
             block.attention.visit(f);
-            if i == 0 {
-                f(ModuleMut::Embedding(&mut self.relative_attention_bias));
+            if let Some(bias) = self.relative_attention_bias.get_mut(i) {
+                f(ModuleMut::Embedding(bias));
             }
             f(ModuleMut::RmsNorm(&mut block.attention_norm));
             if let Some(cross) = &mut block.cross {
@@ -352,10 +367,10 @@ impl Seq2Seq for T5 {
     fn encode<'m>(&'m self, tape: &mut Tape<'m>, source: &TokenBatch) -> OpResult<EncoderStates> {
         let x = self.embed(tape, source)?;
         let (mut x, source) = self.entry.enter(tape, x, source)?;
-        let bias = self.encoder.bias(tape, &self.config, &source.segments, &self.device)?;
-        for block in &self.encoder.blocks {
+        let biases = self.encoder.biases(tape, &self.config, &source.segments, &self.device)?;
+        for (block, bias) in self.encoder.with_biases(biases) {
             let (source, zero) = (source.clone(), bias.zero);
-            x = tape.block(&[x, bias.table.clone()], move |tape, xs| {
+            x = tape.block(&[x, bias.table], move |tape, xs| {
                 block.forward(tape, &xs[0], &context(&source, &xs[1], zero), None, None)
             })?;
         }
@@ -373,10 +388,10 @@ impl Seq2Seq for T5 {
         let cross = states.cross(target)?;
         let x = self.embed(tape, target)?;
         let (mut x, target) = self.target_entry.enter(tape, x, target)?;
-        let bias = self.decoder.bias(tape, &self.config, &target.segments, &self.device)?;
-        for block in &self.decoder.blocks {
+        let biases = self.decoder.biases(tape, &self.config, &target.segments, &self.device)?;
+        for (block, bias) in self.decoder.with_biases(biases) {
             let (target, zero, cross) = (target.clone(), bias.zero, cross.clone());
-            x = tape.block(&[x, bias.table.clone(), states.hidden.clone()], move |tape, xs| {
+            x = tape.block(&[x, bias.table, states.hidden.clone()], move |tape, xs| {
                 let sources = Some((Sources::States(&xs[2]), cross.clone()));
                 block.forward(tape, &xs[0], &context(&target, &xs[1], zero), None, sources)
             })?;
@@ -410,8 +425,8 @@ impl Seq2Seq for T5 {
         let cross = cache.cross(batch)?;
         let x = self.embed(tape, batch)?;
         let (mut x, entered) = self.target_entry.enter(tape, x, batch)?;
-        let bias = self.decoder.bias(tape, &self.config, &entered.segments, &self.device)?;
-        for (layer, block) in self.decoder.blocks.iter().enumerate() {
+        let biases = self.decoder.biases(tape, &self.config, &entered.segments, &self.device)?;
+        for (layer, (block, bias)) in self.decoder.with_biases(biases).enumerate() {
             let sources = Some((Sources::KeyValues(&cache.sources[layer]), cross.clone()));
             let slot = CacheSlot { kv: &mut cache.own, layer };
             let context = context(&entered, &bias.table, bias.zero);

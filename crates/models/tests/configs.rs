@@ -1,5 +1,7 @@
 //! Configurations that cannot be meant: the error names the file, the key and the value.
 
+use engobe_formats::gguf::{GgufValue, write_gguf};
+use engobe_kernels::storage::StorageType;
 use engobe_models::{LoadOptions, load_causal_lm, load_seq2seq};
 use engobe_testkit::golden;
 use serde_json::{Value, json};
@@ -7,14 +9,18 @@ use tempfile::TempDir;
 
 /// The error of loading a golden model whose `config.json` was changed.
 fn error(case: &str, change: impl Fn(&mut Value)) -> String {
-    let dir = changed(&format!("llama/{case}"), change);
+    error_of(&format!("llama/{case}"), change)
+}
+
+fn error_of(case: &str, change: impl Fn(&mut Value)) -> String {
+    let dir = changed(case, change);
     load_causal_lm(dir.path(), &LoadOptions::default()).err().map(|e| e.to_string()).unwrap_or_default()
 }
 
 /// A golden model whose `config.json` was changed.
 fn changed(case: &str, change: impl Fn(&mut Value)) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(golden(case)).unwrap().flatten() {
+    for entry in std::fs::read_dir(golden(case)).unwrap().flatten().filter(|e| e.path().is_file()) {
         std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
     }
     let path = dir.path().join("config.json");
@@ -77,5 +83,61 @@ fn an_encoder_decoder_s_settings_must_fit_together() {
         let error = load_seq2seq(dir.path(), &LoadOptions::default()).err().map(|e| e.to_string());
         let error = error.unwrap_or_default();
         assert!(error.contains("config.json") && error.contains(key), "{key} {value}: {error}");
+    }
+}
+
+/// What a family's configuration may say and its decoder cannot do, or what nobody can mean.
+#[test]
+fn families_refuse_what_they_cannot_be() {
+    for (case, key, value) in [
+        ("gemma", "use_bidirectional_attention", json!(true)),
+        ("gemma", "hidden_act", json!("silu")),
+        ("olmo2", "hidden_act", json!("gelu")),
+        ("granite", "residual_multiplier", json!(0.0)),
+        ("granite", "logits_scaling", json!(-1.0)),
+        ("smollm3", "no_rope_layers", json!([1, 2, 1, 0])),
+        ("smollm3", "no_rope_layers", json!([1, 0])),
+        ("starcoder2", "sliding_window", json!(0)),
+        ("phi", "qk_layernorm", json!(true)),
+        ("phi", "hidden_act", json!("softplus")),
+        ("stablelm", "qk_layernorm", json!(true)),
+        ("stablelm", "num_attention_heads", json!(5)),
+    ] {
+        let error = error_of(&format!("decoders/{case}"), |config| config[key] = value.clone());
+        assert!(error.contains("config.json") && error.contains(key), "{case} {key}: {error}");
+    }
+    let error = error_of("decoders/smollm3", |config| {
+        config["no_rope_layers"] = Value::Null;
+        config["no_rope_layer_interval"] = json!(0);
+    });
+    assert!(error.contains("no_rope_layer_interval is 0"), "{error}");
+}
+
+/// GGUF files that say they are of a family, and hold what its decoder here does not have.
+#[test]
+fn gguf_files_of_later_models_by_the_same_name_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let window = ("olmo2.attention.sliding_window".to_string(), GgufValue::Unsigned(4096));
+    let tensor = |name: &str| (name.to_string(), StorageType::F32, vec![1], vec![0; 4]);
+    for (name, settings, tensors, expected) in [
+        (
+            "olmo2",
+            vec![window],
+            vec![tensor("output_norm.weight")],
+            "sliding_window is 4096; expected none: this is OLMo 3",
+        ),
+        (
+            "stablelm",
+            vec![],
+            vec![tensor("blk.0.attn_q_norm.weight")],
+            "attn_q_norm.weight is there; expected no such tensor",
+        ),
+    ] {
+        let path = dir.path().join(format!("{name}.gguf"));
+        let architecture = ("general.architecture".to_string(), GgufValue::String(name.to_string()));
+        let metadata: Vec<_> = std::iter::once(architecture).chain(settings).collect();
+        write_gguf(&path, &metadata, &tensors).unwrap();
+        let error = load_causal_lm(&path, &LoadOptions::default()).err().map(|e| e.to_string());
+        assert!(error.as_ref().is_some_and(|e| e.contains(expected)), "{name}: {error:?}");
     }
 }

@@ -4,6 +4,7 @@ use engobe_kernels::codec::FourBit;
 use engobe_kernels::quantize::Scheme;
 use engobe_models::{LoadOptions, Outline, load_causal_lm, quantize, vocab_size};
 use engobe_testkit::{cases, golden, models};
+use serde_json::Value;
 use std::path::Path;
 
 fn logits(path: &Path, options: &LoadOptions) -> Vec<f32> {
@@ -24,6 +25,35 @@ fn a_configuration_alone_gives_the_outline() {
         assert!((4..=7).contains(&per_layer), "{name}: {per_layer} matrices a layer");
         assert_eq!(vocab_size(&dir).unwrap(), 40);
     }
+}
+
+/// transformers 4 wrote what stands in `rope_parameters` at the top, and only what differs from the plain form in
+/// `rope_scaling`.
+#[test]
+fn settings_as_transformers_4_wrote_them_say_the_same() {
+    let mut read = 0;
+    for name in cases("decoders") {
+        let from = golden(format!("decoders/{name}"));
+        let text = std::fs::read_to_string(from.join("config.json")).unwrap();
+        let mut config: serde_json::Map<String, Value> = serde_json::from_str(&text).unwrap();
+        let Some(Value::Object(mut rope)) = config.remove("rope_parameters") else { continue };
+        // GPT-NeoX had keys of its own for them, Gemma 3 two bases
+        if name.starts_with("gpt_neox") || name.starts_with("gemma3") {
+            continue;
+        }
+        for key in ["rope_theta", "partial_rotary_factor", "original_max_position_embeddings"] {
+            config.extend(rope.remove(key).map(|value| (key.to_string(), value)));
+        }
+        let plain = rope["rope_type"] == "default";
+        config.insert("rope_scaling".to_string(), if plain { Value::Null } else { rope.into() });
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), Value::Object(config).to_string()).unwrap();
+        std::fs::copy(from.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+        let options = LoadOptions::default();
+        assert_eq!(logits(dir.path(), &options), logits(&from, &options), "{name}");
+        read += 1;
+    }
+    assert!(read >= 20, "{read}");
 }
 
 #[test]

@@ -38,7 +38,7 @@ fn shifted(model: &dyn Seq2Seq, labels: &[Vec<u32>]) -> Vec<Vec<u32>> {
 #[test]
 fn logits_and_losses_are_those_of_transformers_on_padded_rows() {
     let names = cases("t5");
-    assert_eq!(names, ["mt5", "uneven", "v10", "v11"]);
+    assert_eq!(names, ["mt5", "umt5", "uneven", "v10", "v11"]);
     for name in names {
         let expected: Expected = golden_json(format!("t5/{name}/expected.json"));
         for (dtype, composed) in
@@ -69,16 +69,17 @@ fn logits_and_losses_are_those_of_transformers_on_padded_rows() {
     }
 }
 
-/// Sums the loss of the golden rows of `base` over the model in `dir`.
-fn loss(dir: &Path, base: &str) -> f64 {
+/// The summed loss of the golden rows of `base` over the model in `dir`, and the logits.
+fn run(dir: &Path, base: &str) -> (f64, Vec<f32>) {
     let expected: Expected = golden_json(format!("t5/{base}/expected.json"));
     let model = load_seq2seq(dir, &LoadOptions::default()).unwrap();
     let mut tape = Tape::inference();
     let states = model.encode(&mut tape, &packed(&expected.sources).0).unwrap();
     let target = packed(&shifted(model.as_ref(), &expected.labels)).0;
     let hidden = model.decoder_states(&mut tape, &target, &states).unwrap();
+    let logits = model.logits(&mut tape, &Var::constant(hidden.tensor().clone())).unwrap();
     let loss = model.head_loss(&mut tape, &hidden, expected.labels.concat().into()).unwrap().loss;
-    f64::from(host(loss.tensor()).unwrap()[0])
+    (f64::from(host(loss.tensor()).unwrap()[0]), host(&logits).unwrap().to_vec())
 }
 
 /// What transformers 5 writes of a model with a head of its own: `tie_word_embeddings` is true there whatever it read, and
@@ -102,13 +103,18 @@ fn a_configuration_as_transformers_5_writes_it_and_other_names_change_nothing() 
         to
     };
     let as_written = [("tie_word_embeddings", true.into()), ("scale_decoder_outputs", false.into())];
-    let v11 = loss(&golden("t5/v11"), "v11");
-    assert_eq!(loss(&write("v11", &as_written, None), "v11"), v11);
-    let mt5 = loss(&golden("t5/mt5"), "mt5");
-    assert_eq!(loss(&write("mt5", &[("tie_word_embeddings", true.into())], None), "mt5"), mt5);
-    let v10 = loss(&golden("t5/v10"), "v10");
+    let v11 = run(&golden("t5/v11"), "v11");
+    assert_eq!(run(&write("v11", &as_written, None), "v11"), v11);
+    let mt5 = run(&golden("t5/mt5"), "mt5");
+    assert_eq!(run(&write("mt5", &[("tie_word_embeddings", true.into())], None), "mt5"), mt5);
+    let v10 = run(&golden("t5/v10"), "v10");
     let renamed = Some(("\"shared.weight\"", "\"encoder.embed_tokens.weight\""));
-    assert_eq!(loss(&write("v10", &[], renamed), "v10"), v10);
+    assert_eq!(run(&write("v10", &[], renamed), "v10"), v10);
+    // published checkpoints of UMT5, which transformers 4 does not scale; golden/t5/umt5 is as transformers 5 has it
+    let scaled = run(&golden("t5/umt5"), "umt5").1;
+    let plain = run(&write("umt5", &[("tie_word_embeddings", false.into())], None), "umt5").1;
+    let expected: Vec<f64> = scaled.iter().map(|z| f64::from(*z) * 32f64.sqrt()).collect();
+    assert_close(&plain, &expected, 1e-6, "UMT5 as published");
 }
 
 /// A source changes nothing in the answer to another, and recomputing blocks changes no bit of the gradients.

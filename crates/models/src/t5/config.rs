@@ -19,6 +19,8 @@ pub(super) struct T5Config {
     pub num_layers: usize,
     pub num_decoder_layers: usize,
     pub num_heads: usize,
+    /// each layer has a table of biases of its own (UMT5)
+    pub bias_a_layer: bool,
     /// of distances
     pub buckets: usize,
     /// distances from here on share a bucket
@@ -44,16 +46,18 @@ impl T5Config {
 
     /// Reads `config.json`.
     pub fn from_hf(config: &HfConfig) -> Result<Self> {
-        let multilingual = config.model_type()? == "mt5";
-        let (gated, activation) = feed_forward(config, if multilingual { "gated-gelu" } else { "relu" })?;
+        let model_type = config.model_type()?;
+        let (mt5, umt5) = (model_type == "mt5", model_type == "umt5");
+        let (gated, activation) = feed_forward(config, if mt5 || umt5 { "gated-gelu" } else { "relu" })?;
         // transformers 5 writes `tie_word_embeddings: true` whatever it read, and what it means beside it
         let tied = config.bool_or("tie_word_embeddings", true)?;
-        let scale_outputs = !multilingual && config.bool_or("scale_decoder_outputs", tied)?;
+        let scale_outputs = !mt5 && config.bool_or("scale_decoder_outputs", tied)?;
         let layers = config.usize("num_layers")?;
         let start = config.opt_usize(START)?;
         let pad = config.opt_usize("pad_token_id")?;
         let this = Self {
-            model_type: config.model_type()?.to_string(),
+            model_type: model_type.to_string(),
+            bias_a_layer: umt5,
             vocab_size: config.usize("vocab_size")?,
             d_model: config.usize("d_model")?,
             d_kv: config.usize("d_kv")?,
@@ -67,7 +71,7 @@ impl T5Config {
             gated,
             activation,
             scale_outputs,
-            tied: tied && (multilingual || scale_outputs),
+            tied: tied && (mt5 || scale_outputs),
             start_token: u32::try_from(start.or(pad).unwrap_or(0)).unwrap_or(u32::MAX),
             n_positions: config.opt_usize("n_positions")?.unwrap_or(512),
         };
