@@ -26,6 +26,7 @@ MODELS = {
     "roberta": ("roberta", dict(SIZES, pad_token_id=1), "tanh"),
     "xlm-roberta": ("roberta", dict(SIZES, pad_token_id=1), "tanh"),
     "distilbert": ("bert", dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=64), "relu"),
+    "electra": ("bert", dict(SIZES, embedding_size=24), "gelu"),
     "deberta-v2": ("deberta", dict(SIZES, **DEBERTA), "gelu"),
 }
 NAMES = ["bad", "good", "so-so"]
@@ -104,7 +105,7 @@ def main():
             data.write_text("".join(json.dumps({"text": t, "label": NAMES[i % 3]}) + "\n" for i, t in enumerate(TEXTS)))
             rows = [t.split() for t in TEXTS]
             words.write_text("".join(json.dumps({"tokens": r, "tags": [NAMES[(i + j) % 3] for j in range(len(r))]}) + "\n" for i, r in enumerate(rows)))
-            more = {"return_token_type_ids": kind == "bert"}
+            more = {"return_token_type_ids": kind in ("bert", "electra")}
             engobes(report, work, kind, base, data, read(TEXTS, padding=True, return_tensors="pt", **more), False)
             # RoBERTa's tokenizer is used with add_prefix_space=True for words
             rows = [[" " + word for word in row] for row in rows] if tokenizer == "roberta" else rows

@@ -30,6 +30,7 @@ FAMILIES = {
     "bert": ("bert", ["query", "value", "dense"]),
     "roberta": ("roberta", ["query", "key", "intermediate.dense"]),
     "distilbert": ("bert", ["q_lin", "v_lin", "lin1"]),
+    "electra": ("bert", ["query", "value", "dense", "embeddings_project"]),
     "deberta": ("deberta", ["query_proj", "key_proj", "value_proj", "intermediate.dense"]),
     "modernbert": ("roberta", ["Wqkv", "Wi", "mlp.Wo"]),
 }
@@ -47,6 +48,8 @@ def draw(family, rng, tokenizer):
     common["layer_norm_eps"] = rng.choice([1e-12, 1e-7, 1e-5])
     if family == "bert":
         return "bert", {**common, **still, "type_vocab_size": rng.choice([2, 3])}
+    if family == "electra":
+        return "electra", {**common, **still, "type_vocab_size": 2, "embedding_size": rng.choice([width, 10])}
     if family == "roberta":
         return rng.choice(["roberta", "xlm-roberta", "camembert"]), {**common, **still, "type_vocab_size": rng.choice([1, 2])}
     if family == "distilbert":
@@ -223,6 +226,16 @@ def one(report, work, family, round_, seed):
     with torch.no_grad():
         logits = again(**fitting(model, batch)).logits
     report(f"{name}: adapter in PEFT", compared(said, logits, task, names, firsts), 1e-4)
+
+    merged = work / "merged"
+    engobe("merge", "--model", directory, "--adapter", out, "--out", merged)
+    read, told = auto.from_pretrained(merged, dtype=torch.float32, output_loading_info=True)
+    with torch.no_grad():
+        apart = (read.eval()(**fitting(read, batch)).logits - logits).abs().max() / logits.abs().max().clamp(min=1.0)
+    report(f"{name}: merged, in transformers", apart.item(), 1e-4)
+    # DeBERTa without relative positions has a norm of theirs that nothing reads
+    missing = [key for key in told["missing_keys"] if "encoder.LayerNorm" not in key or config.relative_attention]
+    report.true(f"{name}: merged", not missing and not told["unexpected_keys"] and read.config.id2label == config.id2label, str(told))
 
 
 if __name__ == "__main__":

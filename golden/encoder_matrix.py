@@ -23,6 +23,7 @@ FAMILIES = {
     "distilbert": ("encoders/distilbert", ["k_lin", "v_lin"], ["lin2"], ["sa_layer_norm", "output_layer_norm"], DISTILBERT),
     "deberta_v2": ("encoders/deberta_v2_conv_task", ["key_proj", "value_proj"], ["output.dense"], ["LayerNorm"], {}),
     "modernbert": ("encoders/modernbert_bias_task", ["Wqkv"], ["mlp.Wo"], ["mlp_norm", "final_norm"], {}),
+    "electra": ("encoders/electra_task", *BERT, {"token_dim": 24}),
 }
 # what all-linear stands for; PEFT takes pre_classifier for it as well, which it then cannot train in full
 ALL_OF_DISTILBERT = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
@@ -32,6 +33,7 @@ MORE = {
     "roberta": ("word_embeddings", "layer.1.output.dense"),
     "distilbert": ("word_embeddings", "layer.0.ffn.lin1"),
     "deberta_v2": ("word_embeddings", "rel_embeddings"),
+    "electra": ("word_embeddings", "embeddings_project"),
     "modernbert": ("tok_embeddings", "layers.1.attn_norm"),
 }
 # prefixes: PEFT needs a model that takes past_key_values; the other: engobe does not train a convolution's bias
@@ -65,7 +67,7 @@ def main():
             torch.manual_seed(seed)
             model, off = base_model(base, False, CLASSES, SINGLE)
             data = data or task_rows(seed, SINGLE, CLASSES, model.config)
-            if "num_virtual_tokens" in settings:
+            if "num_virtual_tokens" in settings and name != "prefix-tuning":
                 settings = {**settings, **told}
             if family == "distilbert" and name == "lora":
                 settings = {**settings, "target_modules": ALL_OF_DISTILBERT}

@@ -41,6 +41,7 @@ MODELS = {
     "xlm_roberta_task": ("xlm-roberta", dict(**BERT, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5)),
     "camembert": ("camembert", dict(**BERT, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5)),
     "deberta_more_buckets": ("deberta-v2", {**DEBERTA, "hidden_size": 16, "position_buckets": 16, "max_relative_positions": 5, "share_att_key": True}),
+    "electra_task": ("electra", dict(**BERT, embedding_size=24)),
 }
 
 

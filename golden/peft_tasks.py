@@ -38,7 +38,7 @@ from peft import (  # noqa: E402
 STEPS, BATCH, LR = 10, 4, 1e-3
 OFF = {"bert": ["hidden_dropout_prob", "attention_probs_dropout_prob"], "roberta": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
        "distilbert": ["dropout", "attention_dropout", "seq_classif_dropout"], "modernbert": ["classifier_dropout"],
-       "deberta-v2": ["hidden_dropout_prob", "attention_probs_dropout_prob"]}
+       "electra": ["hidden_dropout_prob", "attention_probs_dropout_prob"], "deberta-v2": ["hidden_dropout_prob", "attention_probs_dropout_prob"]}
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 # PEFT does not read DistilBERT's names of them
 DISTILBERT = {"token_dim": 32, "num_attention_heads": 4, "num_layers": 2}

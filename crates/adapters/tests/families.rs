@@ -73,6 +73,33 @@ fn a_tied_head_keeps_its_bias_in_a_merged_model() {
     assert_close(&logits(load(dir.path()).as_ref()), &expected, 1e-6, "merged");
 }
 
+/// A table of positions that was trained is not the matrix that the head is tied to.
+#[test]
+fn trained_positions_do_not_untie_the_head() {
+    let base = golden("decoders/gpt2");
+    let mut model = load(&base);
+    assert!(model.info().tied_head);
+    let config = LoraConfig {
+        target_modules: Some(TargetModules::List(vec!["c_fc".to_string()])),
+        modules_to_save: vec!["wpe".to_string()],
+        ..Default::default()
+    };
+    let adapter = Adapter::attach(model.as_mut(), &config, Start { seed: 1 }, &Device::Cpu).unwrap();
+    let params = adapter.params();
+    let positions = params.iter().find(|p| p.name().contains("wpe")).unwrap();
+    positions
+        .update_host(|v| v.iter_mut().enumerate().for_each(|(i, v)| *v += 0.01 * (i % 7) as f32))
+        .unwrap();
+    let expected: Vec<f64> = logits(model.as_ref()).iter().map(|x| f64::from(*x)).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let options = MergeOptions { storage: &|_| StorageType::F32, max_shard_bytes: 1 << 30, tied_head: true };
+    let merged = merge(model.as_mut(), &adapter, dir.path(), &options, &mut |_, _| ()).unwrap();
+    assert!(merged.tied_head);
+    std::fs::copy(base.join("config.json"), dir.path().join("config.json")).unwrap();
+    // the same numbers, widened
+    assert_close(&logits(load(dir.path()).as_ref()), &expected, 1e-6, "merged");
+}
+
 #[test]
 fn a_conv1d_is_not_trained_in_full() {
     let mut model = load(&golden("decoders/gpt2"));

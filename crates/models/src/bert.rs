@@ -1,7 +1,7 @@
 //! BERT (Devlin et al. 2019): post-norm blocks over tokens, positions and token types, and a pooler.
 //!
-//! Module paths are those of transformers' `BertModel`. RoBERTa's file builds on this one: it differs in where
-//! positions begin.
+//! Module paths are those of transformers' `BertModel`. RoBERTa's file builds on this one, which differs in where
+//! positions begin, and ELECTRA's.
 
 use crate::encoders::{EncoderArchitecture, activation, bad, head_dim};
 use crate::scope::{Naming, Scope};
@@ -37,6 +37,8 @@ pub(crate) fn stack(
     }
     let (d, layers) = (config.usize("hidden_size")?, config.usize("num_hidden_layers")?);
     let (vocab, rows) = (config.usize("vocab_size")?, config.usize("max_position_embeddings")?);
+    // ELECTRA's configurations alone have it
+    let width = config.opt_usize("embedding_size")?.unwrap_or(d);
     let eps = config.opt_f64("layer_norm_eps")?.unwrap_or(1e-12) as f32;
     let sizes = PostNorm {
         width: d,
@@ -56,17 +58,18 @@ pub(crate) fn stack(
     };
     Ok(EncoderStack {
         info: info(config.model_type()?, vocab, d, layers, rows.saturating_sub(first_position as usize)),
-        words: embeddings.embedding("word_embeddings", vocab, d)?,
-        entry: Entry::new(embeddings.path("word_embeddings"), d),
+        words: embeddings.embedding("word_embeddings", vocab, width)?,
+        entry: Entry::new(embeddings.path("word_embeddings"), width),
         positions: Some(Positions {
-            embedding: embeddings.embedding("position_embeddings", rows, d)?,
+            embedding: embeddings.embedding("position_embeddings", rows, width)?,
             first: first_position,
         }),
         token_types: match config.opt_usize("type_vocab_size")?.unwrap_or(2) {
             0 => None,
-            types => Some(embeddings.embedding("token_type_embeddings", types, d)?),
+            types => Some(embeddings.embedding("token_type_embeddings", types, width)?),
         },
-        embedding_norm: Norm::Layer(embeddings.layer_norm("LayerNorm", d, eps, true)?),
+        embedding_norm: Norm::Layer(embeddings.layer_norm("LayerNorm", width, eps, true)?),
+        projection: (width != d).then(|| base.linear("embeddings_project", d, width, true)).transpose()?,
         blocks: (0..layers).into_par_iter().map(block).collect::<Result<_>>()?,
         ropes: Vec::new(),
         final_norm: None,

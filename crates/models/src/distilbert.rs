@@ -53,6 +53,7 @@ fn build(config: &HfConfig, weights: &Weights<'_>, naming: Naming) -> Result<Box
         }),
         token_types: None,
         embedding_norm: Norm::Layer(embeddings.layer_norm("LayerNorm", d, EPS, true)?),
+        projection: None,
         blocks: (0..layers).into_par_iter().map(block).collect::<Result<_>>()?,
         ropes: Vec::new(),
         final_norm: None,

@@ -42,6 +42,7 @@ pub static ENCODERS: &[&EncoderArchitecture] = &[
     &crate::bert::ARCHITECTURE,
     &crate::roberta::ARCHITECTURE,
     &crate::distilbert::ARCHITECTURE,
+    &crate::electra::ARCHITECTURE,
     &crate::deberta_v2::ARCHITECTURE,
     &crate::modernbert::ARCHITECTURE,
 ];

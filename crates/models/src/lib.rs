@@ -8,6 +8,7 @@ mod bert;
 mod blank;
 mod deberta_v2;
 mod distilbert;
+mod electra;
 mod encoders;
 mod family;
 mod gemma;

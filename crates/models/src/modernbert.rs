@@ -69,6 +69,7 @@ fn build(config: &HfConfig, weights: &Weights<'_>, naming: Naming) -> Result<Box
         positions: None,
         token_types: None,
         embedding_norm: Norm::Layer(embeddings.layer_norm("norm", d, eps, norm_bias)?),
+        projection: None,
         blocks: (0..layers).into_par_iter().map(block).collect::<Result<_>>()?,
         ropes: KINDS.iter().map(rope).collect::<Result<_>>()?,
         final_norm: Some(Norm::Layer(base.layer_norm("final_norm", d, eps, norm_bias)?)),

@@ -195,7 +195,8 @@ impl HeadBuilder<'_> {
     fn encoder(&mut self, kind: HeadKind, architecture: &EncoderArchitecture) -> Result<Parts> {
         match (kind, architecture.model_type) {
             (HeadKind::Sequence, "bert") => self.bert(architecture.prefix),
-            (HeadKind::Sequence, "roberta") => self.roberta(),
+            (HeadKind::Sequence, "roberta") => self.first_token(Activation::Tanh),
+            (HeadKind::Sequence, "electra") => self.first_token(Activation::Gelu),
             (HeadKind::Sequence, "distilbert") => self.distilbert(),
             (HeadKind::Sequence, "deberta-v2") => self.deberta(),
             (kind, "modernbert") => self.modernbert(kind),
@@ -246,9 +247,10 @@ impl HeadBuilder<'_> {
         Ok((Some(Pooling::Pooler), vec![self.layer("classifier", self.labels, dropout, None)?]))
     }
 
-    fn roberta(&mut self) -> Result<Parts> {
+    /// `classifier.dense` over the first token, `between`, `classifier.out_proj`.
+    fn first_token(&mut self, between: Activation) -> Result<Parts> {
         let dropout = self.dropout()?;
-        let dense = self.layer("classifier.dense", self.d, dropout, Some(Activation::Tanh))?;
+        let dense = self.layer("classifier.dense", self.d, dropout, Some(between))?;
         Ok((
             Some(Pooling::First),
             vec![dense, self.layer("classifier.out_proj", self.labels, dropout, None)?],

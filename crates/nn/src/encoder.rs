@@ -72,6 +72,8 @@ pub struct EncoderStack {
     pub token_types: Option<Embedding>,
     /// the norm of the embedded tokens
     pub embedding_norm: Norm,
+    /// from the width of the embeddings to that of the blocks, where they differ
+    pub projection: Option<Linear>,
     /// the blocks
     pub blocks: Vec<Block>,
     /// rotary embeddings that the blocks' attention points to
@@ -97,7 +99,11 @@ impl EncoderStack {
             let embedded = positions.forward(tape, &batch, &self.device)?;
             x = ops::add(tape, &x, &embedded)?;
         }
-        Ok((self.embedding_norm.forward(tape, &x)?, batch))
+        let x = self.embedding_norm.forward(tape, &x)?;
+        match &self.projection {
+            Some(project) => Ok((project.forward(tape, &x)?, batch)),
+            None => Ok((x, batch)),
+        }
     }
 }
 
@@ -129,6 +135,9 @@ impl ModuleTree for EncoderStack {
             f(ModuleMut::Embedding(token_types));
         }
         f(self.embedding_norm.module());
+        if let Some(project) = &mut self.projection {
+            f(ModuleMut::Linear(project));
+        }
         self.blocks.iter_mut().for_each(|block| block.visit(f));
         if let Some(norm) = &mut self.final_norm {
             f(norm.module());

@@ -49,4 +49,4 @@ macro_rules! families {
     ($($name:ident)*) => { $(#[test] fn $name() { beside_peft(stringify!($name)); })* };
 }
 
-families!(bert roberta distilbert deberta_v2 modernbert);
+families!(bert roberta distilbert electra deberta_v2 modernbert);

@@ -43,7 +43,7 @@ const fn family(
     Family { model_type, two, one, tokens }
 }
 
-const FAMILIES: [Family; 8] = [
+const FAMILIES: [Family; 9] = [
     family(
         "bert",
         Some(("tanh", ["bert.pooler.dense", "classifier"])),
@@ -53,6 +53,7 @@ const FAMILIES: [Family; 8] = [
     family("roberta", ROBERTA, None, "classifier"),
     family("xlm-roberta", ROBERTA, None, "classifier"),
     family("distilbert", Some(("relu", ["pre_classifier", "classifier"])), None, "classifier"),
+    family("electra", Some(("gelu", ["classifier.dense", "classifier.out_proj"])), None, "classifier"),
     family("deberta-v2", Some(("gelu", ["pooler.dense", "classifier"])), None, "classifier"),
     family("llama", None, SCORE, "score"),
     family("mistral", None, SCORE, "score"),
