@@ -67,7 +67,7 @@ LORAS = {
 # over transformers 5 PEFT puts the embedding's trained rows into every T5's head, its own or not
 OF_TIED = ["tokens", "lora_tokens"]
 # a T5 whose head is the embedding's matrix scales what it reads, and no configuration of transformers 4 has that of another head
-CHANGES_HEAD = ["tokens", "lora_tokens", "lora_head", "saved_head"]
+CHANGES_HEAD = ["lora_head", "saved_head"]
 VIRTUAL = {
     "prompt": PromptTuningConfig(num_virtual_tokens=5),
     # PEFT makes two prompts unless it is told not to, of which the second is not read

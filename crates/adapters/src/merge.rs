@@ -140,19 +140,14 @@ fn unties(model: &mut dyn ModuleTree, heads: &[String]) -> bool {
             tokens.push(entry.path().to_string());
         }
     });
-    let mut changed = false;
-    model.visit_modules(&mut |module| {
-        changed |= match &module {
-            ModuleMut::Linear(linear) => {
-                heads.iter().any(|h| h == linear.path()) && !linear.weight_is_plain()
-            }
-            ModuleMut::Embedding(embedding) => {
-                !embedding.is_plain() && tokens.iter().any(|path| path == embedding.path())
-            }
-            ModuleMut::RmsNorm(_) | ModuleMut::LayerNorm(_) => false,
-        }
+    let mut changes = Vec::new();
+    model.visit_modules(&mut |module| match &module {
+        ModuleMut::Linear(m) if heads.iter().any(|h| h == m.path()) => changes.push(m.changes()),
+        ModuleMut::Embedding(m) if tokens.iter().any(|path| path == m.path()) => changes.push(m.changes()),
+        _ => {}
     });
-    changed
+    // rows of some tokens are trained in both at once; whatever else there is, is in one of them
+    changes.iter().any(|all| all.is_none() || *all != changes[0])
 }
 
 /// Names and shapes of a module's tensors.

@@ -10,6 +10,7 @@ use engobe_models::{LoadOptions, load_seq2seq};
 use engobe_nn::{CausalLm, ModuleMut};
 use engobe_testkit::models::{self, load, some_ids};
 use engobe_testkit::{assert_close, cases, golden};
+use serde_json::{Value, json};
 
 fn logits(model: &dyn CausalLm) -> Vec<f32> {
     models::logits(model, &some_ids()).concat()
@@ -62,6 +63,33 @@ fn a_tied_head_keeps_its_bias_in_a_merged_model() {
     let params = adapter.params();
     let bias = params.iter().find(|p| p.name().ends_with("lm_head.bias")).unwrap();
     bias.update_host(|v| v.iter_mut().enumerate().for_each(|(i, v)| *v += 0.1 * i as f32)).unwrap();
+    let expected: Vec<f64> = logits(model.as_ref()).iter().map(|x| f64::from(*x)).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let options = MergeOptions { storage: &|_| StorageType::F32, max_shard_bytes: 1 << 30, tied_head: true };
+    let merged = merge(model.as_mut(), &adapter, dir.path(), &options, &mut |_, _| ()).unwrap();
+    assert!(merged.tied_head);
+    std::fs::copy(base.join("config.json"), dir.path().join("config.json")).unwrap();
+    // the same numbers, widened
+    assert_close(&logits(load(dir.path()).as_ref()), &expected, 1e-6, "merged");
+}
+
+/// A table of positions that was trained is not the matrix that the head is tied to.
+#[test]
+fn trained_positions_do_not_untie_the_head() {
+    let base = golden("decoders/gpt2");
+    let mut model = load(&base);
+    assert!(model.info().tied_head);
+    let config = LoraConfig {
+        target_modules: Some(TargetModules::List(vec!["c_fc".to_string()])),
+        modules_to_save: vec!["wpe".to_string()],
+        ..Default::default()
+    };
+    let adapter = Adapter::attach(model.as_mut(), &config, Start { seed: 1 }, &Device::Cpu).unwrap();
+    let params = adapter.params();
+    let positions = params.iter().find(|p| p.name().contains("wpe")).unwrap();
+    positions
+        .update_host(|v| v.iter_mut().enumerate().for_each(|(i, v)| *v += 0.01 * (i % 7) as f32))
+        .unwrap();
     let expected: Vec<f64> = logits(model.as_ref()).iter().map(|x| f64::from(*x)).collect();
     let dir = tempfile::tempdir().unwrap();
     let options = MergeOptions { storage: &|_| StorageType::F32, max_shard_bytes: 1 << 30, tied_head: true };
@@ -178,22 +206,28 @@ fn all_biases_are_all() {
     }
 }
 
-/// What is trained of another embedding than that of tokens (T5's biases by distance) leaves a tied head tied.
+/// What is trained of another embedding than that of tokens (T5's biases by distance) leaves a tied head tied, and so do
+/// tokens that are trained in both.
 #[test]
-fn only_the_embedding_of_tokens_unties_a_head() {
-    let head_stays = |saved: &str| {
+fn a_head_that_is_changed_as_the_embedding_of_tokens_stays_tied() {
+    let head_stays = |kind: &str, key: &str, value: Value, changed: &str| {
         let mut model = load_seq2seq(&golden("t5/uneven"), &LoadOptions::default()).unwrap();
         assert!(model.info().tied_head);
-        let mut config = PeftConfig::new("LORA");
-        config.set("target_modules", vec!["q".to_string()]);
-        config.set("modules_to_save", vec![saved.to_string()]);
+        let mut config = PeftConfig::new(kind);
+        config.set(key, value);
+        if kind == "LORA" {
+            config.set("target_modules", vec!["q".to_string()]);
+        }
         Adapter::attach(model.as_mut(), config, Start { seed: 1 }, &Device::Cpu).unwrap();
         let plan = plan(model.as_mut(), true);
-        let changed = |t: &Planned| t.changed && t.name.contains(saved);
-        assert!(plan.tensors.iter().any(changed), "{saved} is not among what is merged");
+        let is_changed = |t: &Planned| t.changed && t.name.contains(changed);
+        assert!(plan.tensors.iter().any(is_changed), "{changed} is not among what is merged");
         plan.tied_head
     };
-    assert!(head_stays("relative_attention_bias"));
-    assert!(!head_stays("shared"));
-    assert!(!head_stays("lm_head"));
+    let saved = |name: &str| head_stays("LORA", "modules_to_save", json!([name]), name);
+    assert!(saved("relative_attention_bias"));
+    assert!(!saved("shared"));
+    assert!(!saved("lm_head"));
+    assert!(head_stays("TRAINABLE_TOKENS", "token_indices", json!([3, 5]), "shared"));
+    assert!(head_stays("LORA", "trainable_token_indices", json!([3, 5]), "shared"));
 }

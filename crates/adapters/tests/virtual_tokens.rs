@@ -263,7 +263,7 @@ fn of_two_prompts_in_a_file_the_first_is_taken() {
         let dir = tempfile::tempdir().unwrap();
         let bytes: Vec<u8> = rows[..prompts * 3 * 32].iter().flat_map(|v| v.to_le_bytes()).collect();
         let tensors = [("prompt_embeddings".to_string(), vec![prompts * 3, 32], bytes)];
-        PeftAdapter::save(dir.path(), &config(peft_type, &settings), &tensors).unwrap();
+        PeftAdapter::save(dir.path(), config(peft_type, &settings), &tensors).unwrap();
         let mut model = load_seq2seq(&golden("t5/v10"), &LoadOptions::default()).unwrap();
         let adapter = Adapter::load(model.as_mut(), dir.path(), &Device::Cpu).unwrap();
         let exported = adapter.export().unwrap();

@@ -205,7 +205,7 @@ impl Stack {
     }
 
     /// The blocks, each with the bias that is its own.
-    fn with_biases<'m>(&'m self, biases: Vec<ScoreBias>) -> impl Iterator<Item = (&'m Block, ScoreBias)> {
+    fn with_biases(&self, biases: Vec<ScoreBias>) -> impl Iterator<Item = (&Block, ScoreBias)> {
         let last = biases.len().saturating_sub(1);
         self.blocks.iter().enumerate().map(move |(i, block)| (block, biases[i.min(last)].clone()))
     }

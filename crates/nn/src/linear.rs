@@ -116,6 +116,12 @@ impl Linear {
         self.adapters.push(adapter);
     }
 
+    /// What is attached, as [`Embedding::changes`](crate::Embedding::changes) has it.
+    pub fn changes(&self) -> Option<Vec<*const ()>> {
+        let is_frozen = matches!(self.weight, Weight::Frozen(_));
+        is_frozen.then(|| self.adapters.iter().map(|adapter| Arc::as_ptr(adapter).cast()).collect())
+    }
+
     /// True if nothing is attached and nothing is trained.
     pub fn is_plain(&self) -> bool {
         self.weight_is_plain() && self.bias_is_plain()

@@ -158,6 +158,13 @@ impl Embedding {
         }
     }
 
+    /// What is attached, each by its place in memory: where a head is the embedding's matrix and both have the same, they
+    /// are still one. `None` if the matrix is trained in full.
+    pub fn changes(&self) -> Option<Vec<*const ()>> {
+        let is_frozen = matches!(self.weight, Weight::Frozen(_));
+        is_frozen.then(|| self.adapters.iter().map(|adapter| Arc::as_ptr(adapter).cast()).collect())
+    }
+
     /// Rows `ids`: `[n, d]`.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, ids: Arc<[u32]>, device: &Device) -> Result<Var> {
         let weight = self.weight.on(tape);
