@@ -1,5 +1,5 @@
 """Every family of encoders beside transformers and PEFT, on random configurations: vectors, losses and predictions of models
-saved with their heads, ten steps of LoRA, adapters read by PEFT.
+saved with their heads, ten steps of LoRA, adapters read by PEFT, merged directories.
 
     python checks/encoders.py [--seed N] [--rounds N] [--only FAMILY]
 
@@ -18,7 +18,14 @@ import torch
 from common import ROOT, Report, engobe, randomize
 from parity import perturb, relative
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 TOKENIZERS = ROOT / "crates/data/tests/golden/tasks"
 WORDS = ("the cat sat on the mat a stirring , funny and finally transporting re-imagining nothing new under sun ! no jim henson was"
@@ -227,7 +234,10 @@ def one(report, work, family, round_, seed):
         logits = again(**fitting(model, batch)).logits
     report(f"{name}: adapter in PEFT", compared(said, logits, task, names, firsts), 1e-4)
 
-    merged = work / "merged"
+    merged_in_transformers(report, name, directory, out, work / "merged", auto, batch, logits, config)
+
+
+def merged_in_transformers(report, name, directory, out, merged, auto, batch, logits, config):
     engobe("merge", "--model", directory, "--adapter", out, "--out", merged)
     read, told = auto.from_pretrained(merged, dtype=torch.float32, output_loading_info=True)
     with torch.no_grad():
@@ -235,7 +245,36 @@ def one(report, work, family, round_, seed):
     report(f"{name}: merged, in transformers", apart.item(), 1e-4)
     # DeBERTa without relative positions has a norm of theirs that nothing reads
     missing = [key for key in told["missing_keys"] if "encoder.LayerNorm" not in key or config.relative_attention]
-    report.true(f"{name}: merged", not missing and not told["unexpected_keys"] and read.config.id2label == config.id2label, str(told))
+    report.true(f"{name}: merged", not missing and not told["unexpected_keys"] and list(read.config.id2label.values()) == list(config.id2label.values()), str(told))
+
+
+def from_masked_model(report, work, family, round_, seed):
+    """A head over what a masked language model left: whatever it lacks begins at random, is trained and saved."""
+    kind, targets = FAMILIES[family]
+    rng = random.Random(f"masked {family} {seed} {round_}")
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / kind)
+    model_type, settings = draw(family, rng, tokenizer)
+    torch.manual_seed(seed + round_)
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(model_type, **settings))
+    randomize(model)
+    directory, out, data, said = work / "masked", work / "masked-out", work / "masked.jsonl", work / "said.jsonl"
+    shutil.copytree(TOKENIZERS / kind, directory)
+    model.save_pretrained(directory)
+    rows = rows_of("seq-cls", rng, NAMES[:3], False)
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    engobe("train", "--model", directory, "--task", "seq-cls", "--data", data, "--out", out, "--target-modules", ",".join(targets), "--r", 2,
+           "--max-steps", 4, "--batch-size", BATCH, "--learning-rate", RATE, "--allow", "duplicate-rows")
+    names = sorted(NAMES[:3])
+    engobe("eval", "--model", directory, "--adapter", out, "--data", data, "--predictions", said)
+    again = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=len(names), dtype=torch.float32)
+    again = PeftModel.from_pretrained(again, out).eval()
+    batch, _, _ = encoded(tokenizer, rows, "seq-cls", names)
+    with torch.no_grad():
+        logits = again(**fitting(model, batch)).logits
+    name = f"{model_type} {round_} from a masked model"
+    report(f"{name}: adapter in PEFT", compared(said, logits, "seq-cls", names, None), 1e-4)
+    again.config.id2label = dict(enumerate(names))
+    merged_in_transformers(report, name, directory, out, work / "masked-merged", AutoModelForSequenceClassification, batch, logits, again.config)
 
 
 if __name__ == "__main__":
@@ -250,4 +289,5 @@ if __name__ == "__main__":
             if args.only in family:
                 with tempfile.TemporaryDirectory() as work:
                     one(report, Path(work), family, round_, args.seed)
+                    from_masked_model(report, Path(work), family, round_, args.seed)
     report.exit()

@@ -143,7 +143,7 @@ impl TaskBase {
 /// begin.
 ///
 /// # Errors
-/// An architecture without such a head, or a checkpoint without the pooler that the head reads.
+/// An architecture without such a head.
 pub fn load_task_model(
     path: &Path,
     options: &LoadOptions,
@@ -232,19 +232,18 @@ impl HeadBuilder<'_> {
         Ok((pooling, vec![HeadLayer { dropout, linear, activation: None, norm: None }]))
     }
 
-    /// The pooler's output, dropout, `classifier`.
+    /// The pooler's output, dropout, `classifier`. Checkpoints of masked language models have no pooler: it begins at random
+    /// there, as in transformers.
     fn bert(&mut self, prefix: &str) -> Result<Parts> {
-        let pooler = "pooler.dense.weight";
-        if !self.weights.contains(pooler) && !self.weights.contains(&format!("{prefix}.{pooler}")) {
-            return Err(bad(
-                self.config,
-                pooler,
-                "missing from the weights",
-                "a checkpoint with BERT's pooler",
-            ));
-        }
-        let dropout = self.dropout()?;
-        Ok((Some(Pooling::Pooler), vec![self.layer("classifier", self.labels, dropout, None)?]))
+        let (dropout, pooler) = (self.dropout()?, format!("{prefix}.pooler.dense"));
+        let there = ["pooler.dense", &pooler].iter().any(|p| self.weights.contains(&format!("{p}.weight")));
+        let pooler = match there {
+            true => None,
+            false => Some(self.layer(&pooler, self.d, 0.0, Some(Activation::Tanh))?),
+        };
+        let pooling = if there { Pooling::Pooler } else { Pooling::First };
+        let classifier = self.layer("classifier", self.labels, dropout, None)?;
+        Ok((Some(pooling), pooler.into_iter().chain([classifier]).collect()))
     }
 
     /// `classifier.dense` over the first token, `between`, `classifier.out_proj`.

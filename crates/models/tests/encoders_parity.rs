@@ -1,11 +1,14 @@
 //! Hidden states of encoders beside transformers', on the tiny models of `golden/encoders`.
 
 use engobe_autograd::{Tape, Var, host, ops};
-use engobe_models::{LoadOptions, Naming, load_encoder};
-use engobe_nn::{Encoder, TokenBatch};
+use engobe_formats::safetensors_file::{SafetensorsFile, write_typed};
+use engobe_models::{HeadKind, LoadOptions, Naming, load_encoder, load_task_model};
+use engobe_nn::{Encoder, ModuleTree, TokenBatch};
 use engobe_testkit::{assert_close, cases, golden, golden_json};
 use serde::Deserialize;
+use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::Path;
 
 #[derive(Deserialize)]
 struct Expected {
@@ -95,4 +98,35 @@ fn rows_that_the_model_cannot_take_are_named() {
     let typed = short.clone().with_token_types(&[0, 2]).unwrap();
     assert!(error(&typed).contains("type 2") && error(&typed).contains("2 types"), "{}", error(&typed));
     assert!(short.with_token_types(&[0]).is_err());
+}
+
+#[test]
+fn a_pooler_is_there_if_the_head_reads_it() {
+    let options = LoadOptions::default();
+    let poolers = |dir: &Path, kind: HeadKind| {
+        let mut model = load_task_model(dir, &options, kind, 3, 1).unwrap();
+        let mut found = 0;
+        model.visit_modules(&mut |m| found += usize::from(m.path().ends_with("pooler.dense")));
+        (found, model.head().fresh.clone(), model.head().saved.clone())
+    };
+    let names = |list: &[&str]| list.iter().map(|n| n.to_string()).collect::<Vec<String>>();
+    let (bert, roberta) = (golden("encoders/bert"), golden("encoders/roberta"));
+    assert_eq!(
+        poolers(&bert, HeadKind::Sequence),
+        (1, names(&["classifier"]), names(&["classifier"])),
+        "the checkpoint's"
+    );
+    assert_eq!(poolers(&bert, HeadKind::Token).0, 0);
+    assert_eq!(poolers(&roberta, HeadKind::Sequence).0, 0);
+
+    // what a masked language model leaves
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(bert.join("config.json"), dir.path().join("config.json")).unwrap();
+    let file = SafetensorsFile::open(&bert.join("model.safetensors")).unwrap();
+    let kept = file.tensors().filter(|t| !t.name.contains("pooler"));
+    let kept = kept.map(|t| (t.name.clone(), t.dtype.clone(), t.shape.clone(), t.bytes().to_vec()));
+    write_typed(&dir.path().join("model.safetensors"), kept.collect(), &BTreeMap::new()).unwrap();
+    let (found, fresh, saved) = poolers(dir.path(), HeadKind::Sequence);
+    assert_eq!((found, fresh), (1, names(&["bert.pooler.dense", "classifier"])));
+    assert_eq!(saved, names(&["classifier", "bert.pooler.dense"]));
 }
