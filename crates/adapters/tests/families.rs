@@ -11,6 +11,7 @@ use engobe_nn::{CausalLm, ModuleMut};
 use engobe_testkit::models::{self, load, some_ids};
 use engobe_testkit::{assert_close, cases, golden};
 use serde_json::{Value, json};
+use std::path::Path;
 
 fn logits(model: &dyn CausalLm) -> Vec<f32> {
     models::logits(model, &some_ids()).concat()
@@ -48,6 +49,18 @@ fn a_merged_model_says_what_its_adapter_said() {
     assert_eq!(transposed, ["gpt2"], "PEFT is told of Conv1D");
 }
 
+/// Merges, and finds the head tied and the model saying the same.
+fn stays_tied(base: &Path, model: &mut dyn CausalLm, adapter: &Adapter) {
+    let expected: Vec<f64> = logits(model).iter().map(|x| f64::from(*x)).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let options = MergeOptions { storage: &|_| StorageType::F32, max_shard_bytes: 1 << 30, tied_head: true };
+    let merged = merge(model, adapter, dir.path(), &options, &mut |_, _| ()).unwrap();
+    assert!(merged.tied_head);
+    std::fs::copy(base.join("config.json"), dir.path().join("config.json")).unwrap();
+    // the same numbers, widened
+    assert_close(&logits(load(dir.path()).as_ref()), &expected, 1e-6, "merged");
+}
+
 /// Phi's head has a bias, which is no part of the embedding that its matrix may be.
 #[test]
 fn a_tied_head_keeps_its_bias_in_a_merged_model() {
@@ -63,14 +76,7 @@ fn a_tied_head_keeps_its_bias_in_a_merged_model() {
     let params = adapter.params();
     let bias = params.iter().find(|p| p.name().ends_with("lm_head.bias")).unwrap();
     bias.update_host(|v| v.iter_mut().enumerate().for_each(|(i, v)| *v += 0.1 * i as f32)).unwrap();
-    let expected: Vec<f64> = logits(model.as_ref()).iter().map(|x| f64::from(*x)).collect();
-    let dir = tempfile::tempdir().unwrap();
-    let options = MergeOptions { storage: &|_| StorageType::F32, max_shard_bytes: 1 << 30, tied_head: true };
-    let merged = merge(model.as_mut(), &adapter, dir.path(), &options, &mut |_, _| ()).unwrap();
-    assert!(merged.tied_head);
-    std::fs::copy(base.join("config.json"), dir.path().join("config.json")).unwrap();
-    // the same numbers, widened
-    assert_close(&logits(load(dir.path()).as_ref()), &expected, 1e-6, "merged");
+    stays_tied(&base, model.as_mut(), &adapter);
 }
 
 /// A table of positions that was trained is not the matrix that the head is tied to.
@@ -90,14 +96,7 @@ fn trained_positions_do_not_untie_the_head() {
     positions
         .update_host(|v| v.iter_mut().enumerate().for_each(|(i, v)| *v += 0.01 * (i % 7) as f32))
         .unwrap();
-    let expected: Vec<f64> = logits(model.as_ref()).iter().map(|x| f64::from(*x)).collect();
-    let dir = tempfile::tempdir().unwrap();
-    let options = MergeOptions { storage: &|_| StorageType::F32, max_shard_bytes: 1 << 30, tied_head: true };
-    let merged = merge(model.as_mut(), &adapter, dir.path(), &options, &mut |_, _| ()).unwrap();
-    assert!(merged.tied_head);
-    std::fs::copy(base.join("config.json"), dir.path().join("config.json")).unwrap();
-    // the same numbers, widened
-    assert_close(&logits(load(dir.path()).as_ref()), &expected, 1e-6, "merged");
+    stays_tied(&base, model.as_mut(), &adapter);
 }
 
 #[test]

@@ -1,10 +1,9 @@
 //! A model with its adapter, whatever the adapter was trained for: what is merged and looked at.
 
 use crate::tasks::{self, Kind, TaskBench};
-use crate::terminal::Note;
 use crate::workbench::{self, Bench};
-use anyhow::{Context, Result};
-use engobe_adapters::Adapter;
+use anyhow::{Context, Result, bail};
+use engobe_adapters::{Adapter, merge};
 use engobe_data::{LabelSet, Problem, Task, TextTokenizer};
 use engobe_models::{HeadKind, LoadOptions, config_of, task_class};
 use engobe_nn::ModuleTree;
@@ -21,11 +20,11 @@ pub enum AnyModel {
 
 impl AnyModel {
     /// Loads the model at `path` with the adapter in `dir`, for the task that the adapter was trained for.
-    pub fn load(path: &Path, dir: &Path, note: &mut Note) -> Result<Self> {
+    pub fn load(path: &Path, dir: &Path) -> Result<Self> {
         let options = LoadOptions::default();
         Ok(match tasks::of_adapter(path, dir)? {
             Task::CausalLm => Self::NextTokens(Bench::load(path, Some(dir), &options)?),
-            task => Self::Task(TaskBench::with_adapter(path, task, dir, &options, note)?),
+            task => Self::Task(TaskBench::with_adapter(path, task, dir, &[], &options)?),
         })
     }
 
@@ -63,34 +62,36 @@ impl AnyModel {
         Ok(workbench::base_parameters(self.parts()?.0, tied))
     }
 
-    /// Makes the configuration of the base at `path` that of the model with its head.
+    /// Refuses to merge what no configuration of the base at `path` could describe.
     ///
     /// # Errors
-    /// The head no longer is the embedding's matrix, and files of the architecture can't say that.
+    /// The head no longer is the embedding's matrix where what it reads is scaled because it is (T5 v1.0: transformers 4 has
+    /// one key for both).
+    pub fn check_mergeable(&mut self, path: &Path) -> Result<()> {
+        let tied = self.tied_head();
+        let scaled = matches!(self, Self::Task(TaskBench { kind: Kind::Texts(model), .. }) if model.scales_head_input());
+        if scaled && merge::plan(self.parts()?.0, tied).tied_head != tied {
+            bail!(
+                "{}: its head is the embedding's matrix and the adapter changes one of both: config.json cannot say that of an encoder-decoder that scales what the head reads; keep the adapter as it is",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+
+    /// Makes the configuration of the base at `path` that of the merged model. `tied_head` says whether its head still is
+    /// the embedding's matrix, if it was.
     pub fn describe(&self, path: &Path, tied_head: bool, config: &mut Value) -> Result<()> {
         match self {
             Self::NextTokens(_) => config["tie_word_embeddings"] = json!(tied_head),
             Self::Task(bench) => match &bench.kind {
                 Kind::Labels(_, labels) => describe_labels(path, labels, config)?,
                 Kind::Texts(_) if bench.tied_head() == tied_head => {}
-                // what such a head reads is scaled in T5 v1.0, by the same key in files of transformers 4
-                Kind::Texts(_) if scales(config) => anyhow::bail!(
-                    "{}: its head is the embedding's matrix and the adapter changes one of both: config.json cannot say that of an encoder-decoder that scales what the head reads; keep the adapter as it is",
-                    path.display()
-                ),
                 Kind::Texts(_) => config["tie_word_embeddings"] = json!(tied_head),
             },
         }
         Ok(())
     }
-}
-
-/// True if an encoder-decoder's head reads scaled states.
-fn scales(config: &Value) -> bool {
-    let flag = |key: &str| config.get(key).and_then(Value::as_bool);
-    // mT5's never does
-    config["model_type"] != "mt5"
-        && flag("scale_decoder_outputs").or(flag("tie_word_embeddings")).unwrap_or(true)
 }
 
 /// The keys by which transformers finds a head and the names of its classes.
@@ -104,7 +105,8 @@ fn describe_labels(path: &Path, labels: &LabelSet, config: &mut Value) -> Result
     if config.get("num_labels").is_some() {
         config["num_labels"] = json!(labels.len());
     }
-    if labels.task != Task::TokenCls || labels.problem != Problem::SingleLabel {
+    // one class of several is what transformers takes a head for that says nothing
+    if labels.problem != Problem::SingleLabel || config.get("problem_type").is_some_and(|p| !p.is_null()) {
         config["problem_type"] = json!(labels.problem.name());
     }
     Ok(())

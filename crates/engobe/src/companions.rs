@@ -10,7 +10,7 @@ use std::fs;
 use std::path::Path;
 
 /// Files that travel with a model.
-const FILES: [&str; 9] = [
+const FILES: [&str; 13] = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -18,6 +18,10 @@ const FILES: [&str; 9] = [
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
     "merges.txt",
     "chat_template.jinja",
 ];

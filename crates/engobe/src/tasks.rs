@@ -81,7 +81,9 @@ pub fn choose(hints: &Hints<'_>, note: &mut Note) -> Result<Task> {
         let numbers = task == Task::SeqCls
             && Task::of_rows(&engobe_data::reader::read(hints.data)?) == Some(Task::Regression);
         let task = if numbers { Task::Regression } else { task };
-        note.line(&format!("task: {task} (from the adapter's task_type; --task says another)"));
+        if task.is_labelled() {
+            note.line(&format!("task: {task} (from the adapter's task_type; --task says another)"));
+        }
         return Ok(task);
     }
     // GGUF files and whatever is no directory: the loader will say what is wrong with it
@@ -197,10 +199,18 @@ fn labels_of_adapter(task: Task, path: &Path, dir: &Path, files: &[DataFile]) ->
         true => known,
         false => (0..rows).map(|i| format!("LABEL_{i}")).collect(),
     };
-    let problem = match task {
-        Task::Regression => Problem::Regression,
-        _ => LabelSet::of_rows(task, files, &names).map_or(Problem::SingleLabel, |found| found.problem),
+    let problem = match (task, LabelSet::of_rows(task, files, &names)) {
+        (Task::Regression, _) => Problem::Regression,
+        (_, Ok(found)) => found.problem,
+        (Task::TokenCls, _) => Problem::SingleLabel,
+        // no rows: what the base says, or what transformers takes a head of so many for
+        _ => match config_of(path)?.opt_str("problem_type")?.and_then(Problem::of_name) {
+            Some(problem) if (problem == Problem::Regression) == (rows == 1) => problem,
+            _ if rows == 1 => Problem::Regression,
+            _ => Problem::SingleLabel,
+        },
     };
+    let task = if problem == Problem::Regression { Task::Regression } else { task };
     Ok(LabelSet::new(task, problem, names))
 }
 
@@ -224,23 +234,22 @@ impl TaskBench {
         Ok(Self { task, kind, tokenizer, adapter: None, lead: 0 })
     }
 
-    /// Loads the model in `path` with the adapter in `dir`, whose head is taken from there.
+    /// Loads the model in `path` with the adapter in `dir`, whose head is taken from there. `files` tell what its logits
+    /// mean where nothing beside it does.
     pub fn with_adapter(
         path: &Path,
         task: Task,
         dir: &Path,
+        files: &[DataFile],
         options: &LoadOptions,
-        note: &mut Note,
     ) -> Result<Self> {
         let labels = match task.is_labelled() {
-            true => Some(labels_of_adapter(task, path, dir, &[])?),
+            true => Some(labels_of_adapter(task, path, dir, files)?),
             false => None,
         };
+        let task = labels.as_ref().map_or(task, |labels| labels.task);
         let mut bench = Self::load(path, task, labels, options, 0)?;
         let adapter = Adapter::load(tree(&mut bench), dir, &options.device)?;
-        if let Kind::Labels(model, _) = &bench.kind {
-            note.line(&format!("task: {task}, a head of {}", model.num_labels()));
-        }
         bench.lead = adapter.lead();
         bench.adapter = Some(adapter);
         Ok(bench)

@@ -161,7 +161,16 @@ fn what_is_merged_says_what_the_adapter_said() {
         if before["task"] == "seq-cls" {
             assert_eq!(config["id2label"], json!({ "0": "fine", "1": "poor" }), "{}", case.base);
             assert_eq!(config["label2id"], json!({ "fine": 0, "poor": 1 }), "{}", case.base);
-            assert_eq!(config["problem_type"], "single_label_classification", "{}", case.base);
+            // transformers takes a head of several classes for one of single labels
+            assert!(config["problem_type"].is_null(), "{}", case.base);
+        }
+        match after["task"].as_str() {
+            Some("regression") => {
+                assert_eq!(config["problem_type"], "regression");
+                assert_eq!(config["id2label"], json!({ "0": "LABEL_0" }));
+            }
+            Some("token-cls") => assert_eq!(config["id2label"], json!({ "0": "B-PER", "1": "O" })),
+            _ => {}
         }
     }
 }
@@ -174,6 +183,33 @@ fn task<'a>(found: &'a Value, case: &Case) -> &'a str {
             "seq2seq-lm"
         }
     }
+}
+
+/// PEFT keeps no labels: what a head's logits mean is said by the base, or by how many there are.
+#[test]
+fn an_adapter_of_pefts_says_what_it_is_for() {
+    let merged = |case: &Case, problem: Option<&str>| {
+        let dir = tempfile::tempdir().unwrap();
+        let model = case.model(dir.path());
+        case.data(&dir.path().join("rows.jsonl"));
+        case.train(dir.path());
+        fs::remove_file(dir.path().join("run/labels.json")).unwrap();
+        let mut base = config(&model);
+        base["problem_type"] = json!(problem);
+        fs::write(model.join("config.json"), base.to_string()).unwrap();
+        let [m, run, merged] = ["model", "run", "merged"].map(|name| text(&dir.path().join(name)));
+        json(&mut engobe(&["merge", "--model", &m, "--adapter", &run, "--out", &merged]));
+        config(Path::new(&merged))
+    };
+    assert_eq!(merged(&CASES[2], None)["problem_type"], "regression", "a head of one");
+    let several = "multi_label_classification";
+    assert_eq!(merged(&CASES[0], Some(several))["problem_type"], several, "as the base says");
+    assert!(merged(&CASES[0], None)["problem_type"].is_null(), "nobody says it");
+    assert_eq!(
+        merged(&CASES[0], Some("regression"))["problem_type"],
+        "single_label_classification",
+        "a head of two"
+    );
 }
 
 /// The convolution, which nothing adapts, is in the merged file as it was.
@@ -250,9 +286,9 @@ fn heads_stand_on_gguf_files() {
     assert!(planned["trainable_parameters"].as_u64().unwrap() > 0 && planned["has_weights"] == true);
 }
 
-/// A head on a decoder is planned as it is trained, kept below a limit, and its rows are checked.
+/// A head on a decoder is planned with the parameters that are trained, refused where it can't fit, and its rows are checked.
 #[test]
-fn heads_on_decoders_and_encoder_decoders_are_planned() {
+fn heads_on_decoders_and_encoder_decoders_are_planned_or_refused() {
     for case in [&CASES[3], &CASES[4]] {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| text(&dir.path().join(name));

@@ -130,7 +130,14 @@ impl<'a> Call<'a> {
         let table_rows = table.len() / width.max(1);
         for table in [positions.keys, positions.queries].into_iter().flatten() {
             assert_eq!(table.len(), table_rows * width);
+            assert!(positions.rows.iter().all(|row| (*row as usize) < table_rows), "a row beyond the table");
         }
+        // no two tasks may write the same rows
+        let apart = segments.windows(2).all(|s| s[0].q.end <= s[1].q.start);
+        assert!(
+            apart && segments.iter().all(|s| s.q == s.kv),
+            "segments of their own rows, one after the other"
+        );
         let isa = Isa::best();
         let pack = |table: Option<&[f32]>, head: usize| match table {
             None => Table::default(),
@@ -303,7 +310,7 @@ impl<'a> Call<'a> {
 /// Disentangled attention of `q` over `k` and `v`, `[n, heads·head_dim]` each, into `out`; every token of a segment sees all
 /// of its segment.
 ///
-/// Panics if lengths do not fit, segments lie outside the buffers, or `positions` lacks a distance or a row.
+/// Panics if lengths do not fit, segments overlap or lie outside the buffers, or `positions` lacks a distance or a row.
 pub fn disentangled(
     shape: &AttentionShape,
     segments: &[Segment],

@@ -74,7 +74,9 @@ const ALL: [Terms; 4] = [Terms(true, true), Terms(true, false), Terms(false, tru
 fn forward_agrees_with_the_definition() {
     for (heads, hd, lengths) in [(1, 8, vec![5]), (3, 16, vec![90, 1, 33, 64, 2, 7]), (2, 64, vec![0, 130])] {
         let (n, longest) = (lengths.iter().sum(), lengths.iter().copied().max().unwrap());
-        let rows = rows(longest + 3, 40);
+        let mut rows = rows(longest + 3, 40);
+        // rows need not grow with the distance
+        rows.chunks_exact_mut(5).for_each(<[u32]>::reverse);
         let table_rows = 1 + *rows.iter().max().unwrap() as usize;
         let x = inputs(n, table_rows, heads * hd);
         let shape = AttentionShape::new(heads, heads, hd, 0.2, false);
@@ -139,6 +141,25 @@ fn backward_agrees_with_finite_differences() {
             }
         }
     }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let shape = AttentionShape::new(1, 1, 8, 0.2, false);
+    let x = inputs(6, 7, 8);
+    let refused = |segments: &[Segment], rows: &[u32], zero: usize| {
+        let run = || {
+            let positions = positions(&x, Terms(true, false), rows, zero);
+            disentangled(&shape, segments, [&x[0], &x[1], &x[2]], positions, &mut vec![0.0; x[0].len()])
+        };
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err()
+    };
+    let (two, all) = (segments(&[4, 2]), [0, 1, 2, 3, 4, 5, 6]);
+    assert!(!refused(&two, &all, 3));
+    assert!(refused(&two, &all, 2), "distance 4 has no row");
+    assert!(refused(&two, &[0, 1, 2, 3, 4, 5, 7], 3), "row 7 of 7");
+    assert!(refused(&[two[1].clone(), two[0].clone()], &all, 3), "not in order");
+    assert!(refused(&segments(&[4, 3]), &all, 3), "beyond the tokens");
 }
 
 #[test]

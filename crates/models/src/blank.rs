@@ -76,15 +76,16 @@ impl Unstored {
 /// Stands for the tensors of a model, and notes which are asked for.
 #[derive(Debug)]
 pub(crate) struct Blank {
-    zeros: Arc<Zeros>,
+    /// as many as the largest tensor so far needs
+    zeros: Mutex<Arc<Zeros>>,
     unstored: Unstored,
     seen: Mutex<Vec<TensorUse>>,
 }
 
 impl Blank {
-    /// Stands for tensors of up to `most` bytes.
-    pub(crate) fn new(most: usize, unstored: Unstored) -> Result<Self> {
-        Ok(Self { zeros: Arc::new(Zeros::new(most)?), unstored, seen: Mutex::default() })
+    /// Stands for tensors that a configuration alone describes as `unstored` says.
+    pub(crate) fn new(unstored: Unstored) -> Result<Self> {
+        Ok(Self { zeros: Mutex::new(Arc::new(Zeros::new(0)?)), unstored, seen: Mutex::default() })
     }
 
     /// What was asked for, by name.
@@ -111,6 +112,7 @@ impl Blank {
             Layout::Rows => ([rows, cols], reordered),
             Layout::Columns => ([cols, rows], true),
         };
+        let zeros = self.zeros(name, rows, cols)?;
         let (bytes, kept) = match checkpoint {
             Some(checkpoint) => match bitsandbytes::find(checkpoint, stored)? {
                 Some(found) => (found_bytes(&found), found.scheme().to_string()),
@@ -164,8 +166,22 @@ impl Blank {
             (None, None) => {}
         }
         self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(seen);
-        let zeros = HostBytes::new(self.zeros.clone(), 0..rows * cols * 2);
         Ok(FrozenWeight::host(StorageType::BF16, rows, cols, zeros)?)
+    }
+
+    /// Zeros for a matrix in 16 bits.
+    ///
+    /// # Errors
+    /// No memory is as large as the configuration says.
+    fn zeros(&self, name: &str, rows: usize, cols: usize) -> Result<HostBytes> {
+        let too_large = || Error::TooLarge { tensor: name.to_string(), rows, cols };
+        // f32 is the widest that is counted
+        let bytes = rows.checked_mul(cols).filter(|n| n.checked_mul(8).is_some()).ok_or_else(too_large)? * 2;
+        let mut zeros = self.zeros.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if (**zeros).as_ref().len() < bytes {
+            *zeros = Arc::new(Zeros::new(bytes).map_err(|_| too_large())?);
+        }
+        Ok(HostBytes::new(zeros.clone(), 0..bytes))
     }
 }
 

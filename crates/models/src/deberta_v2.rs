@@ -146,8 +146,11 @@ fn places(config: &HfConfig, positions: usize) -> Result<RelativePositions> {
     let buckets = number("position_buckets")?;
     let places = RelativePositions { buckets: (buckets > 0.0).then_some(buckets as usize), most };
     if !places.are_defined() {
-        let expected = "2 or more, and no two less than twice max_relative_positions: distances beyond half of them have no bucket";
-        return Err(bad(config, "position_buckets", places.span(), expected));
+        let most = places.most;
+        let expected = format!(
+            "2 or more, and a half that is not one less than max_relative_positions, {most}: what lies beyond has no bucket then"
+        );
+        return Err(bad(config, "position_buckets", places.span(), &expected));
     }
     Ok(places)
 }
@@ -158,7 +161,7 @@ impl Relative {
         let norms = config.opt_str("norm_rel_ebd")?.unwrap_or("none").to_lowercase();
         let normed = norms.split('|').any(|n| n.trim() == "layer_norm");
         Ok(Self {
-            embeddings: encoder.embedding("rel_embeddings", 2 * places.span(), d)?,
+            embeddings: encoder.embedding("rel_embeddings", places.span().saturating_mul(2), d)?,
             norm: normed.then(|| encoder.layer_norm("LayerNorm", d, eps, true)).transpose()?,
             places,
         })

@@ -64,26 +64,14 @@ pub struct Architecture {
     pub model_type: &'static str,
     /// the class that transformers loads it with
     pub class: &'static str,
+    /// how the names of its classes with heads begin
+    pub stem: &'static str,
     /// what transformers has heads for on it
     pub heads: &'static [HeadKind],
     /// reads `config.json`
     pub from_hf: Read<HfConfig>,
     /// in GGUF files, if llama.cpp knows it
     pub gguf: Option<GgufForm>,
-}
-
-impl Architecture {
-    /// How the names of transformers' classes for it begin.
-    pub fn class_stem(&self) -> &'static str {
-        // the class for texts alone has a name of its own only where there is no model for pictures
-        if self.model_type == "gemma3_text" {
-            return "Gemma3Text";
-        }
-        ["ForCausalLM", "LMHeadModel"]
-            .iter()
-            .find_map(|end| self.class.strip_suffix(end))
-            .unwrap_or(self.class)
-    }
 }
 
 /// An architecture in GGUF files.

@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "gemma",
     class: "GemmaForCausalLM",
+    stem: "Gemma",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(Gemma1::from_hf(config)?)),
     gguf: Some(GgufForm {

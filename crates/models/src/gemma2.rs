@@ -17,6 +17,7 @@ use serde_json::Value;
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "gemma2",
     class: "Gemma2ForCausalLM",
+    stem: "Gemma2",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(Gemma2::from_hf(config)?)),
     gguf: Some(GgufForm {

@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "gemma3_text",
     class: "Gemma3ForCausalLM",
+    stem: "Gemma3Text",
     heads: &[HeadKind::Sequence],
     from_hf: |config| Ok(Box::new(Gemma3::from_hf(config)?)),
     gguf: Some(GgufForm {

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "gpt2",
     class: "GPT2LMHeadModel",
+    stem: "GPT2",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(Gpt2::from_hf(config)?)),
     gguf: Some(GgufForm {

@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "gpt_neox",
     class: "GPTNeoXForCausalLM",
+    stem: "GPTNeoX",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(GptNeox::from_hf(config)?)),
     gguf: Some(GgufForm {

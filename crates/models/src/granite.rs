@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "granite",
     class: "GraniteForCausalLM",
+    stem: "Granite",
     heads: &[],
     from_hf: |config| Ok(Box::new(Granite::from_hf(config)?)),
     gguf: Some(GgufForm {

@@ -164,6 +164,16 @@ pub enum Error {
         /// what is wrong
         what: String,
     },
+    /// A configuration describes a tensor that no memory holds.
+    #[error("{tensor} would be [{rows}, {cols}]: config.json says sizes that cannot be")]
+    TooLarge {
+        /// tensor
+        tensor: String,
+        /// its rows
+        rows: usize,
+        /// its columns
+        cols: usize,
+    },
     /// Options contradict each other.
     #[error("{0}")]
     Options(&'static str),

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "llama",
     class: "LlamaForCausalLM",
+    stem: "Llama",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(Llama::from_hf(config)?)),
     gguf: Some(GgufForm {

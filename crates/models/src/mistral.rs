@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "mistral",
     class: "MistralForCausalLM",
+    stem: "Mistral",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(Mistral::from_hf(config)?)),
     gguf: Some(GgufForm { name: "llama", names: &gguf_names::LLAMA, read: None }),

@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "olmo2",
     class: "Olmo2ForCausalLM",
+    stem: "Olmo2",
     heads: &[HeadKind::Sequence],
     from_hf: |config| Ok(Box::new(Olmo2::from_hf(config)?)),
     gguf: Some(GgufForm {

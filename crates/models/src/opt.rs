@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "opt",
     class: "OPTForCausalLM",
+    stem: "OPT",
     heads: &[HeadKind::Sequence],
     from_hf: |config| Ok(Box::new(Opt::from_hf(config)?)),
     gguf: None,

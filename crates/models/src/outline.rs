@@ -109,11 +109,7 @@ impl Outline {
         unstored: Unstored,
     ) -> Result<Self> {
         let sizes = *described.family.sizes();
-        let s = &sizes;
-        // no matrix of a decoder has more rows, with as many columns
-        let rows = [s.vocab, s.max_positions + 2, 2 * s.mlp, s.width() + 2 * s.kv_width(), 3 * s.hidden];
-        let rows = rows.into_iter().max().unwrap_or(0);
-        let blank = Blank::new(rows * s.hidden.max(s.width()) * 2, unstored)?;
+        let blank = Blank::new(unstored)?;
         let weights = Weights::blank(Some(&described), checkpoint, options, &blank)?;
         let model: Box<dyn ModuleTree> = described.family.build(&weights)?;
         let (origin, model_type) = (described.origin.clone(), described.architecture.model_type);
@@ -129,10 +125,12 @@ impl Outline {
     ) -> Result<Self> {
         check_quantization(config)?;
         let sizes = (architecture.sizes)(config)?;
-        let most = sizes.vocab.max(sizes.mlp).max(sizes.width()) * sizes.hidden.max(sizes.width());
-        let blank = Blank::new(most * 2, unstored)?;
+        let blank = Blank::new(unstored)?;
         let weights = Weights::blank(None, checkpoint, options, &blank)?;
-        let model: Box<dyn ModuleTree> = (architecture.build)(config, &weights)?;
+        let model = (architecture.build)(config, &weights)?;
+        // what the files hold decides
+        let sizes = DecoderSizes { tied_head: model.info().tied_head, ..sizes };
+        let model: Box<dyn ModuleTree> = model;
         let origin = config.path().to_path_buf();
         Ok(Self::finish(origin, architecture.model_type, model, sizes, blank, checkpoint.is_some(), None))
     }

@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "phi",
     class: "PhiForCausalLM",
+    stem: "Phi",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(Phi::from_hf(config)?)),
     gguf: Some(GgufForm {

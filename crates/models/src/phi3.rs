@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "phi3",
     class: "Phi3ForCausalLM",
+    stem: "Phi3",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(Phi3::from_hf(config)?)),
     gguf: Some(GgufForm {

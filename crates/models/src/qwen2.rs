@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "qwen2",
     class: "Qwen2ForCausalLM",
+    stem: "Qwen2",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(Qwen2::from_hf(config)?)),
     gguf: Some(GgufForm {

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "qwen3",
     class: "Qwen3ForCausalLM",
+    stem: "Qwen3",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(Qwen3::from_hf(config)?)),
     gguf: Some(GgufForm {

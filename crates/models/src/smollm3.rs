@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "smollm3",
     class: "SmolLM3ForCausalLM",
+    stem: "SmolLM3",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(SmolLm3::from_hf(config)?)),
     gguf: Some(GgufForm {

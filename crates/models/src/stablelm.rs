@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "stablelm",
     class: "StableLmForCausalLM",
+    stem: "StableLm",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(StableLm::from_hf(config)?)),
     gguf: Some(GgufForm {

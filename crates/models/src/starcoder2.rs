@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 pub static ARCHITECTURE: Architecture = Architecture {
     model_type: "starcoder2",
     class: "Starcoder2ForCausalLM",
+    stem: "Starcoder2",
     heads: HEADS,
     from_hf: |config| Ok(Box::new(StarCoder2::from_hf(config)?)),
     gguf: Some(GgufForm {

@@ -1,6 +1,6 @@
-//! T5 (Raffel et al. 2020) and its v1.1, Flan and multilingual forms: pre-norm blocks by root mean square, attention whose scores are
-//! not scaled but biased by distance (the first layer's table serves all layers of its stack; in UMT5 each has its own), and a decoder that attends
-//! to the encoder's states.
+//! T5 (Raffel et al. 2020) and its v1.1, Flan and multilingual forms: pre-norm blocks by root mean square, attention whose
+//! scores are not scaled but biased by distance (the first layer's table serves all layers of its stack; in UMT5 each has its
+//! own), and a decoder that attends to the encoder's states.
 //!
 //! Module paths are those of transformers' `T5ForConditionalGeneration`.
 
@@ -358,6 +358,10 @@ impl Seq2Seq for T5 {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn scales_head_input(&self) -> bool {
+        self.config.scale_outputs
     }
 
     fn start_token(&self) -> u32 {

@@ -76,7 +76,7 @@ pub fn task_class(config: &HfConfig, kind: HeadKind) -> Result<String> {
             let named = architecture.names().find(|(name, _)| *name == found);
             named.map_or(architecture.class, |(_, class)| class)
         }
-        TaskBase::Decoder(described) => described.architecture.class_stem(),
+        TaskBase::Decoder(described) => described.architecture.stem,
     };
     Ok(format!("{stem}{}", kind.class_end()))
 }
@@ -266,10 +266,7 @@ impl HeadBuilder<'_> {
     fn deberta(&mut self) -> Result<Parts> {
         let act = activation(self.config, "pooler_hidden_act", "gelu")?;
         let pooler_dropout = self.probability("pooler_dropout", 0.0)?;
-        let dropout = match self.config.opt_f64("cls_dropout")? {
-            Some(p) => p as f32,
-            None => self.probability("hidden_dropout_prob", 0.1)?,
-        };
+        let dropout = self.probability(self.first_of(&["cls_dropout", "hidden_dropout_prob"]), 0.1)?;
         let dense = self.layer("pooler.dense", self.d, pooler_dropout, Some(act))?;
         Ok((Some(Pooling::First), vec![dense, self.layer("classifier", self.labels, dropout, None)?]))
     }
@@ -301,20 +298,21 @@ impl HeadBuilder<'_> {
     }
 
     fn tokens(&mut self) -> Result<Parts> {
-        let dropout = match self.config.opt_f64("dropout")? {
-            // DistilBERT's name for it
-            Some(p) if self.config.get("hidden_dropout_prob").is_none() => p as f32,
-            _ => self.dropout()?,
-        };
+        // DistilBERT's name for it
+        let own = self.config.get("hidden_dropout_prob").is_none() && self.config.get("dropout").is_some();
+        let dropout = if own { self.probability("dropout", 0.1)? } else { self.dropout()? };
         Ok((None, vec![self.layer("classifier", self.labels, dropout, None)?]))
     }
 
     /// `classifier_dropout`, else the model's own.
     fn dropout(&self) -> Result<f32> {
-        match self.config.opt_f64("classifier_dropout")? {
-            Some(p) => Ok(p as f32),
-            None => self.probability("hidden_dropout_prob", 0.1),
-        }
+        self.probability(self.first_of(&["classifier_dropout", "hidden_dropout_prob"]), 0.1)
+    }
+
+    /// The first key that has a value; the last if none has.
+    fn first_of(&self, keys: &[&'static str]) -> &'static str {
+        let has = |key: &&&str| self.config.get(key).is_some_and(|value| !value.is_null());
+        keys.iter().find(has).or(keys.last()).copied().unwrap_or_default()
     }
 
     fn probability(&self, key: &str, default: f64) -> Result<f32> {

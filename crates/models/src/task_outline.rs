@@ -37,12 +37,7 @@ impl TaskOutline {
             Some(s) => (DecoderSizes { vocab: labels, tied_head: false, ..s }, s.vocab),
             None => (sizes(&config, labels)?, config.usize("vocab_size")?),
         };
-        // no matrix has more elements
-        let rows =
-            [vocab, 2 * sizes.max_positions, 2 * sizes.mlp, sizes.width() + 2 * sizes.kv_width(), labels];
-        let rows = rows.into_iter().chain([3 * sizes.hidden]).max().unwrap_or(0);
-        let width = config.opt_usize("embedding_size")?.unwrap_or(0).max(sizes.hidden).max(sizes.width());
-        let blank = Blank::new(rows * width * 2, Unstored::of(&config)?)?;
+        let blank = Blank::new(Unstored::of(&config)?)?;
         let weights = Weights::blank(base.described(), checkpoint.as_ref(), options, &blank)?;
         // the numbers that a new head begins with matter to nobody
         let model = base.build(&config, weights, kind, labels, 0)?;
@@ -75,7 +70,7 @@ fn sizes(config: &HfConfig, labels: usize) -> Result<DecoderSizes> {
         extra_kept: 0,
         plain_mlp: config.model_type()? != "modernbert",
         relative_rows: match config.bool_or("relative_attention", false)? {
-            true => 2 * crate::deberta_v2::span(config)?,
+            true => crate::deberta_v2::span(config)?.saturating_mul(2),
             false => 0,
         },
         cross_layers: 0,
@@ -114,6 +109,33 @@ mod tests {
             let width = if name == "electra_task" { 24 } else { outline.sizes.hidden };
             assert_eq!(words.mapped, outline.vocab * 2 * width, "{name}");
         }
+    }
+
+    #[test]
+    fn what_cannot_be_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = r#""vocab_size": 100, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "max_position_embeddings": 20"#;
+        let found = |model_type: &str, more: &str| {
+            let config = format!(r#"{{"model_type": "{model_type}", {base}, {more}}}"#);
+            std::fs::write(dir.path().join("config.json"), config).unwrap();
+            match TaskOutline::read(dir.path(), &LoadOptions::default(), HeadKind::Sequence, 2) {
+                Ok(_) => String::new(),
+                Err(error) => error.to_string(),
+            }
+        };
+        assert_eq!(found("bert", r#""type_vocab_size": 2"#), "");
+        let huge = found("bert", r#""type_vocab_size": 9000000000000000000"#);
+        assert!(huge.contains("token_type_embeddings.weight would be [9000000000000000000, 8]"), "{huge}");
+        let far =
+            r#""relative_attention": true, "pos_att_type": ["c2p"], "position_buckets": 9000000000000000000"#;
+        let huge = found("deberta-v2", far);
+        assert!(huge.contains("rel_embeddings.weight would be"), "{huge}");
+        // more rows than words, and still a model
+        let many = far.replace("9000000000000000000", "100000");
+        assert_eq!(found("deberta-v2", &many), "");
+        let all = found("bert", r#""type_vocab_size": 2, "classifier_dropout": 1.0"#);
+        assert!(all.contains("classifier_dropout") && all.contains("below 1"), "{all}");
     }
 
     #[test]

@@ -71,6 +71,11 @@ pub trait Seq2Seq: ModuleTree + Send + Sync {
     /// Where its weights are.
     fn device(&self) -> &Device;
 
+    /// True if what the head reads is scaled, as T5 v1.0 does because its head is the embedding's matrix.
+    fn scales_head_input(&self) -> bool {
+        false
+    }
+
     /// The token that a decoder's row begins with: labels are shifted right behind it.
     fn start_token(&self) -> u32;
 

@@ -189,6 +189,9 @@ fn fits(shape: &AttentionShape, segments: &[Segment], terms: &PositionTerms) -> 
             return wrong(format!("positions [{rows}, {width}] for row {last} and {} heads", shape.heads));
         }
     }
+    if segments.windows(2).any(|s| s[0].q.end > s[1].q.start) {
+        return wrong("segments that overlap, or not in their order".to_string());
+    }
     for s in segments {
         let far = s.q.len().saturating_sub(1);
         if s.q != s.kv || terms.zero < far || terms.rows.len() < terms.zero + far + 1 {

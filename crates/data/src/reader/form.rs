@@ -127,7 +127,6 @@ pub enum Content {
     },
 }
 
-const MESSAGES: &[&str] = &["messages", "conversations", "conversation", "chat"];
 impl Content {
     /// What is asked and what the answer is, if the row says both: an instruction stands before its input.
     pub fn as_pair(&self) -> Option<(String, &str)> {
@@ -144,6 +143,7 @@ impl Content {
     }
 }
 
+const MESSAGES: &[&str] = &["messages", "conversations", "conversation", "chat"];
 const PROMPTS: &[&str] =
     &["prompt", "question", "query", "input", "problem", "source", "document", "article", "dialogue"];
 const COMPLETIONS: &[&str] =

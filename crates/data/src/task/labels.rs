@@ -33,7 +33,8 @@ impl Problem {
         }
     }
 
-    fn of_name(name: &str) -> Option<Self> {
+    /// The one that Hugging Face calls `name`.
+    pub fn of_name(name: &str) -> Option<Self> {
         [Self::SingleLabel, Self::MultiLabel, Self::Regression].into_iter().find(|p| p.name() == name)
     }
 }

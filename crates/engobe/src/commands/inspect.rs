@@ -32,7 +32,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     let mut found = look(&path)?;
     if let Some(model) = &args.model {
         let base = workbench::resolve(model, &args.common, &mut note)?;
-        let mut whole = AnyModel::load(&base, &path, &mut note)?;
+        let mut whole = AnyModel::load(&base, &path)?;
         let of_base = whole.base_parameters()?;
         let (_, adapter) = whole.parts()?;
         let (trainable, all) = (adapter.num_parameters(), adapter.num_added() + of_base);

@@ -147,18 +147,20 @@ fn into_directory(args: &MergeArgs, note: &mut Note) -> Result<Done> {
     let (name, adapter) = one(args)?;
     let model = workbench::resolve(name, &args.common, note)?;
     let place = Beside::dir(&args.out)?;
-    let mut whole = AnyModel::load(&model, &adapter, note)?;
-    let (merged, types) = write(args, &mut whole, &model, place.path(), dtype, note)?;
+    let mut whole = AnyModel::load(&model, &adapter)?;
+    whole.check_mergeable(&model)?;
     let asked = args.verify.verify || !args.verify.verify_data.is_empty() || args.verify.max_kl.is_some();
+    if asked && matches!(whole, AnyModel::Task(_)) {
+        let why = "--verify compares next tokens, and this adapter was trained for another task: compare what engobe eval says of both models";
+        bail!(Usage(why.to_string()));
+    }
+    let (merged, types) = write(args, &mut whole, &model, place.path(), dtype, note)?;
     let quantized = verification::is_quantized(&model)? && !args.verify.no_verify;
     let verdict = match (&whole, asked || quantized) {
         (_, false) => None,
         (AnyModel::NextTokens(bench), true) => {
             Some(verification::run(&args.verify, bench, place.path(), note)?)
         }
-        (AnyModel::Task(_), true) if asked => bail!(Usage(
-            "--verify compares next tokens, and this adapter was trained for another task: compare what engobe eval says of both models".to_string()
-        )),
         (AnyModel::Task(_), true) => {
             note.line("not verified: the base is quantized, and what is written is not; engobe eval says what both make of rows");
             None

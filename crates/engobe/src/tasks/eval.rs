@@ -1,11 +1,10 @@
 //! Scores of labelled rows, and predictions.
 
-use super::{TaskBench, known_names, labels_of_adapter, tell_files, tell_fresh, tree};
+use super::{TaskBench, known_names, tell_files, tell_fresh};
 use crate::args::EvalArgs;
 use crate::terminal::{Note, Progress, print, print_json};
 use crate::{Usage, memory, scoring};
 use anyhow::{Context, Result, bail};
-use engobe_adapters::Adapter;
 use engobe_data::{Content, DataFile, Goal, LabelSet, Problem, Row, Sample, Task, reader};
 use engobe_formats::atomic::write_atomic;
 use engobe_models::LoadOptions;
@@ -27,27 +26,22 @@ pub fn run(
     note: &mut Note,
 ) -> Result<()> {
     let mut files = reader::read(&args.rows.data)?;
-    let labels = match adapter {
-        Some(dir) => labels_of_adapter(task, path, dir, &files)?,
+    let bench = match adapter {
+        Some(dir) => TaskBench::with_adapter(path, task, dir, &files, options)?,
         None => {
             let known = known_names(path)?;
-            match LabelSet::of_rows(task, &files, &known) {
+            let labels = match LabelSet::of_rows(task, &files, &known) {
                 Ok(labels) => labels,
                 // rows to be labelled
                 Err(_) if !known.is_empty() => LabelSet::new(task, Problem::SingleLabel, known),
                 Err(error) => return Err(error.into()),
-            }
+            };
+            let bench = TaskBench::load(path, task, Some(labels), options, SEED)?;
+            tell_fresh(&bench, note);
+            bench
         }
     };
-    let mut bench = TaskBench::load(path, task, Some(labels.clone()), options, SEED)?;
-    if let Some(dir) = adapter {
-        let device = options.device.clone();
-        let adapter = Adapter::load(tree(&mut bench), dir, &device)?;
-        bench.lead = adapter.lead();
-        bench.adapter = Some(adapter);
-    } else {
-        tell_fresh(&bench, note);
-    }
+    let labels = bench.labels().cloned().context("a task without labels")?;
     let samples = bench.encoder(args.max_seq_len).encode(&files)?;
     tell_files(&files, &samples, note);
     let labelled: Vec<Sample> = samples.iter().filter(|s| s.goal != Goal::Nothing).cloned().collect();

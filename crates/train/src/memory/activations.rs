@@ -15,7 +15,8 @@
 //! ```
 //!
 //! Where scores meet R rows of relative positions (DeBERTa), a block keeps 2R·a floats more, the embeddings that it projects;
-//! a thread holds up to 4n² scores of one row and head, and the backward gathers 2R·a for each part of the rows and once more.
+//! a thread holds up to 4n² scores of one row and head, and the backward packs 4R·a and gathers 2R·a for each part of the
+//! rows and once more.
 //!
 //! With `compute_dtype` bf16 or f16, what is kept takes 2 bytes a number (log-sum-exps and norms' factors 4). Ops of the
 //! backward widen it: gate and up beside their gradients, q, k, v and the output beside theirs, a block's input when the
@@ -228,7 +229,7 @@ impl StepSizes {
         let packed =
             padded_rows * 2 * kv + self.keys() * self.kv_heads * self.head_dim.next_multiple_of(PANEL);
         let own = n * 2 * a + self.keys() * 2 * kv;
-        let scores = self.scores(4) + 2 * (1 + self.rows.min(PARTS)) * self.relative_rows * a;
+        let scores = self.scores(4) + 2 * (3 + self.rows.min(PARTS)) * self.relative_rows * a;
         let attention = F * (own + packed + scores + 2 * a * self.rows * self.seen()) + self.widened(own);
         // gate and up are gone by then
         (F * down.max(gated)).max(attention.saturating_sub(self.each() * self.inner() * n * f))
