@@ -58,7 +58,7 @@ impl Gemma2 {
             windows: (0..sizes.layers).map(|i| (i % 2 == 0).then_some(window.max(1))).collect(),
             score_cap: cap("gemma2.attn_logit_softcapping", 50.0)?,
             logit_cap: cap("gemma2.final_logit_softcapping", 30.0)?,
-            sizes: gemmas::with_norms_after(sizes),
+            sizes: sizes.with_norms_after(),
         };
         Ok(Self { common, rotary })
     }

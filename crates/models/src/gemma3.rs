@@ -5,7 +5,6 @@
 
 use crate::family::{Architecture, Family, GgufForm, Misfit};
 use crate::gemmas::Gemma;
-use crate::qwen3::with_head_norms;
 use crate::rope_settings::{Rotary, RotaryDefaults, USUAL};
 use crate::settings::{DecoderSizes, bad, merged};
 use crate::stored::Stored;
@@ -51,7 +50,7 @@ impl Gemma3 {
         let sizes = DecoderSizes::from_hf(config, true)?;
         let every = config.opt_usize("sliding_window_pattern")?.unwrap_or(6).max(1);
         let rotary = rotary_from_hf(config, &sizes)?;
-        let common = Gemma::from_hf(config, with_head_norms(sizes), |i| (i + 1) % every != 0, [None, None])?;
+        let common = Gemma::from_hf(config, sizes.with_head_norms(), |i| (i + 1) % every != 0, [None, None])?;
         Ok(Self { common, rotary })
     }
 
@@ -72,7 +71,7 @@ impl Gemma3 {
             windows: (0..sizes.layers).map(|i| window.filter(|_| (i + 1) % 6 != 0)).collect(),
             score_cap: None,
             logit_cap: gguf.opt_f32("gemma3.final_logit_softcapping")?.filter(|cap| *cap > 0.0),
-            sizes: with_head_norms(gemmas::with_norms_after(sizes)),
+            sizes: sizes.with_norms_after().with_head_norms(),
         };
         Ok(Self { common, rotary })
     }

@@ -72,7 +72,7 @@ impl Gemma {
             windows: windows(config, sizes.layers, window, sees_window)?,
             score_cap: soft_cap(config, "attn_logit_softcapping", score_cap)?,
             logit_cap: soft_cap(config, "final_logit_softcapping", logit_cap)?,
-            sizes: with_norms_after(sizes),
+            sizes: sizes.with_norms_after(),
         })
     }
 
@@ -115,11 +115,6 @@ impl Gemma {
 /// llama.cpp's converter adds the 1 to norms' weights.
 pub fn stored(name: &str) -> Stored {
     if name.ends_with("norm.weight") { Stored::PlusOne } else { Stored::AsIs }
-}
-
-/// Norms after sub-layers keep their input and what they make.
-pub fn with_norms_after(sizes: DecoderSizes) -> DecoderSizes {
-    DecoderSizes { extra_kept: sizes.extra_kept + 2 * sizes.hidden, ..sizes }
 }
 
 /// The norm at `path`.

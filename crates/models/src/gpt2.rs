@@ -12,8 +12,8 @@ use crate::{GgufSettings, Result, Weights};
 use engobe_formats::gguf::{Gguf, GgufValue};
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
+use engobe_nn::CausalLm;
 use engobe_nn::decoder::{Attention, Block, Decoder, Mlp, Norms, Positions, Projection, Up};
-use engobe_nn::{CausalLm, Norm};
 use serde_json::{Value, json};
 
 pub static ARCHITECTURE: Architecture = Architecture {
@@ -115,8 +115,7 @@ impl Family for Gpt2 {
 
     fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
         let s = &self.sizes;
-        let norm =
-            |path: &str| -> Result<Norm> { Ok(Norm::Layer(w.layer_norm_at(path, s.hidden, self.eps)?)) };
+        let norm = |path: &str| w.layer_norm_at(path, s.hidden, self.eps);
         let frame = Frame {
             model_type: "gpt2",
             embedding: "transformer.wte",

@@ -15,8 +15,8 @@ use crate::{GgufSettings, Result, Weights};
 use engobe_formats::gguf::{Gguf, GgufValue};
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
-use engobe_nn::decoder::{Attention, Block, Mlp, Norms, Projection, Up};
-use engobe_nn::{CausalLm, Norm};
+use engobe_nn::CausalLm;
+use engobe_nn::decoder::{Attention, Block, Norms, Projection};
 use serde_json::{Value, json};
 
 pub static ARCHITECTURE: Architecture = Architecture {
@@ -98,8 +98,7 @@ impl Family for GptNeox {
 
     fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
         let s = &self.sizes;
-        let norm =
-            |path: &str| -> Result<Norm> { Ok(Norm::Layer(w.layer_norm_at(path, s.hidden, self.eps)?)) };
+        let norm = |path: &str| w.layer_norm_at(path, s.hidden, self.eps);
         let frame = Frame {
             model_type: "gpt_neox",
             embedding: "gpt_neox.embed_in",
@@ -122,11 +121,7 @@ impl Family for GptNeox {
                     shape: s.attention(s.scale(), None),
                     rope: Some(0),
                 },
-                Mlp {
-                    up: Up::Plain(w.linear_at(&at("mlp.dense_h_to_4h"), s.mlp, s.hidden, true)?),
-                    activation: self.activation,
-                    down: w.linear_at(&at("mlp.dense_4h_to_h"), s.hidden, s.mlp, true)?,
-                },
+                w.plain_mlp(&at("mlp"), ["dense_h_to_4h", "dense_4h_to_h"], s, self.activation, true)?,
                 if self.parallel { Norms::Parallel(norms) } else { Norms::Pre(norms) },
             ))
         })?;

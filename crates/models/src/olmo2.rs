@@ -4,11 +4,9 @@
 //! Module paths are those of transformers' `Olmo2ForCausalLM`.
 
 use crate::family::{Architecture, Family, GgufForm, Misfit};
-use crate::gemmas::with_norms_after;
 use crate::gguf_names::{Names, OUTSIDE};
 use crate::llama::rope_settings;
 use crate::parts::Frame;
-use crate::qwen3::with_head_norms;
 use crate::rope_settings::{Rotary, USUAL};
 use crate::settings::{DecoderSizes, SILU, activation, epsilon, exact, merged};
 use crate::{GgufSettings, HeadKind, Result, Weights};
@@ -66,7 +64,7 @@ impl Olmo2 {
             eps: epsilon(config, "rms_norm_eps", 1e-5)?,
             rotary: Rotary::from_hf(config, &sizes, USUAL)?,
             bias: config.bool_or("attention_bias", false)?,
-            sizes: with_head_norms(with_norms_after(sizes)),
+            sizes: sizes.with_norms_after().with_head_norms(),
         })
     }
 
@@ -82,7 +80,7 @@ impl Olmo2 {
             eps: gguf.f32("olmo2.attention.layer_norm_rms_epsilon")?,
             rotary: Rotary::from_gguf(gguf, "olmo2", &sizes)?,
             bias: false,
-            sizes: with_head_norms(with_norms_after(sizes)),
+            sizes: sizes.with_norms_after().with_head_norms(),
         })
     }
 }

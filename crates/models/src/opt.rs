@@ -10,8 +10,8 @@ use crate::settings::{DecoderSizes, PLAIN, activation, bad, name_of};
 use crate::{GgufSettings, HeadKind, Result, Weights};
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
-use engobe_nn::decoder::{Attention, Block, Decoder, Mlp, Norms, Positions, Up};
-use engobe_nn::{CausalLm, Norm};
+use engobe_nn::CausalLm;
+use engobe_nn::decoder::{Attention, Block, Decoder, Norms, Positions};
 use serde_json::{Value, json};
 
 pub static ARCHITECTURE: Architecture = Architecture {
@@ -86,7 +86,7 @@ impl Family for Opt {
 
     fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
         let s = &self.sizes;
-        let norm = |path: &str| -> Result<Norm> { Ok(Norm::Layer(w.layer_norm_at(path, s.hidden, EPS)?)) };
+        let norm = |path: &str| w.layer_norm_at(path, s.hidden, EPS);
         let last = self.norm_last.then(|| norm("model.decoder.final_layer_norm")).transpose()?;
         let frame = Frame {
             model_type: "opt",
@@ -98,7 +98,8 @@ impl Family for Opt {
             ropes: Vec::new(),
         };
         let decoder = frame.decoder(w, s, |i| {
-            let at = |name: &str| format!("model.decoder.layers.{i}.{name}");
+            let layer = &format!("model.decoder.layers.{i}");
+            let at = |name: &str| format!("{layer}.{name}");
             let norms = [norm(&at("self_attn_layer_norm"))?, norm(&at("final_layer_norm"))?];
             Ok(Block::new(
                 Attention {
@@ -108,11 +109,7 @@ impl Family for Opt {
                     shape: s.attention(s.scale(), None),
                     rope: None,
                 },
-                Mlp {
-                    up: Up::Plain(w.linear_at(&at("fc1"), s.mlp, s.hidden, self.bias)?),
-                    activation: self.activation,
-                    down: w.linear_at(&at("fc2"), s.hidden, s.mlp, self.bias)?,
-                },
+                w.plain_mlp(layer, ["fc1", "fc2"], s, self.activation, self.bias)?,
                 if self.norm_before { Norms::Pre(norms) } else { Norms::Post(norms) },
             ))
         })?;

@@ -44,15 +44,29 @@ impl Weights<'_> {
         Ok(Mlp { up: Up::Gated { gate, up }, activation, down: linear("down_proj", d, f)? })
     }
 
+    /// An MLP of two layers, `up` and `down` beneath `path`.
+    pub(crate) fn plain_mlp(
+        &self,
+        path: &str,
+        [up, down]: [&str; 2],
+        sizes: &DecoderSizes,
+        activation: Activation,
+        bias: bool,
+    ) -> Result<Mlp> {
+        let (d, f) = (sizes.hidden, sizes.mlp);
+        let linear = |name: &str, out, width| self.linear_at(&format!("{path}.{name}"), out, width, bias);
+        Ok(Mlp { up: Up::Plain(linear(up, f, d)?), activation, down: linear(down, d, f)? })
+    }
+
     /// The root-mean-square norm at `path`.
     pub(crate) fn rms_norm_at(&self, path: &str, d: usize, eps: f32) -> Result<RmsNorm> {
         Ok(RmsNorm::new(path, self.vector(&format!("{path}.weight"), d)?, eps))
     }
 
     /// The layer norm at `path`.
-    pub(crate) fn layer_norm_at(&self, path: &str, d: usize, eps: f32) -> Result<LayerNorm> {
+    pub(crate) fn layer_norm_at(&self, path: &str, d: usize, eps: f32) -> Result<Norm> {
         let [weight, bias] = ["weight", "bias"].map(|kind| self.vector(&format!("{path}.{kind}"), d));
-        Ok(LayerNorm::new(path, weight?, Some(bias?), eps))
+        Ok(Norm::Layer(LayerNorm::new(path, weight?, Some(bias?), eps)))
     }
 
     /// The embedding at `path`.

@@ -13,8 +13,8 @@ use crate::{GgufSettings, Result, Weights};
 use engobe_formats::gguf::Gguf;
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
-use engobe_nn::decoder::{Attention, Block, Mlp, Norms, Up};
-use engobe_nn::{CausalLm, Norm};
+use engobe_nn::CausalLm;
+use engobe_nn::decoder::{Attention, Block, Norms};
 use serde_json::{Value, json};
 
 pub static ARCHITECTURE: Architecture = Architecture {
@@ -91,25 +91,19 @@ impl Family for Phi {
 
     fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
         let s = &self.sizes;
-        let norm =
-            |path: &str| -> Result<Norm> { Ok(Norm::Layer(w.layer_norm_at(path, s.hidden, self.eps)?)) };
+        let norm = |path: &str| w.layer_norm_at(path, s.hidden, self.eps);
         let usual = Frame::usual("phi", s, norm("model.final_layernorm")?, vec![self.rotary.rope()]);
         let decoder = Frame { head_bias: true, ..usual }.decoder(w, s, |i| {
             let at = |name: &str| format!("model.layers.{i}.{name}");
-            let linear = |name: &str, out, width| w.linear_at(&at(name), out, width, true);
             Ok(Block::new(
                 Attention {
                     projection: w.separate_qkv(&at("self_attn"), s, true)?,
                     head_norms: None,
-                    output: linear("self_attn.dense", s.hidden, s.width())?,
+                    output: w.linear_at(&at("self_attn.dense"), s.hidden, s.width(), true)?,
                     shape: s.attention(s.scale(), None),
                     rope: Some(0),
                 },
-                Mlp {
-                    up: Up::Plain(linear("mlp.fc1", s.mlp, s.hidden)?),
-                    activation: self.activation,
-                    down: linear("mlp.fc2", s.hidden, s.mlp)?,
-                },
+                w.plain_mlp(&at("mlp"), ["fc1", "fc2"], s, self.activation, true)?,
                 Norms::Shared(norm(&at("input_layernorm"))?),
             ))
         })?;

@@ -49,7 +49,7 @@ impl Qwen3 {
             rotary: Rotary::from_hf(config, &sizes, USUAL)?,
             attention_bias: config.bool_or("attention_bias", false)?,
             windows: upper_windows(config, sizes.layers)?,
-            sizes: with_head_norms(sizes),
+            sizes: sizes.with_head_norms(),
         })
     }
 
@@ -60,14 +60,9 @@ impl Qwen3 {
             rotary: Rotary::from_gguf(gguf, "qwen3", &sizes)?,
             attention_bias: gguf.contains("blk.0.attn_q.bias"),
             windows: vec![None; sizes.layers],
-            sizes: with_head_norms(sizes),
+            sizes: sizes.with_head_norms(),
         })
     }
-}
-
-/// The norms of heads keep queries and keys as they were before.
-pub(crate) fn with_head_norms(sizes: DecoderSizes) -> DecoderSizes {
-    DecoderSizes { extra_kept: sizes.extra_kept + sizes.width() + sizes.kv_width(), ..sizes }
 }
 
 impl Family for Qwen3 {

@@ -52,6 +52,16 @@ impl DecoderSizes {
         self.kv_heads * self.head_dim
     }
 
+    /// The same where heads have norms, which keep queries and keys as they were before.
+    pub fn with_head_norms(self) -> Self {
+        Self { extra_kept: self.extra_kept + self.width() + self.kv_width(), ..self }
+    }
+
+    /// The same where norms stand after sub-layers, and keep their input and what they make.
+    pub fn with_norms_after(self) -> Self {
+        Self { extra_kept: self.extra_kept + 2 * self.hidden, ..self }
+    }
+
     /// Causal attention with these heads.
     pub fn attention(&self, scale: f32, window: Option<usize>) -> AttentionShape {
         let shape = AttentionShape::new(self.heads, self.kv_heads, self.head_dim, scale, true);

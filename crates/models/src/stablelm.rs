@@ -12,7 +12,7 @@ use crate::settings::{DecoderSizes, SILU, activation, bad, epsilon, exact, merge
 use crate::{GgufSettings, Result, Weights, gguf_names};
 use engobe_formats::gguf::{Gguf, GgufValue};
 use engobe_formats::hf_config::HfConfig;
-use engobe_nn::{CausalLm, Norm};
+use engobe_nn::CausalLm;
 use serde_json::{Value, json};
 
 pub static ARCHITECTURE: Architecture = Architecture {
@@ -84,7 +84,7 @@ impl Family for StableLm {
     fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
         let blocks = LlamaBlocks {
             qkv_bias: self.qkv_bias,
-            norm: |w, path, d, eps| Ok(Norm::Layer(w.layer_norm_at(path, d, eps)?)),
+            norm: |w, path, d, eps| w.layer_norm_at(path, d, eps),
             parallel: self.parallel,
             ..LlamaBlocks::new(&self.sizes, self.eps)
         };

@@ -13,8 +13,8 @@ use crate::{GgufSettings, Result, Weights};
 use engobe_formats::gguf::Gguf;
 use engobe_formats::hf_config::HfConfig;
 use engobe_kernels::activation::Activation;
-use engobe_nn::decoder::{Attention, Block, Mlp, Norms, Up};
-use engobe_nn::{CausalLm, Norm};
+use engobe_nn::CausalLm;
+use engobe_nn::decoder::{Attention, Block, Norms};
 use serde_json::{Value, json};
 
 pub static ARCHITECTURE: Architecture = Architecture {
@@ -90,25 +90,19 @@ impl Family for StarCoder2 {
 
     fn build(&self, w: &Weights<'_>) -> Result<Box<dyn CausalLm>> {
         let s = &self.sizes;
-        let norm =
-            |path: &str| -> Result<Norm> { Ok(Norm::Layer(w.layer_norm_at(path, s.hidden, self.eps)?)) };
+        let norm = |path: &str| w.layer_norm_at(path, s.hidden, self.eps);
         let frame = Frame::usual("starcoder2", s, norm("model.norm")?, vec![self.rotary.rope()]);
         let decoder = frame.decoder(w, s, |i| {
             let at = |name: &str| format!("model.layers.{i}.{name}");
-            let linear = |name: &str, out, width| w.linear_at(&at(name), out, width, self.bias);
             Ok(Block::new(
                 Attention {
                     projection: w.separate_qkv(&at("self_attn"), s, self.bias)?,
                     head_norms: None,
-                    output: linear("self_attn.o_proj", s.hidden, s.width())?,
+                    output: w.linear_at(&at("self_attn.o_proj"), s.hidden, s.width(), self.bias)?,
                     shape: s.attention(s.scale(), self.window),
                     rope: Some(0),
                 },
-                Mlp {
-                    up: Up::Plain(linear("mlp.c_fc", s.mlp, s.hidden)?),
-                    activation: self.activation,
-                    down: linear("mlp.c_proj", s.hidden, s.mlp)?,
-                },
+                w.plain_mlp(&at("mlp"), ["c_fc", "c_proj"], s, self.activation, self.bias)?,
                 Norms::Pre([norm(&at("input_layernorm"))?, norm(&at("post_attention_layernorm"))?]),
             ))
         })?;
