@@ -38,7 +38,10 @@ def family(report, work, name, kind, changes, seed):
     with torch.no_grad():
         theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 4, dtype=torch.long), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 4:].tolist()
     mine = engobe("generate", "--model", directory, "--prompt-ids", ",".join(map(str, prompt)), "--max-new-tokens", 24)["token_ids"]
-    report.true(f"{name}: greedy", mine == theirs[: len(mine)] and len(mine) > 0, f"{len(mine)} tokens")
+    # engobe ends where the model does, which may be at once
+    ends = model.config.eos_token_id
+    ended = len(mine) == len(theirs) or theirs[len(mine)] in (ends if isinstance(ends, list) else [ends])
+    report.true(f"{name}: greedy", mine == theirs[: len(mine)] and ended, f"{len(mine)} tokens")
     peft = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear"))
     perturb(peft, seed)
     start, out = work / "start", work / "out"
