@@ -71,6 +71,10 @@ CASES = [
 ]
 
 BERT = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=30522)
+DEBERTA = {**BERT, **dict(vocab_size=60000, relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
+                          pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0)}
+T5_SMALL = dict(vocab_size=32128)
+T5_BASE = dict(vocab_size=32128, d_model=768, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 BERT_TOKENIZER, T5_TOKENIZER, BPE = "bert", "t5", "roberta"
 # name, transformers' classes and sizes, the tokenizer of the tests that its rows are read with, tokens in a row, other flags
 TASKS = [
@@ -79,20 +83,20 @@ TASKS = [
     ("BERT-base, prefix of 20", ("Bert", BERT), BERT_TOKENIZER, 128, ["--batch-size", "8", "--method", "prefix-tuning"]),
     ("BERT-base, Houlsby", ("Bert", BERT), BERT_TOKENIZER, 128, ["--batch-size", "8", "--method", "bottleneck", "--architecture", "houlsby"]),
     ("ModernBERT-base, two classes", ("ModernBert", dict(hidden_size=768, num_hidden_layers=22, num_attention_heads=12, intermediate_size=1152, vocab_size=50368)), BERT_TOKENIZER, 256, ["--batch-size", "4"]),
-    ("DeBERTa-v3-base, two classes", ("DebertaV2", dict(**{**BERT, "vocab_size": 60000}, relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0)), "deberta", 128, ["--batch-size", "8"]),
-    ("DeBERTa-v3-base, two classes", ("DebertaV2", dict(**{**BERT, "vocab_size": 60000}, relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0)), "deberta", 512, ["--batch-size", "1"]),
+    ("DeBERTa-v3-base, two classes", ("DebertaV2", DEBERTA), "deberta", 128, ["--batch-size", "8"]),
+    ("DeBERTa-v3-base, two classes", ("DebertaV2", DEBERTA), "deberta", 512, ["--batch-size", "1"]),
     ("GPT-2, two classes", ("GPT2", dict(vocab_size=50257)), BPE, 256, ["--batch-size", "4", "--task", "seq-cls"]),
     ("SmolLM2's shape, two classes", ("Llama", dict(**SMOL, max_position_embeddings=2048, pad_token_id=1)), BPE, 256, ["--batch-size", "2", "--task", "seq-cls"]),
     ("OLMo 2's blocks in that shape", ("Olmo2", dict(**SMOL, max_position_embeddings=2048, pad_token_id=1)), BPE, 256, ["--batch-size", "2", "--task", "seq-cls"]),
     ("StarCoder 2's blocks in that shape", ("Starcoder2", dict(**SMOL, max_position_embeddings=2048, pad_token_id=1)), BPE, 256, ["--batch-size", "2", "--task", "seq-cls"]),
     ("Phi's blocks in that shape", ("Phi", dict(**SMOL, max_position_embeddings=2048, pad_token_id=1)), BPE, 256, ["--batch-size", "2", "--task", "seq-cls"]),
     ("GPT-NeoX's blocks in that shape", ("GPTNeoX", dict(**{k: v for k, v in SMOL.items() if k != "num_key_value_heads"}, max_position_embeddings=2048, pad_token_id=1)), BPE, 256, ["--batch-size", "2", "--task", "seq-cls"]),
-    ("T5-small", ("T5", dict(vocab_size=32128)), T5_TOKENIZER, 128, ["--batch-size", "8"]),
-    ("T5-small", ("T5", dict(vocab_size=32128)), T5_TOKENIZER, 256, ["--batch-size", "8", "--activation-checkpointing"]),
-    ("T5-small, all linear layers", ("T5", dict(vocab_size=32128)), T5_TOKENIZER, 256, ["--batch-size", "4", "--r", "16"]),
-    ("T5 v1.1 base", ("T5", dict(vocab_size=32128, d_model=768, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu", tie_word_embeddings=False)), T5_TOKENIZER, 128, ["--batch-size", "4"]),
-    ("T5 v1.1 base, prompt of 20", ("T5", dict(vocab_size=32128, d_model=768, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu", tie_word_embeddings=False)), T5_TOKENIZER, 256, ["--batch-size", "2", "--method", "prompt-tuning"]),
-    ("T5 v1.1 base, in NF4", ("T5", dict(vocab_size=32128, d_model=768, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu", tie_word_embeddings=False)), T5_TOKENIZER, 256, ["--batch-size", "2", "--quantize", "nf4", "--double-quant", "--activation-checkpointing"]),
+    ("T5-small", ("T5", T5_SMALL), T5_TOKENIZER, 128, ["--batch-size", "8"]),
+    ("T5-small", ("T5", T5_SMALL), T5_TOKENIZER, 256, ["--batch-size", "8", "--activation-checkpointing"]),
+    ("T5-small, all linear layers", ("T5", T5_SMALL), T5_TOKENIZER, 256, ["--batch-size", "4", "--r", "16"]),
+    ("T5 v1.1 base", ("T5", T5_BASE), T5_TOKENIZER, 128, ["--batch-size", "4"]),
+    ("T5 v1.1 base, prompt of 20", ("T5", T5_BASE), T5_TOKENIZER, 256, ["--batch-size", "2", "--method", "prompt-tuning"]),
+    ("T5 v1.1 base, in NF4", ("T5", T5_BASE), T5_TOKENIZER, 256, ["--batch-size", "2", "--quantize", "nf4", "--double-quant", "--activation-checkpointing"]),
 ]
 
 

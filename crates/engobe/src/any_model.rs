@@ -32,10 +32,7 @@ impl AnyModel {
     pub fn parts(&mut self) -> Result<(&mut dyn ModuleTree, &Adapter)> {
         let (tree, adapter): (&mut dyn ModuleTree, _) = match self {
             Self::NextTokens(bench) => (bench.model.as_mut(), &bench.adapter),
-            Self::Task(bench) => match &mut bench.kind {
-                Kind::Labels(model, _) => (model, &bench.adapter),
-                Kind::Texts(model) => (model.as_mut(), &bench.adapter),
-            },
+            Self::Task(bench) => (bench.kind.tree(), &bench.adapter),
         };
         Ok((tree, adapter.as_ref().context("no adapter")?))
     }

@@ -50,6 +50,16 @@ pub enum Kind {
     Texts(Box<dyn Seq2Seq>),
 }
 
+impl Kind {
+    /// The model as adapters see it.
+    pub fn tree(&mut self) -> &mut dyn ModuleTree {
+        match self {
+            Self::Labels(model, _) => model,
+            Self::Texts(model) => model.as_mut(),
+        }
+    }
+}
+
 /// What decides on the task when nothing says it.
 pub struct Hints<'a> {
     /// `--task`
@@ -138,7 +148,7 @@ fn task_of_peft(path: &Path, dir: &Path) -> Result<Option<Task>> {
     if is_seq2seq(path) {
         return Ok(Some(Task::Seq2SeqLm));
     }
-    let config = PeftAdapter::load(dir)?.config;
+    let config = PeftConfig::in_dir(dir)?;
     let tasks = [Task::SeqCls, Task::TokenCls, Task::Seq2SeqLm, Task::CausalLm];
     Ok(tasks
         .into_iter()
@@ -249,7 +259,7 @@ impl TaskBench {
         };
         let task = labels.as_ref().map_or(task, |labels| labels.task);
         let mut bench = Self::load(path, task, labels, options, 0)?;
-        let adapter = Adapter::load(tree(&mut bench), dir, &options.device)?;
+        let adapter = Adapter::load(bench.kind.tree(), dir, &options.device)?;
         bench.lead = adapter.lead();
         bench.adapter = Some(adapter);
         Ok(bench)
@@ -316,7 +326,7 @@ impl TaskBench {
     /// What is trained and what is there, as PEFT prints it.
     fn trainable_line(&mut self, adapter: &Adapter) -> String {
         let tied = self.tied_head();
-        let all = workbench::base_parameters(tree(self), tied);
+        let all = workbench::base_parameters(self.kind.tree(), tied);
         workbench::trainable_text(adapter.num_parameters(), adapter.num_added() + all)
     }
 }
@@ -436,12 +446,4 @@ fn head_of(task: Task, labels: usize) -> Result<Option<Head>> {
 pub fn of_training(given: &Given, path: &Path, note: &mut Note) -> Result<Task> {
     let (adapter, data) = (given.path("init_adapter"), given.paths("data"));
     choose(&Hints { asked: given.text("task"), model: path, adapter: adapter.as_deref(), data: &data }, note)
-}
-
-/// The model as adapters see it.
-fn tree(bench: &mut TaskBench) -> &mut dyn ModuleTree {
-    match &mut bench.kind {
-        Kind::Labels(model, _) => model,
-        Kind::Texts(model) => model.as_mut(),
-    }
 }

@@ -61,10 +61,17 @@ pub fn disentangled_attention<'m>(
     let now = tables.map(|t| t.map(Var::tensor));
     let all = [slots[0], slots[1], slots[2], table_slots[0], table_slots[1]];
     if tape.fast(q.tensor()) {
-        let y = fast(&[q, k, v].map(Var::tensor), now, &shape, &segments, &pairs)?;
+        let y = fast([q, k, v].map(Var::tensor), now, &shape, &segments, &pairs)?;
         return Ok(tape.record1(&all, y, move |dy, sink| {
             let (inputs, tables) = taken(kept, kept_tables)?;
-            let grads = fast_backward(&inputs, &tables, &dy, &shape, &segments, &pairs)?;
+            let grads = fast_backward(
+                inputs.each_ref(),
+                tables.each_ref().map(Option::as_ref),
+                &dy,
+                &shape,
+                &segments,
+                &pairs,
+            )?;
             for (slot, grad) in all.into_iter().zip(grads) {
                 if let Some(grad) = grad {
                     sink.add(slot, grad)?;
@@ -120,60 +127,61 @@ fn taken(kept: [Kept; 3], tables: [Option<Kept>; 2]) -> Result<([Tensor; 3], [Op
     Ok(([q.take()?, k.take()?, v.take()?], [keys?, queries?]))
 }
 
+/// Calls `f` with what the kernel reads.
+fn on_host<T>(
+    qkv: [&Tensor; 3],
+    tables: [Option<&Tensor>; 2],
+    pairs: &Pairs,
+    f: impl FnOnce([&[f32]; 3], Positions<'_>) -> Result<T>,
+) -> Result<T> {
+    let [q, k, v] = [host(qkv[0])?, host(qkv[1])?, host(qkv[2])?];
+    let [keys, queries] = tables.map(|table| table.map(host).transpose());
+    let (keys, queries) = (keys?, queries?);
+    let (keys, queries) = (keys.as_deref(), queries.as_deref());
+    f([&q, &k, &v], Positions { keys, queries, rows: &pairs.rows, zero: pairs.zero })
+}
+
 /// The output, by the kernel.
 fn fast(
-    qkv: &[&Tensor; 3],
+    qkv: [&Tensor; 3],
     tables: [Option<&Tensor>; 2],
     shape: &AttentionShape,
     segments: &[Segment],
     pairs: &Pairs,
 ) -> Result<Tensor> {
     let dims = qkv[0].dims2()?;
-    let [q, k, v] = [host(qkv[0])?, host(qkv[1])?, host(qkv[2])?];
-    let [keys, queries] = tables.map(|table| table.map(host).transpose());
-    let (keys, queries) = (keys?, queries?);
-    let (keys, queries) = (keys.as_deref(), queries.as_deref());
-    let positions = Positions { keys, queries, rows: &pairs.rows, zero: pairs.zero };
-    let mut out = uninit(dims.0 * dims.1);
-    kernel::disentangled(shape, segments, [&q, &k, &v], positions, &mut out);
-    tensor_of(out, dims)
+    on_host(qkv, tables, pairs, |qkv, positions| {
+        let mut out = uninit(dims.0 * dims.1);
+        kernel::disentangled(shape, segments, qkv, positions, &mut out);
+        tensor_of(out, dims)
+    })
 }
 
 /// Gradients of q, k, v, and of the tables that are there.
 fn fast_backward(
-    qkv: &[Tensor; 3],
-    tables: &[Option<Tensor>; 2],
+    qkv: [&Tensor; 3],
+    tables: [Option<&Tensor>; 2],
     dy: &Tensor,
     shape: &AttentionShape,
     segments: &[Segment],
     pairs: &Pairs,
 ) -> Result<[Option<Tensor>; 5]> {
-    let dims = qkv[0].dims2()?;
-    let [q, k, v] = [host(&qkv[0])?, host(&qkv[1])?, host(&qkv[2])?];
-    let [keys, queries] = tables.each_ref().map(|table| table.as_ref().map(host).transpose());
-    let (keys, queries) = (keys?, queries?);
-    let (keys, queries) = (keys.as_deref(), queries.as_deref());
-    let positions = Positions { keys, queries, rows: &pairs.rows, zero: pairs.zero };
-    let [mut dq, mut dk, mut dv] = [(); 3].map(|()| uninit(dims.0 * dims.1));
-    let [mut dkeys, mut dqueries] = [keys, queries].map(|table| table.map(|t| uninit(t.len())));
-    kernel::disentangled_backward(
-        shape,
-        segments,
-        [&q, &k, &v],
-        positions,
-        &host(dy)?,
-        [&mut dq, &mut dk, &mut dv],
-        [dkeys.as_deref_mut(), dqueries.as_deref_mut()],
-    );
-    let of_table = |grad: Option<Vec<f32>>| -> Result<Option<Tensor>> {
-        let of = |grad: Vec<f32>| {
-            let rows = grad.len() / dims.1;
-            tensor_of(grad, (rows, dims.1))
+    let (n, width) = qkv[0].dims2()?;
+    on_host(qkv, tables, pairs, |qkv, positions| {
+        let [mut dq, mut dk, mut dv] = [(); 3].map(|()| uninit(n * width));
+        let of_table = |table: Option<&[f32]>| table.map(|t| uninit(t.len()));
+        let [mut dkeys, mut dqueries] = [positions.keys, positions.queries].map(of_table);
+        let dtables = [dkeys.as_deref_mut(), dqueries.as_deref_mut()];
+        let dqkv = [&mut dq[..], &mut dk, &mut dv];
+        kernel::disentangled_backward(shape, segments, qkv, positions, &host(dy)?, dqkv, dtables);
+        let rows = |grad: Vec<f32>| {
+            let rows = grad.len() / width;
+            tensor_of(grad, (rows, width))
         };
-        grad.map(of).transpose()
-    };
-    let rows = |grad: Vec<f32>| tensor_of(grad, dims).map(Some);
-    Ok([rows(dq)?, rows(dk)?, rows(dv)?, of_table(dkeys)?, of_table(dqueries)?])
+        let all = [Some(dq), Some(dk), Some(dv), dkeys, dqueries].map(|grad| grad.map(rows).transpose());
+        let [dq, dk, dv, dkeys, dqueries] = all;
+        Ok([dq?, dk?, dv?, dkeys?, dqueries?])
+    })
 }
 
 /// Refuses tables that do not cover the segments.

@@ -1,13 +1,12 @@
 //! Texts out of texts: scores, predictions, answers.
 
-use super::{Kind, TaskBench, tell_files, tree};
+use super::{Kind, TaskBench, tell_files};
 use crate::args::{EvalArgs, ModelArgs};
 use crate::scoring::eval_batches;
 use crate::terminal::{Note, Progress};
 use crate::text_scores::{self, Completed};
 use crate::workbench;
 use anyhow::{Result, bail};
-use engobe_adapters::Adapter;
 use engobe_data::{Goal, Row, Sample, Task, TextTokenizer, reader};
 use engobe_infer::answer_all;
 use engobe_nn::Seq2Seq;
@@ -24,10 +23,10 @@ impl Answerer {
     /// Loads the model at `path` as was typed, with at most one adapter.
     pub fn open(path: &Path, args: &ModelArgs) -> Result<Self> {
         let options = workbench::options_of(args)?;
-        let mut bench = TaskBench::load(path, Task::Seq2SeqLm, None, &options, 0)?;
-        if let Some(dir) = workbench::one_adapter(args)? {
-            bench.adapter = Some(Adapter::load(tree(&mut bench), &dir, &options.device)?);
-        }
+        let bench = match workbench::one_adapter(args)? {
+            Some(dir) => TaskBench::with_adapter(path, Task::Seq2SeqLm, &dir, &[], &options)?,
+            None => TaskBench::load(path, Task::Seq2SeqLm, None, &options, 0)?,
+        };
         Ok(Self { path: path.to_path_buf(), bench })
     }
 

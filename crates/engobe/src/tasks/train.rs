@@ -1,7 +1,7 @@
 //! Training on labels, and on texts out of texts.
 
 use super::{
-    TaskBench, for_task, head_kind, head_of, known_names, labels_of_adapter, tell_files, tell_fresh, tree,
+    TaskBench, for_task, head_kind, head_of, known_names, labels_of_adapter, tell_files, tell_fresh,
 };
 use crate::forecast::Forecast;
 use crate::settings::Given;
@@ -51,7 +51,7 @@ pub fn run(given: &Given, task: Task, plan: &Plan, run: &Run<'_>, note: &mut Not
     let asked = for_task(given, run.name, &bench)?;
     let needs = if init.is_some() { None } else { given.method()?.needs_text(&asked) };
     let (seed, device, text) = (plan.schedule.seed, &run.options.device, bench.start_text(needs)?);
-    let adapter = attach(given, tree(&mut bench), asked, &text, seed, device, note)?;
+    let adapter = attach(given, bench.kind.tree(), asked, &text, seed, device, note)?;
     bench.lead = adapter.lead();
     let line = bench.trainable_line(&adapter);
     note.line(&line);

@@ -31,7 +31,7 @@ pub struct PeftAdapter {
 impl PeftAdapter {
     /// Reads a directory.
     pub fn load(dir: &Path) -> Result<Self> {
-        let config = PeftConfig::load(&dir.join(CONFIG))?;
+        let config = PeftConfig::in_dir(dir)?;
         if config.peft_type() == adapter_hub::BOTTLENECK {
             return adapter_hub::load(dir, config);
         }

@@ -74,6 +74,11 @@ impl PeftConfig {
         Self { path: PathBuf::from("settings"), map }
     }
 
+    /// Reads that of the adapter in `dir`.
+    pub fn in_dir(dir: &Path) -> Result<Self> {
+        Self::load(&dir.join(super::CONFIG))
+    }
+
     /// Reads a file.
     pub fn load(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).map_err(Error::io(path))?;

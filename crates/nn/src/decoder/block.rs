@@ -143,11 +143,13 @@ impl Block {
         let [attention_end, mlp_end] = &self.ends;
         let normed = before_attention.forward(tape, x)?;
         let attended = self.attention.attend(tape, &normed, context, &self.prefix, cache)?;
+        // `normed` is let go where the feed-forward has a norm of its own
+        let before_mlp = before_mlp.ok_or(normed);
         let sum = attention_end.close(tape, &self.attention.output, &attended, x)?;
         drop(attended);
         let normed = match before_mlp {
-            Some(norm) => norm.forward(tape, x)?,
-            None => normed,
+            Ok(norm) => norm.forward(tape, x)?,
+            Err(shared) => shared,
         };
         let inner = self.mlp.inner(tape, &normed)?;
         drop(normed);
